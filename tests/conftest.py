@@ -1,0 +1,31 @@
+"""One configuration for every lane: strict promotion, eight CPU devices, repeatable draws."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import TypeCheckError
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first draw slow and later ones fast, so a deadline measures nothing.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, max_examples=40
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def refuses(pytestconfig):
+    """Expects an error by type and message, or jaxtyping's where it checks signatures first."""
+
+    def expect(error, *, match):
+        if pytestconfig.getoption("jaxtyping_packages"):
+            return pytest.raises((error, TypeCheckError))
+        return pytest.raises(error, match=match)
+
+    return expect

@@ -1,0 +1,174 @@
+"""Laws of `wspace.interpolate`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.helpers import assert_close, eps, is_nan, like, size, vector
+from tests.strategies import FLOAT, LAYOUTS, pairs, ratios, strengths, weights
+from tests.test_geometry import true_angle, turned
+from wspace import geometry, interpolate, tree
+
+lerp, slerp = jax.jit(interpolate.lerp), jax.jit(interpolate.slerp)
+norm, angle, combine = jax.jit(tree.norm), jax.jit(geometry.angle), jax.jit(tree.combine)
+each_path = pytest.mark.parametrize("path", [lerp, slerp], ids=["lerp", "slerp"])
+ANGLES = (1e-7, 1e-5, 1e-3, 0.1, 1.0, 1.5, 1.6, 2.0, 3.0, np.pi - 1e-2, np.pi - 1e-3)
+
+
+@each_path
+@given(pair=pairs())
+def test_starts_at_start_and_ends_at_end_exactly(path, pair):
+    assume(angle(*pair) < 3.14)
+    assert_close(path(*pair, 0), pair[0], units=0)
+    assert_close(path(*pair, 1), pair[1], units=0)
+
+
+@each_path
+@given(pair=pairs(), t=ratios)
+def test_reversed_path_visits_the_same_points(path, pair, t):
+    start, end = pair
+    assume(angle(start, end) < 3.14)
+    assert_close(path(start, end, t), path(end, start, 1 - t), units=32, scale=size(start, end))
+
+
+@given(pair=pairs(), t=strengths)
+def test_lerp_is_the_straight_line(pair, t):
+    x, y = map(vector, pair)
+    scale = (abs(t) + abs(1 - t)) * size(*pair)
+    assert_close(lerp(*pair, t), like((1 - t) * x + t * y, pair[0]), units=4, scale=scale)
+
+
+@pytest.mark.parametrize("radians", ANGLES)
+@given(
+    seed=st.integers(0, 2**16),
+    entries=st.sampled_from([2, 3, 300]),
+    stretch=st.sampled_from([1.0, 1.0, 0.3, 40.0]),
+    t=st.sampled_from([0.5, 0.3, 0.01, 0.999, -0.5, 1.7]) | ratios,
+)
+def test_slerp_is_shoemakes_formula_at_every_angle(radians, seed, entries, stretch, t):
+    x, y = turned(np.random.default_rng(seed), radians, entries, stretch)
+    turn, t = true_angle(x, y), np.longdouble(np.asarray(t, FLOAT))
+    start, end = vector(x), vector(y)
+    wanted = (np.sin((1 - t) * turn) * start + np.sin(t * turn) * end) / np.sin(turn)
+    scale = max(size(x), size(y), float(np.sqrt(np.dot(wanted, wanted))))
+    assert_close(slerp(x, y, float(t)), like(wanted, x), units=16, scale=scale)
+
+
+@pytest.mark.parametrize("radians", [1e-3, 0.02])
+def test_the_popular_switch_to_lerp_fails_this_law(radians):
+    # cos(0.02) = 0.9998 > 0.9995, the threshold at which slerp implementations switch.
+    with jax.enable_x64(False):
+        x, y = (z.astype(jnp.float32) for z in turned(np.random.default_rng(0), radians, 300, 1.0))
+        gap = norm(combine((1, -1), (slerp(x, y, 0.5), lerp(x, y, 0.5)))) / norm(x)
+        assert 0.9 < gap / (radians**2 / 8) < 1.1  # a thousand roundings at 0.02
+
+
+@given(pair=pairs(), t=ratios)
+def test_slerp_between_equal_norms_keeps_the_norm_and_turns_steadily(pair, t):
+    start, end = pair
+    assume(norm(start) > 0 and norm(end) > 0 and angle(start, end) < 3)
+    end = combine((norm(start) / norm(end),), (end,))
+    point = slerp(start, end, t)
+    assert_close(norm(point), norm(start), units=32)
+    assert_close(angle(start, point), t * angle(start, end), units=32, scale=1)
+
+
+@given(pair=pairs(), t=ratios)
+def test_slerp_from_or_to_zero_is_lerp(pair, t):
+    start, _ = pair
+    zero = jax.tree.map(jnp.zeros_like, start)
+    assert_close(slerp(start, zero, t), lerp(start, zero, t), units=4, scale=size(start))
+    assert_close(slerp(zero, start, t), lerp(zero, start, t), units=4, scale=size(start))
+
+
+@given(start=weights(), t=ratios, stretch=st.sampled_from([1.0, 0.5, 3.0]))
+def test_slerp_has_the_gradient_of_lerp_where_the_ends_are_parallel(start, t, stretch):
+    assume(size(start) > 0)
+    end = jax.tree.map(lambda x: stretch * x, start)
+    for path in (slerp, lerp):
+        slope = jax.grad(lambda end, path=path: tree.vdot(path(start, end, t), start))(end)
+        assert_close(slope, combine((t,), (start,)), units=64, scale=size(start))
+
+
+def readout(end, start, t, v, *, flipped):
+    ends = (end, start) if flipped else (start, end)
+    return jnp.sum(interpolate.slerp(*ends, t) * v)
+
+
+curvature = jax.jit(jax.hessian(readout), static_argnames="flipped")
+
+
+@given(entries=st.lists(st.floats(0.5, 4, width=16), min_size=4, max_size=4), t=ratios)
+def test_hessian_where_the_ends_coincide_is_the_true_one(entries, t):
+    # c_0 = 1 - t + k_0 W^2 + ..., c_1 = t + k_1 W^2 + ..., and the Hessian of W^2 in either end
+    # is 2 (I - x x^T / |x|^2) / |x|^2, so that of <slerp, v> is (k_0 + k_1) <x, v> times it.
+    x, v = jnp.asarray(entries, FLOAT), jnp.asarray([1.0, -2.0, 0.5, 1.5], FLOAT)
+    k = ((1 - t) * (1 - (1 - t) ** 2) + t * (1 - t**2)) / 6
+    a, b = np.asarray(x, np.float64), np.asarray(v, np.float64)
+    wanted = 2 * k * (a @ b) * (np.eye(4) - np.outer(a, a) / (a @ a)) / (a @ a)
+    tolerance = 64 * eps(x) * np.linalg.norm(b) / np.linalg.norm(a)
+    for flipped in (False, True):
+        got = curvature(x, x, jnp.asarray(t, FLOAT), v, flipped=flipped)
+        np.testing.assert_allclose(got, wanted, atol=tolerance)
+
+
+def test_gradient_at_a_right_angle_is_the_limit_from_both_sides():
+    x, y, v = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), jnp.array([0.3, 0.7])
+    slope = jax.grad(lambda end: readout(end, x, 0.25, v, flipped=False))
+    below, above = slope(y + jnp.array([1e-3, 0.0])), slope(y - jnp.array([1e-3, 0.0]))
+    np.testing.assert_allclose(slope(y), (below + above) / 2, atol=1e-5)
+
+
+@given(pair=pairs(), t=ratios)
+def test_derivative_in_t_is_the_derivative_of_the_path(pair, t):
+    assume(0.01 < angle(*pair) < 3)
+    x, y, turn = vector(pair[0]), vector(pair[1]), true_angle(*pair)
+    wanted = turn * (np.cos(t * turn) * y - np.cos((1 - t) * turn) * x) / np.sin(turn)
+    _, speed = jax.jvp(lambda s: slerp(*pair, s), (jnp.asarray(t, FLOAT),), (jnp.ones((), FLOAT),))
+    scale = size(*pair) / float(np.sin(turn))
+    assert_close(speed, like(wanted, pair[0]), units=64, scale=scale)
+
+
+@given(start=weights(), stretch=st.sampled_from([1.0, 0.25, 7.0]))
+def test_slerp_between_antipodes_is_nan(start, stretch):
+    assume(size(start) > 0)
+    for path in (slerp, interpolate.slerp):
+        assert is_nan(path(start, combine((-stretch,), (start,)), 0.5))
+
+
+@each_path
+def test_vmaps_over_t(path):
+    x, y = {"w": jnp.arange(3.0)}, {"w": jnp.ones(3)}
+    ts = jnp.linspace(-1, 2, 5)
+    got = jax.vmap(lambda t: path(x, y, t))(ts)
+    assert_close(got, {"w": jnp.stack([path(x, y, t)["w"] for t in ts])}, units=32)
+
+
+def test_bad_arguments_are_refused(refuses):
+    x = {"w": jnp.ones(2)}
+    for path in (interpolate.lerp, interpolate.slerp):
+        with refuses(ValueError, match=r"t must be one number, got shape \(2,\): use jax.vmap"):
+            path(x, x, jnp.ones(2))
+        with refuses(ValueError, match="t must be finite, got inf"):
+            path(x, x, float("inf"))
+        with refuses(ValueError, match=r"leaf \['w'\] has shape \(2,\) in start, \(3,\) in end"):
+            path(x, {"w": jnp.ones(3)}, 0.5)
+
+
+@given(pair=pairs(), t=ratios)
+def test_scaling_the_ends_scales_the_path(pair, t):
+    assume(angle(*pair) < 3)
+    big = [jax.tree.map(lambda x: x * 2.0**30, x) for x in pair]
+    wanted = jax.tree.map(lambda x: x * 2.0**30, slerp(*pair, t))
+    assert_close(slerp(*big, t), wanted, units=2, scale=size(*big))
+
+
+def test_layouts_include_stacks_scalars_empty_leaves_and_convolutions():
+    shapes = [
+        s for x in LAYOUTS for s in jax.tree.leaves(x, is_leaf=lambda n: isinstance(n, tuple))
+    ]
+    assert {len(s) for s in shapes} == {0, 1, 2, 3, 4}
+    assert any(0 in s for s in shapes)

@@ -1,0 +1,5 @@
+"""Geometry of weight space: pure functions on pytrees of model weights."""
+
+from wspace import average, geometry, interpolate, lowrank, negative, tree, typing
+
+__all__ = ["average", "geometry", "interpolate", "lowrank", "negative", "tree", "typing"]

@@ -1,0 +1,236 @@
+"""Refusal of bad arguments: by leaf path, by argument name, with the mend.
+
+What shows in shapes and dtypes raises always. What shows only in values raises where the value
+is known, and elsewhere, under tracing, becomes NaN.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
+from jaxtyping import Array, Bool, Float
+
+from wspace._numerics import accumulator
+from wspace.typing import Coefficients, Scalar, ScalarLike, Weights
+
+WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
+
+Numbers: TypeAlias = Float[Array | np.ndarray, " k"]
+"""One number a point: float64 NumPy where they are known, a JAX array where they are traced."""
+
+
+class Factored:
+    """Base of pytrees that stand for one leaf, so that nothing is combined factor by factor."""
+
+
+def is_factored(node: object) -> bool:
+    """Whether `node` stands for one leaf without being an array."""
+    return isinstance(node, Factored)
+
+
+def is_weight(leaf: object) -> bool:
+    """Whether a leaf is an array of a dtype that weights have."""
+    return hasattr(leaf, "shape") and getattr(leaf, "dtype", None) in WEIGHT_DTYPES
+
+
+def is_traced(*values: object) -> bool:
+    """Whether a value is known only when the traced program runs."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def same_layout(**trees: object) -> None:
+    """Raises unless the trees, by name, share structure and leaf shapes, every leaf floating."""
+    floating_leaves(**trees)
+    flat = {name: jax.tree.flatten(x) for name, x in trees.items()}
+    (first, (leaves, structure)), *rest = flat.items()
+    shapes = [x.shape for x in leaves]
+    for name, (others, other_structure) in rest:
+        if other_structure != structure or [x.shape for x in others] != shapes:
+            _refuse_layout(first, trees[first], name, trees[name])
+
+
+def listed(name: str, trees: Any) -> list[Any]:
+    """The trees of an argument that takes a sequence of them, at least one."""
+    if isinstance(trees, str | bytes | dict) or not hasattr(trees, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of trees, got {type(trees)}")
+    trees = list(trees)
+    if not trees:
+        raise ValueError(f"{name} is empty: give at least one tree")
+    return trees
+
+
+def each(name: str, trees: Sequence[Any]) -> dict[str, Any]:
+    """Trees of one argument by the names that errors call them."""
+    return {f"{name}[{i}]": x for i, x in enumerate(trees)}
+
+
+def floating_leaves(**trees: object) -> None:
+    """Raises unless every leaf of the trees, by name, is an array of weights."""
+    for name, tree in trees.items():
+        if not all(map(is_weight, jax.tree.leaves(tree, is_leaf=is_factored))):
+            _refuse_leaf(name, tree)
+
+
+def _refuse_leaf(name: str, tree: object) -> None:
+    for path, leaf in tree_leaves_with_path(tree, is_leaf=is_factored):
+        where = f"leaf {keystr(path) or '(root)'} of {name}"
+        if isinstance(leaf, Factored):
+            raise TypeError(
+                f"{where} is a {type(leaf).__name__} edit, not weights: "
+                "add it to a base by lowrank.apply, or multiply it out by lowrank.materialize"
+            )
+        if not is_weight(leaf):
+            dtype = getattr(leaf, "dtype", None)
+            what = f"is a {type(leaf)}" if dtype is None else f"has dtype {dtype}"
+            raise TypeError(
+                f"{where} {what}; weights are float64, float32, bfloat16 or float16 arrays: "
+                "set other leaves aside by tree.partition, and put them back by tree.join"
+            )
+
+
+def _refuse_layout(first: str, x: object, name: str, y: object) -> None:
+    shapes, others = (
+        {keystr(path) or "(root)": leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+        for tree in (x, y)
+    )
+    for path in sorted(shapes.keys() ^ others.keys()):
+        has, lacks = (first, name) if path in shapes else (name, first)
+        raise ValueError(
+            f"{has} has a leaf {path} that {lacks} lacks: both must be trees of one structure"
+        )
+    for path, shape in shapes.items():
+        if others[path] != shape:
+            raise ValueError(
+                f"leaf {path} has shape {shape} in {first}, {others[path]} in {name}: "
+                "both must be points of one weight space"
+            )
+    raise ValueError(
+        f"{first} and {name} have equal paths but different containers: "
+        f"{jax.tree.structure(x)} and {jax.tree.structure(y)}"
+    )
+
+
+def scalar(
+    name: str, value: Any, domain: Callable[[Any], Any] | None = None, words: str = "finite"
+) -> ScalarLike:
+    """A real number, inside its domain where it is known and NaN outside where it is traced."""
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be one number, got shape {np.shape(value)}: use jax.vmap for many"
+        )
+    if not is_traced(value):
+        try:
+            known = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a real number, got {value!r}") from error
+        if not math.isfinite(known) or (domain is not None and not domain(known)):
+            raise ValueError(f"{name} must be {words}, got {known}")
+        return value
+    if domain is None:
+        return value
+    value = floating(value)
+    return jnp.where(domain(value), value, jnp.nan)
+
+
+def floating(value: Any) -> Array:
+    """An array of at least float32 holding `value`."""
+    array = jnp.asarray(value)
+    return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
+def rank(value: Any) -> int:
+    """A rank: a non-negative integer known when tracing, since it decides shapes."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        known = operator.index(value)
+    except TypeError as error:
+        raise TypeError(
+            f"rank must be a plain integer, since it decides shapes, got {value!r}"
+        ) from error
+    if known < 0:
+        raise ValueError(f"rank must be at least 0, got {known}")
+    return known
+
+
+def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
+    """One real number per point, finite where it is known."""
+    if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
+        raise TypeError(f"{name} must be a sequence of numbers, got {type(values)}")
+    if len(values) != count:
+        raise ValueError(
+            f"{name} has {len(values)} numbers for {count} points: give one number a point"
+        )
+    return [scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def numbers(name: str, values: Coefficients | None, count: int) -> Numbers:
+    """One real number per point, ones if None."""
+    if values is None:
+        return np.ones(count)
+    given: list[Any] = scalars(name, values, count)
+    if not is_traced(values):
+        return np.array([float(value) for value in given])
+    wide = accumulator(*(floating(value).dtype for value in given))
+    return jnp.stack([floating(value).astype(wide) for value in given])
+
+
+def affine(coefficients: Coefficients | None, count: int) -> Numbers:
+    """Coefficients divided by their sum; equal ones if None; NaN if traced and near zero in sum."""
+    c = numbers("coefficients", coefficients, count)
+    if isinstance(c, np.ndarray):
+        total, size = c.sum(), np.abs(c).sum()
+        if _cancels(total, size):
+            raise ValueError(
+                f"coefficients {c.tolist()} sum to {total:g}, nothing beside their size {size:g}: "
+                "an average divides by the sum, so make it differ from zero"
+            )
+        return c / total
+    return c / jnp.where(_cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
+
+
+def _cancels(total: Any, size: Any) -> Any:
+    return (abs(total) < 1e-6 * size) | (size == 0)
+
+
+def positive(name: str, values: Coefficients | None, count: int) -> Numbers:
+    """One positive number per point, ones if None; NaN where traced and not positive."""
+    c = numbers(name, values, count)
+    if isinstance(c, np.ndarray):
+        if not (c > 0).all():
+            raise ValueError(f"{name} must be positive, got {c.tolist()}")
+        return c
+    return jnp.where(c > 0, c, jnp.nan)
+
+
+def unpacked(numbers: Numbers) -> list[Any]:
+    """The numbers one by one, those that are known as Python floats, which widen nothing."""
+    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
+
+
+def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | float:
+    """Raises `ValueError` if `bad` is known to hold; else 0, or NaN where it turns out to hold.
+
+    Added to a result, the number makes the result NaN where it is not defined.
+    """
+    if is_traced(bad):
+        return jnp.where(bad, jnp.nan, 0.0)  # weakly typed, so that it widens nothing
+    if bad:
+        raise ValueError(message())
+    return 0.0
+
+
+def finite(**trees: Weights) -> None:
+    """Raises if a leaf with known values holds NaN or an infinity; traced leaves pass."""
+    for name, x in trees.items():
+        for path, leaf in tree_flatten_with_path(x)[0]:
+            if not is_traced(leaf) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+                raise ValueError(
+                    f"leaf {keystr(path) or '(root)'} of {name} holds NaN or an infinity: "
+                    "no distance or rank is defined for it; mend the weights first"
+                )
