@@ -1,0 +1,570 @@
+"""Laws of `wspace.negative.retarget`: retarget, exit_ball, free_inputs, harden.
+
+Numbers such as (ii L1) are those of the laws in the docs page on the negative weight.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.helpers import assert_close, is_nan, like, size, vector
+from tests.strategies import (
+    FLOAT,
+    coefficients,
+    costs,
+    matrices,
+    points,
+    projectors,
+    strengths,
+    weights,
+)
+from wspace import average, geometry, negative, tree
+from wspace.lowrank import LowRank
+
+mean, distance = jax.jit(average.mean), jax.jit(geometry.distance)
+retarget, exit_ball = jax.jit(negative.retarget), jax.jit(negative.exit_ball)
+UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
+LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2), "k": (1, 2, 2, 3)}
+
+
+def normalized(c):
+    return np.array(c, np.float64) / np.sum(np.array(c, np.float64))
+
+
+def flat(x):
+    return vector(x).astype(np.float64)
+
+
+@st.composite
+def problems(draw, count=None, layout=None):
+    """Points, coefficients, costs and a target, of one layout."""
+    xs = draw(points(count=count, layout=layout))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, xs[0])
+    return xs, draw(coefficients(len(xs))), draw(costs(len(xs))), draw(weights(shapes))
+
+
+@st.composite
+def allowances(draw, count):
+    """Per point where it may move: projectors of any rank, scalars, inverse metrics, or None."""
+    trees = []
+    for _ in range(count):
+        metric = draw(projectors(4)) + draw(st.sampled_from([0.0, 0.25])) * jnp.eye(4, dtype=FLOAT)
+        allow = {
+            "w": draw(st.sampled_from([metric, 1.0, 0.0])),
+            "b": draw(st.sampled_from([1.0, 0.0])),
+            "s": draw(st.sampled_from([draw(projectors(3)), 1.0])),
+            "k": draw(st.sampled_from([draw(projectors(4)), 1.0])),
+        }
+        trees.append(draw(st.sampled_from([allow, allow, None])))
+    return trees
+
+
+def dense(entries, x):
+    """The matrix that an allowance is on the vector of all entries: the oracle's view."""
+    if entries is None:
+        entries = jax.tree.map(lambda _: 1.0, x)
+    blocks = []
+    for name in sorted(x):
+        p, shape = np.asarray(entries[name], np.float64), x[name].shape
+        if p.ndim == 0:
+            blocks.append(p * np.eye(int(np.prod(shape))))
+        elif name == "s":
+            blocks += [np.kron(p, np.eye(shape[-1]))] * shape[0]
+        else:
+            blocks.append(np.kron(p, np.eye(shape[-1])))
+    whole, start = np.zeros((sum(map(len, blocks)),) * 2), 0
+    for block in blocks:
+        whole[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return whole
+
+
+def edits(xs, moved):
+    return [flat(y) - flat(x) for x, y in zip(xs, moved, strict=True)]
+
+
+@given(problem=problems())
+def test_the_average_lands_on_the_target(problem):  # (ii L1)
+    xs, c, k, target = problem
+    moved = retarget(xs, c, target, costs=k)
+    scale = abs(normalized(c)) @ [size(x) + size(y) for x, y in zip(xs, moved, strict=True)]
+    assert_close(mean(moved, c), target, units=32, scale=scale + size(target))
+
+
+@given(problem=problems())
+def test_edits_are_the_least_squares_solution_and_cost_what_the_formula_says(problem):  # (ii L2)
+    xs, c, k, target = problem
+    a, k = normalized(c), np.array(k)
+    gap = flat(target) - sum(w * flat(x) for w, x in zip(a, xs, strict=True))
+    # In units of sqrt(c_i) dx_i the cost is the squared norm: numpy's minimum-norm solution.
+    solution = np.linalg.lstsq((a / np.sqrt(k))[None, :], gap[None, :], rcond=None)[0]
+    wanted = solution / np.sqrt(k)[:, None]
+    got = edits(xs, retarget(xs, c, target, costs=k))
+    scale = UNIT * (size(target) + (1 + abs(a).sum()) * size(*xs)) / max(abs(a))
+    for edit, best in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(edit, best, atol=32 * scale)
+    cost, formula = sum(k * [e @ e for e in got]), gap @ gap / np.sum(a**2 / k)
+    assert abs(cost - formula) <= 64 * scale * (np.sqrt(cost) + scale) * np.sum(np.sqrt(k))
+
+
+@given(problem=problems(), noise=st.integers(0, 99))
+def test_no_other_solution_costs_less(problem, noise):  # (ii L2)
+    xs, c, k, target = problem
+    a = normalized(c)
+    z = np.random.default_rng(noise).normal(size=(len(xs), flat(xs[0]).size))
+    z -= np.outer(a, a @ z) / (a @ a)  # sum a_i z_i = 0
+    got = edits(xs, retarget(xs, c, target, costs=k))
+    cost = sum(w * e @ e for w, e in zip(k, got, strict=True))
+    for step in (1e-2, 1.0):
+        other = sum(w * np.sum((e + step * d) ** 2) for w, e, d in zip(k, got, z, strict=True))
+        assert other >= cost - 64 * UNIT * (size(*xs) + size(target)) * np.sqrt(sum(k) * cost + 1)
+
+
+@given(problem=problems())
+def test_two_equal_coefficients_move_each_point_by_the_whole_shift(problem):
+    (x, *_), _, _, target = problem
+    other = tree.combine((-0.5,), (x,))
+    shift = flat(target) - (flat(x) + flat(other)) / 2
+    for edit in edits([x, other], retarget([x, other], (0.5, 0.5), target)):
+        np.testing.assert_allclose(edit, shift, atol=16 * UNIT * size(x, target))
+
+
+@given(problem=problems())
+def test_retargeting_twice_or_to_the_average_itself_changes_nothing(problem):  # (ii L3, L4)
+    xs, c, k, target = problem
+    once = retarget(xs, c, target, costs=k)
+    scale = abs(normalized(c)).sum() * size(*xs, *once) / max(abs(normalized(c))) + size(target)
+    assert_close(retarget(once, c, target, costs=k), once, units=64, scale=scale)
+    assert_close(negative.retarget(xs[:1], (1,), xs[0]), xs[:1], units=0)
+
+
+@given(problem=problems(count=3))
+def test_a_point_without_a_coefficient_stays_and_a_dear_one_hardly_moves(problem):  # (ii L5)
+    xs, _, _, target = problem
+    moved = retarget(xs, (0.5, 0.0, 0.5), target)
+    assert_close(moved[1], xs[1], units=0)
+    moved = retarget(xs, (0.5, 0.25, 0.25), target, costs=(1, 1e12, 1))
+    assert_close(moved[1], xs[1], units=8, scale=size(*xs, target))
+
+
+@given(problem=problems(), k=st.sampled_from([2.0, -0.5, 100.0]))
+def test_only_the_ratios_of_coefficients_matter(problem, k):  # (ii L6)
+    xs, c, _, target = problem
+    wanted = retarget(xs, c, target)
+    scale = abs(normalized(c)).sum() * size(*xs, *wanted) / max(abs(normalized(c))) + size(target)
+    assert_close(retarget(xs, [k * w for w in c], target), wanted, units=32, scale=scale)
+
+
+@given(problem=problems())
+def test_retarget_is_equivariant(problem):
+    xs, c, _, target = problem
+    moved, a = retarget(xs, c, target), normalized(c)
+    scale = abs(a).sum() * size(*xs, *moved) / max(abs(a)) + size(target)
+    big = retarget([tree.combine((8.0,), (x,)) for x in xs], c, tree.combine((8.0,), (target,)))
+    assert_close(big, [tree.combine((8.0,), (x,)) for x in moved], units=4, scale=8 * scale)
+    # Of all coordinates by one rule: so also under permutations, and under translation of all.
+    shift = jax.tree.map(lambda x: jnp.full_like(x, 3), target)
+    both = [tree.combine((1, 1), (x, shift)) for x in (*xs, target)]
+    wanted = [tree.combine((1, 1), (x, shift)) for x in moved]
+    extra = (abs(a).sum() / max(abs(a)) + 1) * size(shift)
+    assert_close(retarget(both[:-1], c, both[-1]), wanted, units=64, scale=scale + extra)
+    swapped = retarget(xs[::-1], c[::-1], target)[::-1]
+    assert_close(swapped, moved, units=16, scale=scale)
+
+
+@given(problem=problems(), s=strengths)
+def test_repelled_points_retarget_to_the_repelled_target(problem, s):
+    xs, c, _, target = problem
+    assume(abs(1 + s) > 0.1)
+    avoid, a = xs[0], normalized(c)
+    moved = [negative.repel(y, avoid, s) for y in retarget(xs, c, target)]
+    wanted = retarget(
+        [negative.repel(x, avoid, s) for x in xs], c, negative.repel(target, avoid, s)
+    )
+    scale = (1 + abs(s)) * (abs(a).sum() * size(*xs, *moved) / max(abs(a)) + size(target))
+    assert_close(wanted, moved, units=64, scale=scale)
+
+
+# With `allow`
+
+
+def oracle_with_allow(xs, c, k, target, allow):
+    """The least-cost solution by numpy's least squares on the vectorized problem."""
+    a, shift = normalized(c), flat(target)
+    shift = shift - sum(w * flat(x) for w, x in zip(a, xs, strict=True))
+    roots = []
+    for entries, x in zip(allow, xs, strict=True):
+        values, vectors = np.linalg.eigh(dense(entries, x))
+        roots.append(vectors * np.sqrt(np.where(values > 1e-6, values, 0)))
+    blocks = [w / np.sqrt(p) * root for w, p, root in zip(a, k, roots, strict=True)]
+    solution, *_ = np.linalg.lstsq(np.hstack(blocks), shift, rcond=1e-6)
+    parts = np.split(solution, len(xs))
+    return [root @ z / np.sqrt(p) for root, z, p in zip(roots, parts, k, strict=True)], shift
+
+
+@given(data=st.data(), count=st.integers(1, 3))
+def test_with_allow_the_edits_are_the_least_squares_solution(data, count):
+    xs, c, k, target = data.draw(problems(count=count, layout=LAYOUT))
+    allow = data.draw(allowances(count))
+    best, shift = oracle_with_allow(xs, c, k, target, allow)
+    a = normalized(c)
+    missing = np.linalg.norm(shift - sum(w * e for w, e in zip(a, best, strict=True)))
+    weight = max(w**2 / p for w, p in zip(a, k, strict=True))
+    assume(all(w == 0 or w**2 / p > 1e-3 * weight for w, p in zip(a, k, strict=True)))
+    if missing > 1e-2 * np.linalg.norm(shift) + 1e-3:
+        with pytest.raises(ValueError, match=r"is out of reach, most of it .* in leaf \['"):
+            negative.retarget(xs, c, target, costs=k, allow=allow)
+        assert is_nan(jax.jit(negative.retarget)(xs, c, target, costs=k, allow=allow))
+        return
+    assume(missing < 1e-6 * np.linalg.norm(shift))
+    moved = negative.retarget(xs, c, target, costs=k, allow=allow)
+    scale = abs(a) @ [size(x) + size(y) for x, y in zip(xs, moved, strict=True)] + size(target)
+    assert_close(mean(moved, c), target, units=64, scale=scale)
+    # S is as badly conditioned as the subspaces are nearly parallel: compare the costs, which
+    # are not.
+    got = edits(xs, moved)
+    cost, least = (
+        sum(p * norm_in(e, q, x) for e, q, x, p in zip(z, allow, xs, k, strict=True))
+        for z in (got, best)
+    )
+    assert cost <= least * (1 + 1e-2) + 1e-3 * UNIT**0.5 * (scale**2)
+
+
+def norm_in(edit, entries, x):
+    """The squared norm in the metric whose inverse is allowed, of the part that is."""
+    return edit @ np.linalg.pinv(dense(entries, x), rcond=1e-6, hermitian=True) @ edit
+
+
+@given(data=st.data())
+def test_no_point_moves_where_it_may_not(data):
+    xs, c, k, target = data.draw(problems(count=2, layout={"w": (4, 3)}))
+    projector = [data.draw(projectors(4)), data.draw(projectors(4))]
+    allow = [{"w": p} for p in projector]
+    a = normalized(c)
+    assume(min(abs(a)) > 0.05)
+    # A target that is in reach: the average moved within the two subspaces.
+    reach = [np.asarray(p, np.float64) @ np.asarray(target["w"], np.float64) for p in projector]
+    shift = sum(reach) / 2
+    goal = {"w": jnp.asarray(np.asarray(mean(xs, c)["w"], np.float64) + shift, FLOAT)}
+    moved = negative.retarget(xs, c, goal, costs=k, allow=allow)
+    for x, y, p in zip(xs, moved, projector, strict=True):
+        p = np.asarray(p, np.float64)
+        edit = np.asarray(y["w"], np.float64) - np.asarray(x["w"], np.float64)
+        assert np.linalg.norm(edit - p @ edit) <= 64 * UNIT * (size(x) + np.linalg.norm(edit))
+
+
+@given(data=st.data())
+def test_allow_everywhere_is_no_allow(data):
+    xs, c, k, target = data.draw(problems(count=2, layout=LAYOUT))
+    a = normalized(c)
+    scale = abs(a).sum() * size(*xs) / max(abs(a)) + size(target) / max(abs(a))
+    wanted = retarget(xs, c, target, costs=k)
+    whole = {"w": jnp.eye(4), "b": 1.0, "s": jnp.eye(3), "k": 1}
+    for allow in ([None, None], [whole, None], (whole, whole)):
+        got = negative.retarget(xs, c, target, costs=k, allow=allow)
+        assert_close(got, wanted, units=256, scale=scale)
+
+
+def test_a_keeping_guard_is_invisible_to_gram_weighted_merging():  # (ii L13)
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(5, 8)), rng.normal(size=(6, 8))]
+    xs = [{"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)} for _ in inputs]
+    allow = [{"w": negative.free_inputs(jnp.asarray(x, FLOAT), rtol=1e-6)} for x in inputs]
+    direction = {"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)}
+    moved = negative.exit_ball(xs, (1, 1), mean(xs), 5.0, direction=direction, allow=allow)
+
+    def gram_weighted(points):
+        grams = [x.T @ x for x in inputs]
+        products = [g @ np.asarray(p["w"], np.float64) for g, p in zip(grams, points, strict=True)]
+        return np.linalg.solve(sum(grams), sum(products))
+
+    np.testing.assert_allclose(gram_weighted(moved), gram_weighted(xs), atol=256 * UNIT * 5)
+    assert distance(mean(moved), mean(xs)) > 4.99
+    for x, before, after in zip(inputs, xs, moved, strict=True):  # nor do their own outputs change
+        np.testing.assert_allclose(x @ after["w"], x @ before["w"], atol=256 * UNIT * 5)
+
+
+# exit_ball
+
+
+@st.composite
+def balls(draw, count=None, layout=None):
+    """A problem with a ball around the target, in units of the average's distance from it."""
+    xs, c, k, avoid = draw(problems(count=count, layout=layout))
+    a = normalized(c)
+    gap = sum(w * flat(x) for w, x in zip(a, xs, strict=True)) - flat(avoid)
+    far = np.linalg.norm(gap)
+    assume(far > 1e-2 * abs(a) @ [size(x) for x in xs] and far > 1e-2)
+    return xs, c, k, avoid, draw(st.sampled_from([0.5, 1.5, 3.0, 50.0])) * far, gap
+
+
+def rounding(xs, moved, c, *others):
+    terms = [size(x) + size(y) for x, y in zip(xs, moved, strict=True)]
+    return UNIT * (abs(normalized(c)) @ terms + size(*others))
+
+
+@given(ball=balls())
+def test_the_average_leaves_the_ball_straight_out_or_stays(ball):  # (ii L7)
+    xs, c, k, avoid, radius, gap = ball
+    moved = exit_ball(xs, c, avoid, radius, costs=k)
+    far = np.linalg.norm(gap)
+    if far >= radius:
+        return assert_close(moved, xs, units=0)
+    error = 32 * rounding(xs, moved, c, avoid)
+    assert abs(distance(mean(moved, c), avoid) - radius) <= error
+    landing = flat(mean(moved, c)) - flat(avoid)
+    np.testing.assert_allclose(landing, radius * gap / far, atol=error * (1 + radius / far))
+    target = like(flat(avoid) + radius * gap / far, avoid)
+    scale = rounding(xs, moved, c, avoid) / UNIT / max(abs(normalized(c))) * (1 + radius / far)
+    return assert_close(moved, retarget(xs, c, target, costs=k), units=64, scale=scale)
+
+
+@given(ball=balls())
+def test_leaving_costs_the_least_and_leaving_twice_nothing(ball):  # (ii L7)
+    xs, c, k, avoid, radius, gap = ball
+    moved = exit_ball(xs, c, avoid, radius, costs=k)
+    a, far = normalized(c), np.linalg.norm(gap)
+    cost = sum(w * e @ e for w, e in zip(k, edits(xs, moved), strict=True))
+    formula = max(radius - far, 0) ** 2 / np.sum(a**2 / np.array(k))
+    slack = 64 * rounding(xs, moved, c, avoid) * (1 + radius / far) / max(abs(a)) * np.sqrt(sum(k))
+    assert abs(np.sqrt(cost) - np.sqrt(formula)) <= slack
+    again = exit_ball(moved, c, avoid, radius, costs=k)
+    assert_close(again, moved, units=64, scale=slack / UNIT / 64)
+
+
+@given(data=st.data(), ball=balls(count=2, layout=LAYOUT), inward=st.booleans())
+def test_with_a_direction_it_is_retarget_along_the_direction(data, ball, inward):
+    xs, c, k, avoid, radius, gap = ball
+    a = normalized(c)
+    direction = data.draw(weights(LAYOUT))
+    assume(size(direction) > 0.1)
+    if inward:  # <E, S g> < 0: through the ball and out on the other side
+        direction = like(-gap, avoid)
+    allow = data.draw(st.sampled_from([None, data.draw(allowances(2))]))
+    moves = [
+        dense(None if allow is None else p, x) @ flat(direction)
+        for p, x in zip(allow or [None, None], xs, strict=True)
+    ]
+    shift = sum(w**2 / p * m for w, p, m in zip(a, k, moves, strict=True))
+    speed = np.linalg.norm(shift)
+    assume(speed > 1e-2 * size(direction) * max(a**2 / np.array(k)))
+    moved = negative.exit_ball(xs, c, avoid, radius, costs=k, direction=direction, allow=allow)
+    far = np.linalg.norm(gap)
+    if far >= radius:
+        return assert_close(moved, xs, units=0)
+    t = max(np.roots([speed**2, 2 * gap @ shift, far**2 - radius**2]).real)
+    error = 64 * rounding(xs, moved, c, avoid)
+    assert abs(distance(mean(moved, c), avoid) - radius) <= error
+    for x, y, m, w, p in zip(xs, moved, moves, a, k, strict=True):
+        sensitivity = (
+            1 + radius / far + radius / np.sqrt((gap @ shift / speed) ** 2 + radius**2 - far**2)
+        )
+        atol = 4 * error * sensitivity * np.linalg.norm(w / p * m) / speed + 16 * UNIT * size(x, y)
+        np.testing.assert_allclose(flat(y) - flat(x), t * w / p * m, atol=atol)
+    target = like(flat(avoid) + gap + t * shift, avoid)
+    other = negative.retarget(xs, c, target, costs=k, allow=allow)
+    return assert_close(mean(other, c), mean(moved, c), units=256, scale=error / UNIT)
+
+
+@given(data=st.data())
+def test_the_average_itself_is_left_in_the_direction_given(data):
+    xs, c, k, direction = data.draw(problems(count=2))
+    assume(size(direction) > 0.1)
+    center, size_ = mean(xs, c), size(*xs)
+    radius = 1 + 2 * size_
+    with pytest.raises(ValueError, match="no way out is distinguished: give a direction"):
+        negative.exit_ball(xs, c, center, radius, costs=k)
+    assert is_nan(exit_ball(xs, c, center, radius, costs=k))
+    moved = exit_ball(xs, c, center, radius, costs=k, direction=direction)
+    landing = flat(mean(moved, c)) - flat(center)
+    unit = flat(direction) / np.linalg.norm(flat(direction))
+    np.testing.assert_allclose(landing, radius * unit, atol=64 * rounding(xs, moved, c, center))
+
+
+TWO = [{"w": jnp.eye(2), "b": jnp.ones(2)}, {"w": -jnp.eye(2), "b": jnp.zeros(2)}]
+ZERO = jax.tree.map(jnp.zeros_like, TWO[0])
+ONES = jax.tree.map(jnp.ones_like, TWO[0])
+FROZEN = [{"w": 0.0, "b": 0.0}] * 2
+
+
+def leave(**options):
+    """`exit_ball` on a small problem, with some arguments replaced."""
+    usual = {"points": TWO, "coefficients": (1, 1), "avoid": ONES, "radius": 9.0}
+    return negative.exit_ball(**(usual | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"radius": -1.0}, "radius must be finite and positive, got -1"),
+        ({"radius": 0.0}, "radius must be finite and positive, got 0"),
+        ({"radius": float("nan")}, "radius must be finite and positive"),
+        ({"radius": 1e-6}, "radius 1e-06 is below the rounding of the points"),
+        ({"coefficients": (0, 0)}, "make it differ from zero"),
+        ({"coefficients": (1, -1)}, "make it differ from zero"),
+        ({"coefficients": (1,)}, "coefficients has 1 numbers for 2 points"),
+        ({"costs": (1, 0)}, "costs must be positive"),
+        ({"costs": (1, -2)}, "costs must be positive"),
+        ({"costs": (1, 1, 1)}, "costs has 3 numbers for 2 points"),
+        ({"direction": ZERO}, "direction has norm 0, .* a direction that is not zero"),
+        ({"direction": ONES, "allow": FROZEN}, "direction has norm .* 0 is left of it"),
+        ({"allow": [None, None]}, "allow needs a direction"),
+        ({"direction": {"w": jnp.eye(2)}}, r"has a leaf \['b'\] that direction lacks"),
+        ({"avoid": {"w": jnp.eye(3), "b": jnp.ones(2)}}, r"leaf \['w'\] has shape .* in avoid"),
+        ({"avoid": ONES | {"w": jnp.full((2, 2), jnp.nan)}}, r"leaf \['w'\] of avoid holds NaN"),
+        ({"points": [TWO[0], TWO[1] | {"b": jnp.array([1.0, jnp.inf])}]},
+         r"leaf \['b'\] of points\[1\] holds NaN or an infinity"),
+        ({"direction": ONES | {"b": jnp.array([1.0, jnp.nan])}}, r"leaf \['b'\] of direction"),
+        ({"points": []}, "points is empty"),
+    ],
+)  # fmt: skip
+def test_exit_ball_refuses(options, words, refuses):
+    with refuses(ValueError, match=words):
+        leave(**options)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"w": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "b": 1.0}, r"\['w'\] is not symmetric, by 2"),
+        ({"w": jnp.eye(3), "b": 1.0}, r"\['w'\] has shape \(3, 3\) for a leaf of shape \(2, 2\)"),
+        ({"w": 1.0, "b": jnp.eye(2)}, r"\['b'\] is a matrix, but the leaf of shape \(2,\) is none"),
+        ({"w": -jnp.eye(2), "b": 1.0}, r"\['w'\] has the eigenvalue -1 beside 0"),
+        ({"w": -1.0, "b": 1.0}, r"\['w'\] must be finite and at least 0, got -1"),
+        ({"w": jnp.full((2, 2), jnp.nan), "b": 1.0}, r"\['w'\] holds NaN"),
+        ({"w": 1.0}, r"allow\[1\] must be a tree like the weights"),
+    ],
+)
+def test_bad_allowances_are_refused(entry, words, refuses):
+    with refuses(ValueError, match=words):
+        leave(direction=ONES, allow=[None, entry])
+    with refuses(ValueError, match=words):
+        negative.retarget(TWO, (1, 1), ONES, allow=[None, entry])
+
+
+def test_allowances_of_wrong_kind_or_count_are_refused(refuses):
+    with refuses(ValueError, match="allow must have one entry for each of 2 points"):
+        leave(direction=ONES, allow=[None])
+    with refuses(TypeError, match=r"allow\[0\] at leaf \['w'\] is 'all': give 1.0"):
+        leave(direction=ONES, allow=[{"w": "all", "b": 1.0}, None])
+    with refuses(ValueError, match=r"of a shift of norm .*out of reach, most of it"):
+        negative.retarget(TWO, (1, 1), ONES, allow=FROZEN)
+    with refuses(ValueError, match="costs must be positive"):
+        negative.retarget(TWO, (1, 1), ONES, costs=(0, 1))
+    with refuses(ValueError, match=r"leaf \['w'\] of target holds NaN"):
+        negative.retarget(TWO, (1, 1), ONES | {"w": jnp.full((2, 2), jnp.nan)})
+    with refuses(TypeError, match="is a LowRank edit, not weights: add it to a base"):
+        low = LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))
+        negative.retarget(TWO, (1, 1), {"w": low, "b": jnp.ones(2)})
+
+
+def test_what_is_undefined_is_nan_where_traced():
+    assert is_nan(exit_ball(TWO, jnp.zeros(2), ONES, 9.0))
+    assert is_nan(exit_ball(TWO, (1, 1), ONES, -1.0))
+    assert is_nan(exit_ball(TWO, (1, 1), ONES, 1e-6))
+    assert is_nan(exit_ball(TWO, (1, 1), ONES, 9.0, costs=jnp.array([1.0, 0.0])))
+    assert is_nan(exit_ball(TWO, (1, 1), ONES, 9.0, direction=ZERO))
+    assert is_nan(jax.jit(lambda g: leave(direction=g, allow=FROZEN))(ONES))
+    skew = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    skewed = jax.jit(lambda p: leave(direction=ONES, allow=[None, {"w": p, "b": 1.0}]))(skew)
+    assert is_nan(skewed[1]["w"])
+
+
+def test_a_frozen_leaf_stays_bit_for_bit():
+    moved = leave(direction=ONES, allow=[{"w": 1.0, "b": 0.0}] * 2)
+    for x, y in zip(TWO, moved, strict=True):
+        assert_close(y["b"], x["b"], units=0)
+        assert distance(x["w"], y["w"]) > 1
+
+
+# free_inputs
+
+
+@given(seed=st.integers(0, 2**16), n=st.sampled_from([3, 6, 20]), rtol=st.sampled_from([1e-3, 0.3]))
+def test_free_inputs_is_the_projector_onto_what_the_data_hardly_use(seed, n, rtol):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 6)) * 10.0 ** -np.arange(6)
+    x = jnp.asarray(x @ np.linalg.qr(rng.normal(size=(6, 6)))[0], FLOAT)
+    p = np.asarray(negative.free_inputs(x, rtol=rtol), np.float64)
+    values, vectors = np.linalg.svd(np.asarray(x, np.float64))[1:]
+    values = np.pad(values, (0, 6 - len(values)))
+    assume(min(abs(values / values[0] / rtol - 1)) > 1e-2)
+    free = vectors[values < rtol * values[0]]
+    gaps = np.diff(values[::-1])[max(len(free) - 1, 0)] / values[0] if len(free) < 6 else 1
+    np.testing.assert_array_equal(p, p.T)
+    np.testing.assert_allclose(p @ p, p, atol=64 * UNIT)
+    assert round(np.trace(p)) == len(free)
+    np.testing.assert_allclose(p, free.T @ free, atol=256 * UNIT / gaps)
+    edit = rng.normal(size=(6, 4))
+    outputs = np.linalg.norm(np.asarray(x, np.float64) @ p @ edit)
+    assert outputs <= (rtol + 64 * UNIT) * values[0] * np.linalg.norm(edit)
+
+
+def test_degenerate_activations(refuses):
+    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((3, 2)), rtol=0.1), np.eye(2))
+    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((0, 2)), rtol=0.1), np.eye(2))
+    for rtol in (0, 1, -0.1, 2.0, float("nan")):
+        with refuses(ValueError, match="rtol must be between 0 and 1"):
+            negative.free_inputs(jnp.ones((3, 2)), rtol=rtol)
+    with refuses(ValueError, match=r"activations must be a matrix \(n, d\)"):
+        negative.free_inputs(jnp.ones(3), rtol=0.1)
+    with refuses(ValueError, match="of activations holds NaN"):
+        negative.free_inputs(jnp.full((2, 2), jnp.nan), rtol=0.1)
+    with refuses(TypeError, match="of activations has dtype int32"):
+        negative.free_inputs(jnp.ones((2, 2), jnp.int32), rtol=0.1)
+    assert is_nan(jax.jit(lambda t: negative.free_inputs(jnp.eye(2), rtol=t))(1.5))
+
+
+# harden
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 7), (2, 4, 3), (2, 2, 3)])
+@given(data=st.data())
+def test_harden_flattens_within_the_spaces_at_the_same_norm(shape, data):  # (ii L11)
+    edit = data.draw(matrices(shape))
+    flat_edit = jax.jit(negative.harden)(edit)
+    stack = np.asarray(edit, np.float64).reshape(-1, *shape[-2:])
+    flats = np.asarray(flat_edit, np.float64).reshape(-1, *shape[-2:])
+    for before, after in zip(stack, flats, strict=True):
+        norm = np.linalg.norm(before)
+        u, values, vt = np.linalg.svd(before, full_matrices=False)
+        kept = values > max(before.shape) * UNIT * values[0]
+        assume(not (~kept & (values > UNIT / 8 * values[0])).any())
+        assume(not (kept & (values < 1e3 * UNIT * values[0])).any())
+        k = kept.sum()
+        smallest = values[kept][-1] / values[0]
+        wanted = norm / np.sqrt(k) * u[:, kept] @ vt[kept]
+        np.testing.assert_allclose(after, wanted, atol=64 * UNIT * norm / smallest)
+        assert abs(np.linalg.norm(after) - norm) <= 64 * UNIT * norm
+        level = np.linalg.svd(after, compute_uv=False)
+        for r in range(k + 1):
+            tail = np.sqrt(np.sum(level[r:] ** 2))
+            assert abs(tail - norm * np.sqrt(1 - r / k)) <= 64 * np.sqrt(k * UNIT) * norm
+            assert tail >= np.sqrt(np.sum(values[r:] ** 2)) - 64 * np.sqrt(UNIT) * norm
+    again = jax.jit(negative.harden)(flat_edit)
+    assert_close(again, flat_edit, units=64, scale=float(np.linalg.norm(stack)))
+
+
+def test_harden_leaves_vectors_and_zeros_alone(refuses):
+    edit = {"b": jnp.ones(3), "s": jnp.ones(()), "z": jnp.zeros((2, 3)), "e": jnp.ones((0, 2))}
+    assert_close(negative.harden(edit), edit, units=0)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 4)), FLOAT)
+    wanted = negative.harden(kernel.reshape(12, 4)).reshape(2, 2, 3, 4)
+    assert_close(negative.harden(kernel), wanted)
+    for rtol in (0, 1, -1.0):
+        with refuses(ValueError, match="rtol must be between 0 and 1"):
+            negative.harden(edit, rtol=rtol)
+    with refuses(ValueError, match=r"leaf \['b'\] of edit holds NaN"):
+        negative.harden({"b": jnp.array([jnp.nan])})
+    with refuses(ValueError, match="reshape it to two or three dimensions"):
+        negative.harden(jnp.ones((1, 1, 1, 1, 2, 2)))
+
+
+def test_harden_leaves_out_what_is_below_rtol():
+    edit = jnp.diag(jnp.array([1.0, 0.5, 1e-3]))
+    flat_edit = negative.harden(edit, rtol=1e-2)
+    level = np.sqrt(1.25 + 1e-6) / np.sqrt(2)
+    np.testing.assert_allclose(flat_edit, np.diag([level, level, 0]), atol=1e-6)

@@ -1,0 +1,111 @@
+"""What every function of `wspace` promises under JAX's transformations."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from tests.catalog import CATALOG
+from tests.helpers import assert_close
+
+each_function = pytest.mark.parametrize(("count", "function"), CATALOG.values(), ids=CATALOG)
+SEVERAL = {name: value for name, value in CATALOG.items() if value[0] > 1}
+each_with_several = pytest.mark.parametrize(("count", "function"), SEVERAL.values(), ids=SEVERAL)
+WITHOUT_GRADIENT = ("negative.rank_to_reach", "negative.route", "negative.harden")
+SMOOTH = {name: value for name, value in CATALOG.items() if name not in WITHOUT_GRADIENT}
+each_smooth = pytest.mark.parametrize(("count", "function"), SMOOTH.values(), ids=SMOOTH)
+each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+SHAPES = {"w": (16, 4), "b": [(8,), ()], "s": (8, 8, 3)}
+COLLECTIVES = r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter"
+
+
+def trees(count, dtype=jnp.float32, batch=()):
+    rng = np.random.default_rng(0)
+    return [
+        jax.tree.map(
+            lambda shape: jnp.asarray(rng.normal(size=(*batch, *shape)), dtype),
+            SHAPES,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+        for _ in range(count)
+    ]
+
+
+@each_dtype
+@each_function
+def test_jit_agrees_with_eager(count, function, dtype):
+    arguments = trees(count, dtype)
+    assert_close(jax.jit(function)(*arguments), function(*arguments), units=32)
+
+
+@each_function
+def test_vmap_agrees_with_a_loop(count, function):
+    batch = trees(count, batch=(3,))
+    rows = [function(*jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(3)]
+    looped = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+    assert_close(jax.vmap(function)(*batch), looped, units=64)
+
+
+@each_smooth
+def test_gradients_to_second_order_agree_with_finite_differences(count, function):
+    with jax.enable_x64(True):
+        arguments = trees(count, jnp.float64)
+        check_grads(function, arguments, order=2, modes=["rev"], rtol=1e-4)
+
+
+@each_dtype
+@each_function
+def test_half_precision_result_is_the_single_precision_result_rounded_once(count, function, dtype):
+    narrow = trees(count, dtype)
+    wide = function(*jax.tree.map(lambda x: x.astype(jnp.float32), narrow))
+    got = function(*narrow)
+    assert_close(got, jax.tree.map(lambda x, like: x.astype(like.dtype), wide, got), units=0)
+    if isinstance(got, jax.Array):
+        assert got.dtype in (jnp.float32, jnp.int32)
+
+
+@each_function
+def test_sharded_leaves_stay_sharded(count, function):
+    arguments = trees(count)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(
+            lambda x: jax.device_put(x, jax.P("x") if x.ndim else jax.P()), arguments
+        )
+        for got in (function(*spread), jax.jit(function)(*spread)):
+            for one in got if isinstance(got, list) else [got]:
+                if jax.tree.structure(one) == jax.tree.structure(spread[0]):
+                    assert jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, spread[0])
+    got, wanted = jax.tree.map(np.asarray, (got, function(*arguments)))
+    assert_close(got, wanted, units=64)
+
+
+@pytest.mark.parametrize("name", ["average.mean", "interpolate.lerp", "negative.repel"])
+def test_combinations_of_sharded_leaves_communicate_nothing(name):
+    count, function = CATALOG[name]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(
+            lambda x: jax.device_put(x, jax.P("x") if x.ndim else jax.P()), trees(count)
+        )
+        program = jax.jit(function).lower(*spread).compile().as_text()
+    assert not re.search(COLLECTIVES, program)
+
+
+@each_function
+def test_refuses_leaves_that_are_not_floating_point(count, function, refuses):
+    *rest, last = trees(count)
+    with refuses(TypeError, match=r"leaf .* has dtype int32; weights are .* tree.partition"):
+        function(*rest, last | {"w": jnp.ones((16, 4), jnp.int32)})
+
+
+@each_with_several
+def test_refuses_trees_of_different_layout(count, function, refuses):
+    *rest, last = trees(count)
+    with refuses(ValueError, match=r"leaf .* has shape \(16, 4\) in .*, \(4, 1\) in"):
+        function(*rest, last | {"w": jnp.ones((4, 1))})
+    with refuses(ValueError, match=r"has a leaf .* that .* lacks|must be a tree like base"):
+        function(*rest, {"w": last["w"], "b": last["b"]})
