@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
@@ -40,7 +41,7 @@ def is_weight(leaf: object) -> bool:
 
 def is_traced(*values: object) -> bool:
     """Whether a value is known only when the traced program runs."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def same_layout(**trees: object) -> None:
