@@ -8,10 +8,11 @@ from wspace import average, geometry, interpolate, lowrank, negative, tree
 
 def allow():
     """Where two points of the layout of `test_transforms` may move: a projector, and scalars."""
+    half = jnp.diag(jnp.asarray([1.0, 0.0] * 8, jnp.float32))
     projector = jnp.diag(jnp.asarray([1.0] * 8 + [0.0] * 8, jnp.float32))
     return [
-        {"w": projector, "b": [1.0, 0.0], "s": 1.0},
-        {"w": jnp.eye(16, dtype=jnp.float32) / 2, "b": [0.0, 1.0], "s": jnp.eye(8)},
+        {"w": projector, "b": [1.0, 0.0], "s": 1.0, "k": 1.0},
+        {"w": jnp.eye(16, dtype=jnp.float32) / 2, "b": [0.0, 1.0], "s": jnp.eye(8), "k": half},
     ]
 
 

@@ -7,6 +7,8 @@ import jax
 import pytest
 from jaxtyping import TypeCheckError
 
+# Threads for every device and to spare, however few the cores: else collectives starve each other.
+os.environ["NPROC"] = "32"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

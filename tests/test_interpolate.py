@@ -15,7 +15,7 @@ from wspace import geometry, interpolate, tree
 lerp, slerp = jax.jit(interpolate.lerp), jax.jit(interpolate.slerp)
 norm, angle, combine = jax.jit(tree.norm), jax.jit(geometry.angle), jax.jit(tree.combine)
 each_path = pytest.mark.parametrize("path", [lerp, slerp], ids=["lerp", "slerp"])
-ANGLES = (1e-7, 1e-5, 1e-3, 0.1, 1.0, 1.5, 1.6, 2.0, 3.0, np.pi - 1e-2, np.pi - 1e-3)
+ANGLES = (1e-7, 1e-5, 1e-3, 0.1, 0.7, 1.0, 1.5, 1.6, 2.0, 3.0, np.pi - 1e-2, np.pi - 1e-3)
 
 
 @each_path

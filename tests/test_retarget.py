@@ -473,6 +473,12 @@ def test_what_is_undefined_is_nan_where_traced():
     assert is_nan(skewed[1]["w"])
 
 
+def test_outside_the_ball_nothing_moves_whatever_the_direction():
+    for direction in (None, ONES, ZERO):
+        for leaving in (leave, jax.jit(leave)):
+            assert_close(leaving(radius=0.5, direction=direction), TWO, units=0)
+
+
 def test_a_frozen_leaf_stays_bit_for_bit():
     moved = leave(direction=ONES, allow=[{"w": 1.0, "b": 0.0}] * 2)
     for x, y in zip(TWO, moved, strict=True):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests import catalog
 from tests.catalog import CATALOG
 from tests.helpers import assert_close
 
@@ -18,7 +19,7 @@ WITHOUT_GRADIENT = ("negative.rank_to_reach", "negative.route", "negative.harden
 SMOOTH = {name: value for name, value in CATALOG.items() if name not in WITHOUT_GRADIENT}
 each_smooth = pytest.mark.parametrize(("count", "function"), SMOOTH.values(), ids=SMOOTH)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-SHAPES = {"w": (16, 4), "b": [(8,), ()], "s": (8, 8, 3)}
+SHAPES = {"w": (16, 4), "b": [(8,), ()], "s": (8, 8, 3), "k": (8, 1, 2, 3)}
 COLLECTIVES = r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter"
 
 
@@ -75,10 +76,12 @@ def test_sharded_leaves_stay_sharded(count, function):
         spread = jax.tree.map(
             lambda x: jax.device_put(x, jax.P("x") if x.ndim else jax.P()), arguments
         )
-        for got in (function(*spread), jax.jit(function)(*spread)):
-            for one in got if isinstance(got, list) else [got]:
-                if jax.tree.structure(one) == jax.tree.structure(spread[0]):
-                    assert jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, spread[0])
+        results = [function(*spread), jax.jit(function)(*spread)]
+    results.append(function(*spread))  # arrays carry their mesh, so the context is not needed
+    for got in results:
+        for one in got if isinstance(got, list) else [got]:
+            if jax.tree.structure(one) == jax.tree.structure(spread[0]):
+                assert jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, spread[0])
     got, wanted = jax.tree.map(np.asarray, (got, function(*arguments)))
     assert_close(got, wanted, units=64)
 
@@ -95,6 +98,15 @@ def test_combinations_of_sharded_leaves_communicate_nothing(name):
     assert not re.search(COLLECTIVES, program)
 
 
+@pytest.mark.parametrize("name", ["negative.retarget, allow", "negative.exit_ball, direction"])
+def test_what_is_known_may_be_closed_over(name):
+    count, function = CATALOG[name]
+    arguments, constants = trees(count), catalog.allow()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "allow", lambda: constants)
+        assert_close(jax.jit(function)(*arguments), function(*arguments), units=32)
+
+
 @each_function
 def test_refuses_leaves_that_are_not_floating_point(count, function, refuses):
     *rest, last = trees(count)
@@ -108,4 +120,4 @@ def test_refuses_trees_of_different_layout(count, function, refuses):
     with refuses(ValueError, match=r"leaf .* has shape \(16, 4\) in .*, \(4, 1\) in"):
         function(*rest, last | {"w": jnp.ones((4, 1))})
     with refuses(ValueError, match=r"has a leaf .* that .* lacks|must be a tree like base"):
-        function(*rest, {"w": last["w"], "b": last["b"]})
+        function(*rest, {name: last[name] for name in ("w", "b", "k")})

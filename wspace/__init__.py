@@ -1,5 +1,23 @@
 """Geometry of weight space: pure functions on pytrees of model weights."""
 
-from wspace import average, geometry, interpolate, lowrank, negative, tree, typing
+from wspace import (
+    average,
+    checkpoint,
+    geometry,
+    interpolate,
+    lowrank,
+    negative,
+    tree,
+    typing,
+)
 
-__all__ = ["average", "geometry", "interpolate", "lowrank", "negative", "tree", "typing"]
+__all__ = [
+    "average",
+    "checkpoint",
+    "geometry",
+    "interpolate",
+    "lowrank",
+    "negative",
+    "tree",
+    "typing",
+]

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
+from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace._numerics import accumulator
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights
+from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -226,11 +226,12 @@ def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | 
     return 0.0
 
 
-def finite(**trees: Weights) -> None:
+def finite(**trees: object) -> None:
     """Raises if a leaf with known values holds NaN or an infinity; traced leaves pass."""
     for name, x in trees.items():
-        for path, leaf in tree_flatten_with_path(x)[0]:
-            if not is_traced(leaf) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        for path, leaf in tree_leaves_with_path(x):
+            sound = jnp.isfinite(leaf).all()
+            if not is_traced(sound) and not sound:
                 raise ValueError(
                     f"leaf {keystr(path) or '(root)'} of {name} holds NaN or an infinity: "
                     "no distance or rank is defined for it; mend the weights first"

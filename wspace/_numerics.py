@@ -64,13 +64,14 @@ def replicated(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
     Factorizations and contractions over a sharded axis are not defined in explicit mode.
     """
-    sharding = jax.typeof(x).sharding
-    if any(axis is not None for axis in sharding.spec):
-        return jax.reshard(x, jax.P(*(None for _ in sharding.spec)))
-    return x
+    return _placed(x, jax.P(*(None for _ in range(x.ndim))))
 
 
 def placed_like(x: Float[Array, "*s"], like: Array) -> Float[Array, "*s"]:
     """`x` with the explicit sharding of `like`."""
-    wanted = jax.typeof(like).sharding.spec
-    return x if jax.typeof(x).sharding.spec == wanted else jax.reshard(x, wanted)
+    return _placed(x, jax.typeof(like).sharding.spec)
+
+
+def _placed(x: Array, spec: jax.P) -> Array:
+    sharding = jax.typeof(x).sharding
+    return x if sharding.spec == spec else jax.reshard(x, jax.NamedSharding(sharding.mesh, spec))

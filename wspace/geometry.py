@@ -175,7 +175,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
         directions: The $d_i$, trees of one layout, at least one.
 
     Returns:
-        As many trees, each leaf in the dtype of that leaf of its direction: half precision is
+        As many trees, each leaf in the dtype of that leaf of its direction. Half precision is
         orthonormal to half precision only, so pass directions through
         [`upcast`][wspace.tree.upcast] where that matters.
 

@@ -12,17 +12,15 @@ factorization, one leaf at a time, and results that are weights are sharded agai
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
-from wspace.typing import Matrix, Scalar, Weights, WeightsLike
+from wspace.typing import Leaf, Scalar, Weights, WeightsLike
 
 __all__ = [
     "LowRank",
@@ -84,7 +82,7 @@ class Truncation(NamedTuple):
     tail: Scalar
 
 
-def as_matrix(leaf: Float[Array | np.ndarray, "..."]) -> Float[Array, "... m n"]:
+def as_matrix(leaf: Leaf) -> Float[Array, "... m n"]:
     """The matrix that a leaf of weights is.
 
     | dimensions of the leaf | its matrix |
@@ -115,11 +113,10 @@ def as_matrix(leaf: Float[Array | np.ndarray, "..."]) -> Float[Array, "... m n"]
             f"a leaf of shape {leaf.shape} is no matrix, stack of matrices or convolution: "
             "reshape it to two or three dimensions first"
         )
-    if leaf.ndim < 2:
-        return leaf.reshape(-1, 1)
-    if leaf.ndim > 3:
-        return leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1])
-    return leaf
+    if leaf.ndim in (2, 3):
+        return leaf
+    columns = leaf.shape[-1] if leaf.ndim > 3 else 1
+    return replicated(leaf).reshape(leaf.size // max(columns, 1), columns)
 
 
 def materialize(x: LowRank) -> Float[Array, "... m n"]:
@@ -220,7 +217,7 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
     return tree.combine((1, 1), (base, edits))
 
 
-def singular_values(x: Matrix | LowRank) -> Float[Array, "... k"]:
+def singular_values(x: Leaf | LowRank) -> Float[Array, "... k"]:
     r"""Singular values in descending order, of a matrix or of a product of factors.
 
     $$
@@ -271,7 +268,7 @@ def tail_curve(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
     return jnp.concatenate([tails, 0 * jnp.sum(squares, keepdims=True)])
 
 
-def truncate(x: Matrix | LowRank, rank: int) -> Truncation:
+def truncate(x: Leaf | LowRank, rank: int) -> Truncation:
     r"""The nearest matrix of given rank, in factors, and its distance.
 
     $$
@@ -291,8 +288,8 @@ def truncate(x: Matrix | LowRank, rank: int) -> Truncation:
         rank: The rank, at least 0; above $\min(m, n)$ it is cut to that, where the tail is $0$.
 
     Returns:
-        A [`Truncation`][wspace.lowrank.Truncation]: `factors` a `LowRank` in at least float32,
-            and its `tail` over the whole stack.
+        A [`Truncation`][wspace.lowrank.Truncation] with `factors` a `LowRank` in at least float32,
+            and the `tail` over the whole stack.
 
     Raises:
         ValueError: If `rank` is negative, the factors do not match, or a value known is NaN or

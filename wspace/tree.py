@@ -181,7 +181,7 @@ def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
         y: Second tree, of the same layout.
 
     Returns:
-        A scalar in at least float32. Products beyond its range are infinite or zero: entries
+        A scalar in at least float32. Products beyond its range are infinite or zero; entries
         between $10^{-18}$ and $10^{18}$ in size are safe.
 
     Raises:

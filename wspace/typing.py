@@ -7,7 +7,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 __all__ = [
+    "Allow",
     "Coefficients",
+    "Leaf",
     "Loss",
     "Matrix",
     "Path",
@@ -26,6 +28,9 @@ ScalarLike: TypeAlias = Real[ArrayLike, ""]
 Coefficients: TypeAlias = Sequence[ScalarLike] | Real[Array | np.ndarray, " k"]
 """Mixing numbers of any sign, one per point: a sequence of scalars or an array `(k,)`."""
 
+Leaf: TypeAlias = Float[Array | np.ndarray, "..."]
+"""One leaf of a tree of weights, of any shape."""
+
 Matrix: TypeAlias = Float[Array | np.ndarray, "... _ _"]
 """A floating-point matrix `(m, n)`, or a stack of them `(..., m, n)`."""
 
@@ -35,6 +40,12 @@ Weights: TypeAlias = PyTree[Float[Array, "?*leaf"], " W"]
 
 WeightsLike: TypeAlias = PyTree[Float[Array | np.ndarray, "?*leaf"], " W"]
 """As [`Weights`][wspace.typing.Weights], NumPy leaves allowed."""
+
+Allow: TypeAlias = Sequence[PyTree | None]
+"""Where each of several points may move. Per point `None`, everywhere, or a tree like the
+weights with, at each leaf, `1.0` (free), `0.0` (frozen), or for a matrix `x @ W` a projector
+`(in, in)` onto the inputs whose rows may change; or any symmetric positive semidefinite matrix,
+the inverse of a metric."""
 
 Path: TypeAlias = Callable[[ScalarLike], Weights]
 """A path through weight space: from a position `t` to a point, such as

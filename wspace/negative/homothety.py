@@ -54,7 +54,8 @@ def repel(point: WeightsLike, avoid: WeightsLike, strength: ScalarLike) -> Weigh
         TypeError: If a leaf is not floating-point.
 
     Examples:
-        >>>         >>> from wspace import negative
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
         >>> negative.repel({"w": jnp.array([1.0, 2.0])}, {"w": jnp.zeros(2)}, 0.5)
         {'w': Array([1.5, 3. ], dtype=float32)}
 
@@ -93,7 +94,8 @@ def guide(
         TypeError: If a leaf is not floating-point.
 
     Examples:
-        >>>         >>> from wspace import negative
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
         >>> negative.guide(jnp.array([0.0]), jnp.array([3.0]), jnp.array([1.0]), 2.0)
         Array([4.], dtype=float32)
 
@@ -132,7 +134,8 @@ def remove_member(average: WeightsLike, member: WeightsLike, coefficient: Scalar
         TypeError: If a leaf is not floating-point.
 
     Examples:
-        >>>         >>> from wspace import negative
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
         >>> negative.remove_member(jnp.array([2.0]), jnp.array([5.0]), 0.25)
         Array([1.], dtype=float32)
 

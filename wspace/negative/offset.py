@@ -8,8 +8,8 @@ $$
     = \Bigl(\sum_\ell \sum_{i > r} \sigma_i(E_\ell)^2\Bigr)^{1/2}
 $$
 
-An edit after an average is an edit of one source: $\operatorname{avg}(A - L/a, C) =
-\operatorname{avg}(A, C) - L$. It needs no layer and no access to $A$ or $C$.
+An edit $L$ of an average is an edit of one source: $\operatorname{avg}(A + L/a, C) =
+\operatorname{avg}(A, C) + L$. It needs no layer and no access to $A$ or $C$.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
         rank: The rank $r \ge 0$ for every matrix; cut to what a matrix has.
 
     Returns:
-        A [`Truncation`][wspace.lowrank.Truncation]: `factors` a tree of `LowRank` leaves for
+        A [`Truncation`][wspace.lowrank.Truncation] with `factors` a tree of `LowRank` leaves for
             matrices, stacks and convolutions and dense leaves for vectors, all in at least
             float32, and the `tail` over the whole tree.
 
@@ -154,7 +154,7 @@ def rank_to_reach(average: WeightsLike, target: WeightsLike, radius: ScalarLike)
         radius: The radius $\rho \ge 0$.
 
     Returns:
-        The rank, at most the largest that a leaf can have: there $t_r = 0$.
+        The rank, at most the largest that a leaf can have, where $t_r = 0$.
 
     Raises:
         ValueError: If `radius` is known and negative or not finite, the trees differ in structure
@@ -194,8 +194,8 @@ def route(
         radius: The distance, at least 0, that counts as having reached a target.
 
     Returns:
-        A [`Route`][wspace.negative.Route] by name: the entry of
-            [`curve`][wspace.negative.curve] at `rank`, and
+        A [`Route`][wspace.negative.Route] by name, with the entry of
+            [`curve`][wspace.negative.curve] at `rank` and the
             [`rank_to_reach`][wspace.negative.rank_to_reach].
 
     Raises:

@@ -17,24 +17,20 @@ Points round at their own size: in bfloat16 an average lands within bfloat16 of 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
 from wspace._numerics import matmul, placed_like, replicated, safe_sqrt
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["exit_ball", "free_inputs", "harden", "retarget"]
-
-
-Allow: TypeAlias = Sequence[PyTree | None] | None
-"""Per point, where it may move: a tree like the weights, or None for everywhere."""
 
 
 class _Allowed(NamedTuple):
@@ -117,7 +113,7 @@ def _allowed(allow: Allow, points: Sequence[Weights]) -> list[list[_Allowed]]:
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
-            f"weights or None, got {allow if allow is None else jax.tree.structure(allow)}"
+            f"weights or None, got {jax.tree.structure(allow)}"
         )
     rows = []
     for i, (entries, point) in enumerate(zip(allow, points, strict=True)):
@@ -186,7 +182,7 @@ def retarget(
     target: WeightsLike,
     *,
     costs: Coefficients | None = None,
-    allow: Allow = None,
+    allow: Allow | None = None,
 ) -> list[Weights]:
     r"""Moves points, at least cost, so that their average is a given one.
 
@@ -284,7 +280,7 @@ def exit_ball(
     *,
     costs: Coefficients | None = None,
     direction: WeightsLike | None = None,
-    allow: Allow = None,
+    allow: Allow | None = None,
 ) -> list[Weights]:
     r"""Moves points so that their average leaves a ball around a point to avoid.
 
@@ -381,15 +377,15 @@ def exit_ball(
     moved = tree.combine(share, moves)
     step = tree.norm(moved)
     largest = sum(w * p for w, p in zip(share, sizes, strict=True))
+    outside = distance >= radius
     undefined += _checks.refuse(
-        ~(step > 64 * jnp.finfo(step.dtype).eps * largest * speed),
+        ~outside & ~(step > 64 * jnp.finfo(step.dtype).eps * largest * speed),
         lambda: (
             f"direction has norm {speed:.3g}, and where the points may move {step:.3g} is left of "
             "it: give a direction that is not zero and that allow does not annihilate"
         ),
     )
     # The positive root t of ||E + t S g|| = radius, in units of S g, without cancellation.
-    outside = distance >= radius
     gap = jnp.where(outside, 1, (radius - distance) * (radius + distance))
     slope = tree.vdot(apart, moved) / jnp.where(step == 0, 1, step)
     root = jnp.sqrt(slope**2 + gap)
