@@ -1,0 +1,187 @@
+"""Weights in safetensors files.
+
+A file holds a flat mapping from names to tensors, and such a mapping is a tree of weights. It is
+data only: reading one runs no code.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import all_leaves
+from jaxtyping import Array, Float
+
+from wspace import _checks
+
+__all__ = ["load", "save"]
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+
+
+def save(
+    file: str | os.PathLike[str], weights: Mapping[str, Float[Array | np.ndarray, "..."]]
+) -> None:
+    """Writes named tensors to a safetensors file.
+
+    The file is written aside, flushed to disk and put in place at once: it is there whole, or as
+    it was before. Every value comes back from [`load`][wspace.checkpoint.load] bit for bit,
+    bfloat16 included, whatever the strides of the array.
+
+    Args:
+        file: Where to write, usually ending in `.safetensors`; replaced if it exists.
+        weights: A flat mapping from names to floating-point arrays.
+
+    Raises:
+        TypeError: If `weights` is not a flat mapping from strings to arrays, or an array is not
+            floating-point.
+        ValueError: If a tensor has the name `__metadata__`, which the format keeps for itself.
+        OSError: If the file cannot be written.
+        ImportError: If safetensors is not installed.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, {"1.weight": jnp.ones((1, 2), jnp.bfloat16)})
+        ...     checkpoint.load(file)
+        {'1.weight': Array([[1, 1]], dtype=bfloat16)}
+
+    References:
+        The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
+    """
+    library = _safetensors()
+    _flat(weights)
+    # The library writes the memory of an array, whatever its strides.
+    arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
+    write(file, library.numpy.save(arrays))
+
+
+def load(file: str | os.PathLike[str]) -> dict[str, Array]:
+    """Reads the named tensors of a safetensors file.
+
+    Args:
+        file: A file written by [`save`][wspace.checkpoint.save] or by any other program.
+
+    Returns:
+        The tensors by name, in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is a folder, cannot be read, is truncated or otherwise not a
+            safetensors file, or holds a tensor that is not float64, float32, bfloat16 or float16;
+            also if it holds float64 while JAX has 64-bit values disabled.
+        ImportError: If safetensors is not installed.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, {"bias": np.zeros(2, np.float32)})
+        ...     _ = file.write_bytes(file.read_bytes()[:-1])
+        ...     try:
+        ...         checkpoint.load(file)
+        ...     except ValueError as error:
+        ...         print(str(error).partition(" is ")[2].partition(" (")[0])
+        truncated or no safetensors file
+
+    References:
+        The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
+    """
+    library = _safetensors()
+    try:
+        data = Path(file).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {file}: check the path") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{file} is a folder: give a .safetensors file in it") from error
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}): check its path and permissions"
+        ) from error
+    try:
+        entries = library.deserialize(data)
+    except library.SafetensorError as error:
+        cause = str(error).removeprefix("Error while deserializing: ").strip()
+        raise ValueError(
+            f"{file} is truncated or no safetensors file ({cause}): copy or download it again"
+        ) from error
+    return {name: _array(file, name, entry) for name, entry in entries}
+
+
+def write(file: str | os.PathLike[str], data: bytes) -> None:
+    """Puts a file with these bytes in place at once, or leaves everything as it was."""
+    file = Path(file)
+    aside = file.parent / f".{file.name}.{secrets.token_hex(4)}"
+    try:
+        try:
+            with open(aside, "xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, file)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(
+            f"cannot write {file} ({error.strerror}): give a path in a folder that exists, can be "
+            "written and has space left"
+        ) from error
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            'checkpoint needs the package safetensors: pip install "wspace[demo]"'
+        ) from error
+    return safetensors
+
+
+def _flat(weights: object) -> None:
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping from names to arrays, got {type(weights)}")
+    for name in weights:
+        if not isinstance(name, str):
+            raise TypeError(f"names of tensors are strings, got {name!r} of {type(name)}")
+        if name == "__metadata__":
+            raise ValueError("__metadata__ names the metadata of the format: rename the tensor")
+    _checks.floating_leaves(weights=dict(weights))
+    for name, leaf in weights.items():
+        if not all_leaves([leaf]):
+            raise TypeError(
+                f"weights[{name!r}] is a {type(leaf)}, but a file holds a flat mapping from names "
+                "to arrays: join the names of nested ones, as in '1.weight', and leave out None"
+            )
+
+
+def _array(file: str | os.PathLike[str], name: str, entry: dict[str, Any]) -> Array:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(
+            f"tensor {name!r} of {file} has dtype {entry['dtype']}; weights are "
+            f"{', '.join(_DTYPES)}: convert or leave out others where the file is written"
+        )
+    dtype = _DTYPES[entry["dtype"]]
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"tensor {name!r} of {file} is float64, which JAX would round to float32 here: "
+            'call jax.config.update("jax_enable_x64", True) first'
+        )
+    # Copied, so that no array keeps the bytes of the whole file alive.
+    return jnp.array(np.frombuffer(entry["data"], dtype).reshape(entry["shape"]))
