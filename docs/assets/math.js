@@ -1,0 +1,8 @@
+document.querySelectorAll(".arithmatex").forEach((element) =>
+  renderMathInElement(element, {
+    delimiters: [
+      { left: "\\(", right: "\\)", display: false },
+      { left: "\\[", right: "\\]", display: true },
+    ],
+  }),
+);

@@ -1,0 +1,96 @@
+"""The pages: their code runs, their pictures are what the script draws, nothing is loaded."""
+
+import importlib.util
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if page.exists()]
+ASSETS = [
+    file
+    for file in [ROOT / "mkdocs.yml", *sorted(DOCS.rglob("*"))]
+    if file.suffix in (".yml", ".md", ".css", ".js", ".svg", ".html")
+]
+OUTSIDE = r"(?:https?:)?//[\w.]"
+LOADS = re.compile(
+    "|".join(
+        (
+            rf"\b(?:src|srcset|data|poster)\s*=\s*[\"']?\s*{OUTSIDE}",  # an element
+            rf"<link\b[^>]*\bhref\s*=\s*[\"']?\s*{OUTSIDE}",
+            rf"<(?:image|use)\b[^>]*\bhref\s*=\s*[\"']?\s*{OUTSIDE}",
+            rf"!\[[^\]]*\]\(\s*<?{OUTSIDE}",  # a picture in Markdown
+            rf"url\(\s*[\"']?\s*{OUTSIDE}",  # a style sheet
+            rf"@import\s+[\"']{OUTSIDE}",
+            rf"\b(?:fetch|import|importScripts)\s*\(\s*[\"'`]{OUTSIDE}",  # a script
+            rf"^\s*-\s*[\"']?{OUTSIDE}",  # a list in mkdocs.yml, such as extra_javascript
+        )
+    ),
+    re.MULTILINE,
+)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def name(file):
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_code_of_a_page_runs(page):
+    for example in Document.parse(str(page), PythonCodeBlockParser()):
+        example.evaluate()
+
+
+@pytest.mark.parametrize("file", ASSETS, ids=name)
+def test_a_page_loads_nothing_from_outside(file):
+    assert not LOADS.findall(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<script src="https://example.org/x.js"></script>',
+        "<img src='//example.org/x.png'>",
+        '<link rel="stylesheet" href="https://example.org/x.css">',
+        "![a picture](https://example.org/x.svg)",
+        "@font-face { src: url(https://example.org/x.woff2) }",
+        "@import 'https://example.org/x.css';",
+        "extra_javascript:\n  - https://example.org/x.js",
+    ],
+)
+def test_what_would_load_from_outside_is_recognized(text):
+    assert LOADS.search(text)
+
+
+def test_a_link_is_not_taken_for_a_load():
+    assert not LOADS.search("[arXiv](https://arxiv.org/abs/1912.05671), <https://arxiv.org>")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = tmp_path_factory.mktemp("assets")
+    script.main(folder)
+    return folder
+
+
+def test_every_picture_is_drawn(drawn):
+    kept = {file.name for file in (DOCS / "assets").glob("*.svg")}
+    assert kept == {file.name for file in drawn.iterdir()}
+
+
+@pytest.mark.parametrize("picture", sorted(file.name for file in DOCS.glob("assets/*.svg")))
+def test_a_picture_is_what_the_script_draws(picture, drawn):
+    kept, new = ((folder / picture).read_text() for folder in (DOCS / "assets", drawn))
+    if kept != new:  # ids are hashes of coordinates, which may differ in the last digit
+        kept, new = (re.sub(r"\b[a-z]+[0-9a-f]{10}\b", "id", text) for text in (kept, new))
+        assert NUMBER.sub("0", kept) == NUMBER.sub("0", new)
+        kept, new = (np.array(NUMBER.findall(text), float) for text in (kept, new))
+        np.testing.assert_allclose(new, kept, rtol=0, atol=0.01)
