@@ -256,6 +256,40 @@ def test_no_point_moves_where_it_may_not(data):
         assert np.linalg.norm(edit - p @ edit) <= 64 * UNIT * (size(x) + np.linalg.norm(edit))
 
 
+@pytest.mark.parametrize("turn", [1e-1, 1e-2])
+@given(seed=st.integers(0, 2**16))
+def test_nearly_parallel_spaces_still_land_and_keep(turn, seed):
+    # What only the small angle between the spaces can reach asks for edits 1 / turn times as long.
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.normal(size=(4, 4)))[0].T
+    lines = [q[0], np.cos(turn) * q[0] + np.sin(turn) * q[1]]
+    projector = [jnp.asarray(np.outer(v, v), FLOAT) for v in lines]
+    xs = [{"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)} for _ in lines]
+    goal = {"w": mean(xs)["w"] + jnp.asarray(np.outer(q[1], rng.normal(size=3)), FLOAT)}
+    moved = negative.retarget(xs, (1, 1), goal, allow=[{"w": p} for p in projector])
+    gap = np.linalg.norm(flat(mean(moved)) - flat(goal))
+    assert gap <= 32 * UNIT * (size(*xs, *moved) / 2 + size(goal))
+    for x, y, p in zip(xs, moved, projector, strict=True):
+        edit = (flat(y) - flat(x)).reshape(4, 3)
+        assert np.linalg.norm(edit) > 0.1 * np.linalg.norm(flat(goal) - flat(mean(xs))) / turn
+        outside = edit - np.asarray(p, np.float64) @ edit
+        assert np.linalg.norm(outside) <= 64 * UNIT * (size(x) + np.linalg.norm(edit))
+
+
+@given(seed=st.integers(0, 2**16))
+def test_a_direction_mostly_out_of_reach_does_not_leak(seed):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(4, 4)))[0][:, :2]
+    projector = jnp.asarray(basis @ basis.T, FLOAT)
+    p, z = np.asarray(projector, np.float64), rng.normal(size=(4, 3))
+    direction = {"w": jnp.asarray(p @ z + 1e4 * (z - p @ z), FLOAT)}
+    x = {"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)}
+    (y,) = negative.exit_ball([x], (1,), x, 9.0, direction=direction, allow=[{"w": projector}])
+    edit = np.asarray(y["w"], np.float64) - np.asarray(x["w"], np.float64)
+    assert np.linalg.norm(edit - p @ edit) <= 64 * UNIT * (size(x) + np.linalg.norm(edit))
+    assert abs(np.linalg.norm(edit) - 9) <= 64 * UNIT * (9 + size(x))
+
+
 @given(data=st.data())
 def test_allow_everywhere_is_no_allow(data):
     xs, c, k, target = data.draw(problems(count=2, layout=LAYOUT))

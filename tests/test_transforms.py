@@ -68,6 +68,16 @@ def test_half_precision_result_is_the_single_precision_result_rounded_once(count
         assert got.dtype in (jnp.float32, jnp.int32)
 
 
+@each_with_several
+def test_points_of_different_dtypes_meet_in_the_widest(count, function):
+    with jax.enable_x64(True):
+        mixed = [trees(1, d)[0] for d in (jnp.float32, jnp.float64, jnp.bfloat16)[:count]]
+        got = function(*mixed)
+        wanted = function(*(jax.tree.map(lambda x: x.astype(jnp.float64), x) for x in mixed))
+        wanted = jax.tree.map(lambda x, like: x.astype(like.dtype), wanted, got)
+        assert_close(got, wanted, units=64)
+
+
 @each_function
 def test_sharded_leaves_stay_sharded(count, function):
     arguments = trees(count)

@@ -44,7 +44,7 @@ def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
         Array(5., dtype=float32)
     """
     _checks.same_layout(x=x, y=y)
-    return tree.norm(tree.combine((1, -1), (tree.upcast(x), tree.upcast(y))))
+    return tree.norm(tree.combine((1, -1), tree.widened(x, y)))
 
 
 @jax.jit
@@ -150,11 +150,9 @@ def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
+    wide = tree.widened(*points)
     upper = {
-        (i, j): tree.vdot(x, y)
-        for i, x in enumerate(points)
-        for j, y in enumerate(points)
-        if i <= j
+        (i, j): tree.vdot(x, y) for i, x in enumerate(wide) for j, y in enumerate(wide) if i <= j
     }
     count = range(len(points))
     return jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in count]) for i in count])
@@ -198,8 +196,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     directions = _checks.listed("directions", directions)
     _checks.same_layout(**_checks.each("directions", directions))
     basis: list[Weights] = []
-    for i, direction in enumerate(directions):
-        rest = tree.upcast(direction)
+    for i, rest in enumerate(tree.widened(*directions)):
         size = tree.norm(rest)
         for _ in range(2):
             for q in basis:
@@ -246,5 +243,5 @@ def project(x: WeightsLike, basis: Sequence[WeightsLike]) -> Weights:
     """
     basis = _checks.listed("basis", basis)
     _checks.same_layout(x=x, **_checks.each("basis", basis))
-    inside = tree.combine([tree.vdot(q, x) for q in basis], [tree.upcast(q) for q in basis])
-    return tree.cast_like(inside, x)
+    point, *wide = tree.widened(x, *basis)
+    return tree.cast_like(tree.combine([tree.vdot(q, point) for q in wide], wide), x)

@@ -41,7 +41,7 @@ class Route(NamedTuple):
 
 def _displacement(average: WeightsLike, target: WeightsLike) -> Weights:
     _checks.same_layout(average=average, target=target)
-    displacement = tree.combine((1, -1), (tree.upcast(target), tree.upcast(average)))
+    displacement = tree.combine((1, -1), tree.widened(target, average))
     if not _checks.is_traced(displacement) and not bool(jnp.isfinite(tree.norm(displacement))):
         _checks.finite(average=average, target=target)
     return displacement
@@ -132,9 +132,8 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
     displacement = _displacement(average, target)
     tails = [lowrank.tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(displacement)]
     length = max((x.size for x in tails), default=1)
-    wide = tree.norm(displacement).dtype
-    squares = [jnp.pad(x.astype(wide), (0, length - x.size)) for x in tails]
-    return safe_sqrt(jax.tree.reduce_associative(jnp.add, [jnp.zeros(length, wide), *squares]))
+    squares = [jnp.pad(x, (0, length - x.size)) for x in tails] or [jnp.zeros(length)]
+    return safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
 
 
 def rank_to_reach(average: WeightsLike, target: WeightsLike, radius: ScalarLike) -> Int[Array, ""]:

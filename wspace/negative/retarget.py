@@ -39,13 +39,12 @@ class _Allowed(NamedTuple):
     scale: Scalar
     root: Float[Array, "... m m"] | None = None
 
-    def matrix(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
-        """The whole matrix, for the stack of matrices of the given shape."""
+    def factor(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
+        """A factor `f` with `f @ f.T` the whole, for a stack of matrices of the given shape."""
         *stack, rows, _ = shape
-        if self.root is None:
-            eye = jnp.eye(rows, dtype=self.scale.dtype)
-            return self.scale * jnp.broadcast_to(eye, (*stack, rows, rows))
-        return self.scale * matmul(self.root, jnp.swapaxes(self.root, -1, -2))
+        eye = jnp.eye(rows, dtype=self.scale.dtype)
+        root = jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
+        return jnp.sqrt(self.scale) * root
 
     def __matmul__(self, x: Array) -> Array:
         if self.root is None:
@@ -56,9 +55,9 @@ class _Allowed(NamedTuple):
 
 
 def _without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
-    """Eigenvalues in ascending order, those below the rounding of the largest set to zero."""
-    floor = values.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
-    return jnp.where(values > floor, values, 0)
+    """Eigenvalues, those below the rounding of the largest set to zero."""
+    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
+    return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
 
 
 def _allowed_leaf(entry: Any, leaf: Array, where: str) -> _Allowed:
@@ -140,27 +139,30 @@ def _moved(allowed: Sequence[_Allowed], x: Weights) -> Weights:
     return structure.unflatten([p @ leaf for p, leaf in zip(allowed, leaves, strict=True)])
 
 
-def _solved(shares: Sequence[ScalarLike], allowed: Sequence[_Allowed], d: Array) -> Array:
-    """The least solution $L$ of $S L = D$ for one leaf, with one step of refinement."""
-    shares = [jnp.asarray(share).astype(d.dtype) for share in shares]
+def _edits(a: Numbers, c: Numbers, allowed: Sequence[_Allowed], d: Array) -> list[Array]:
+    r"""The edits of one leaf that shift the average by `d` at least cost.
+
+    With $P_i = F_i F_i^\top$ they are $F_i y_i / \sqrt{c_i}$ for the $y$ of least norm with
+    $\sum_i a_i / \sqrt{c_i}\, F_i y_i = D$. Of this problem $S L = D$ are the normal equations,
+    whose condition number is the square.
+    """
+    sources = list(zip(_checks.unpacked(a), _checks.unpacked(c), allowed, strict=True))
     if all(p.root is None for p in allowed):
-        total = sum(
-            (w * p.scale for w, p in zip(shares, allowed, strict=True)), jnp.zeros((), d.dtype)
-        )
-        return d / jnp.where(total == 0, jnp.inf, total)
-    matrix = lowrank.as_matrix(d)
-    terms = [w * p.matrix(matrix.shape) for w, p in zip(shares, allowed, strict=True)]
-    mobility = sum(terms[1:], terms[0])
-    values, vectors = jnp.linalg.eigh(mobility)
-    values = _without_rounding(values)
-    inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)[..., None]
-
-    def solve(x: Array) -> Array:
-        return matmul(vectors, inverse * matmul(jnp.swapaxes(vectors, -1, -2), x))
-
-    first = solve(matrix)
-    refined = first + solve(replicated(matrix) - matmul(mobility, first))
-    return placed_like(refined.reshape(d.shape), d)
+        total = sum((k**2 / cost * p.scale for k, cost, p in sources), jnp.zeros((), d.dtype))
+        least = d / jnp.where(total == 0, jnp.inf, total)
+        return [k / cost * p.scale * least for k, cost, p in sources]
+    matrix = replicated(lowrank.as_matrix(d))
+    factors = [p.factor(matrix.shape) / cost**0.5 for _, cost, p in sources]
+    blocks = [k * factor for (k, _, _), factor in zip(sources, factors, strict=True)]
+    u, values, vt = jnp.linalg.svd(jnp.concatenate(blocks, axis=-1), full_matrices=False)
+    squares = _without_rounding(values**2)
+    inverse = jnp.where(squares > 0, values / jnp.where(squares > 0, squares, 1), 0)[..., None]
+    y = matmul(jnp.swapaxes(vt, -1, -2), inverse * matmul(jnp.swapaxes(u, -1, -2), matrix))
+    parts = jnp.split(y, len(sources), axis=-2)
+    return [
+        placed_like(jnp.where(k == 0, 0, matmul(factor, part)).reshape(d.shape), d)
+        for (k, _, _), factor, part in zip(sources, factors, parts, strict=True)
+    ]
 
 
 def _finite(length: Scalar, points: Sequence[WeightsLike], **trees: WeightsLike) -> None:
@@ -169,11 +171,31 @@ def _finite(length: Scalar, points: Sequence[WeightsLike], **trees: WeightsLike)
         _checks.finite(**_checks.each("points", points), **trees)
 
 
-def _average(points: Sequence[WeightsLike], a: Numbers) -> tuple[list[Weights], Weights, Scalar]:
-    """The points and their average in the dtype of the arithmetic, and the size of the terms."""
-    wide = [tree.upcast(x) for x in points]
-    sizes = [abs(k) * tree.norm(x) for k, x in zip(_checks.unpacked(a), wide, strict=True)]
-    return wide, tree.combine(a, wide), sum(sizes[1:], sizes[0])
+class _Problem(NamedTuple):
+    """Points in the dtype of the arithmetic, with what both functions need to know of them."""
+
+    points: list[Weights]
+    others: list[Weights]
+    a: Numbers
+    c: Numbers
+    mean: Weights
+    size: Scalar
+
+
+def _problem(
+    points: Sequence[WeightsLike],
+    others: Sequence[WeightsLike],
+    coefficients: Coefficients,
+    costs: Coefficients | None,
+) -> _Problem:
+    a = _checks.affine(coefficients, len(points))
+    c = _checks.positive("costs", costs, len(points))
+    trees = tree.widened(*points, *others)
+    wide, others = trees[: len(points)], trees[len(points) :]
+    norms = [tree.norm(x) for x in wide]
+    a, c = (x if isinstance(x, np.ndarray) else x.astype(norms[0].dtype) for x in (a, c))
+    sizes = [abs(k) * norm for k, norm in zip(_checks.unpacked(a), norms, strict=True)]
+    return _Problem(wide, others, a, c, tree.combine(a, wide), sum(sizes[1:], sizes[0]))
 
 
 def retarget(
@@ -234,10 +256,8 @@ def retarget(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points), target=target)
-    a = _checks.affine(coefficients, len(points))
-    c = _checks.positive("costs", costs, len(points))
-    wide, mean, size = _average(points, a)
-    shift = tree.combine((1, -1), (tree.upcast(target), mean))
+    wide, (goal,), a, c, mean, size = _problem(points, [target], coefficients, costs)
+    shift = tree.combine((1, -1), (goal, mean))
     length = tree.norm(shift)
     _finite(length, points, target=target)
     if allow is None:
@@ -245,15 +265,13 @@ def retarget(
         return [tree.combine((1, k), (x, shift)) for k, x in zip(pulls, points, strict=True)]
     allowed = _allowed(allow, wide)
     leaves, structure = jax.tree.flatten(shift)
-    least = structure.unflatten(
-        _solved(_checks.unpacked(a**2 / c), column, d)
-        for column, d in zip(zip(*allowed, strict=True), leaves, strict=True)
-    )
-    moves = [_moved(row, least) for row in allowed]
-    left = tree.combine((1, *(-(a**2) / c)), (shift, *moves))
+    columns = zip(*allowed, strict=True)
+    edits = [_edits(a, c, column, d) for column, d in zip(columns, leaves, strict=True)]
+    moves = [structure.unflatten(leaf[i] for leaf in edits) for i in range(len(points))]
+    left = tree.combine((1, *(-a)), (shift, *moves))
     missing = tree.norm(left)
     eps = jnp.finfo(length.dtype).eps
-    bound = jnp.sqrt(eps) * length + 64 * eps * (size + tree.norm(target))
+    bound = jnp.sqrt(eps) * length + 64 * eps * (size + tree.norm(goal))
 
     def message() -> str:
         path, worst = max(
@@ -267,8 +285,7 @@ def retarget(
 
     undefined = _checks.refuse(~(missing <= bound), message)
     return [
-        tree.combine((1, k + undefined), (x, move))
-        for k, x, move in zip(_checks.unpacked(a / c), points, moves, strict=True)
+        tree.combine((1, 1 + undefined), (x, move)) for x, move in zip(points, moves, strict=True)
     ]
 
 
@@ -337,10 +354,9 @@ def exit_ball(
     if allow is not None and direction is None:
         raise ValueError("allow needs a direction: give the direction to move the average in")
     radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
-    a = _checks.affine(coefficients, len(points))
-    c = _checks.positive("costs", costs, len(points))
-    wide, mean, size = _average(points, a)
-    apart = tree.combine((1, -1), (mean, tree.upcast(avoid)))
+    others = [avoid, *along.values()]
+    wide, (center, *given), a, c, mean, size = _problem(points, others, coefficients, costs)
+    apart = tree.combine((1, -1), (mean, center))
     distance = tree.norm(apart)
     _finite(distance, points, avoid=avoid)
     radius = jnp.asarray(radius).astype(distance.dtype)
@@ -352,8 +368,10 @@ def exit_ball(
             "no average of them can be placed that finely"
         ),
     )
-    if direction is None:
-        direction = apart
+    if given:
+        (way,) = given
+    else:
+        way = apart
         undefined += _checks.refuse(
             ~(distance > rounding),
             lambda: (
@@ -361,16 +379,15 @@ def exit_ball(
                 "out is distinguished: give a direction"
             ),
         )
-    direction = tree.upcast(direction)
-    speed = tree.norm(direction)
-    if along:
+    speed = tree.norm(way)
+    if given:
         _finite(speed, points, **along)
     share = _checks.unpacked(a**2 / c)
     if allow is None:
-        moves, sizes = [direction] * len(points), [1.0] * len(points)
+        moves, sizes = [way] * len(points), [1.0] * len(points)
     else:
         allowed = _allowed(allow, wide)
-        moves = [_moved(row, direction) for row in allowed]
+        moves = [_moved(row, way) for row in allowed]
         zero = jnp.zeros((), speed.dtype)
         scales = [[p.scale.astype(speed.dtype) for p in row] for row in allowed]
         sizes = [functools.reduce(jnp.maximum, row, zero) for row in scales]
@@ -385,11 +402,10 @@ def exit_ball(
             "it: give a direction that is not zero and that allow does not annihilate"
         ),
     )
-    # The positive root t of ||E + t S g|| = radius, in units of S g, without cancellation.
+    # The positive root t of ||E + t S g|| = radius, in units of S g.
     gap = jnp.where(outside, 1, (radius - distance) * (radius + distance))
     slope = tree.vdot(apart, moved) / jnp.where(step == 0, 1, step)
-    root = jnp.sqrt(slope**2 + gap)
-    reach = jnp.where(slope > 0, gap / (root + jnp.maximum(slope, 0)), root - slope)
+    reach = jnp.sqrt(slope**2 + gap) - slope
     t = jnp.where(outside, 0, reach / jnp.where(step == 0, 1, step)) + undefined
     return [
         tree.combine((1, t * k), (x, move))
