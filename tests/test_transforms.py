@@ -96,7 +96,9 @@ def test_sharded_leaves_stay_sharded(count, function):
     assert_close(got, wanted, units=64)
 
 
-@pytest.mark.parametrize("name", ["average.mean", "interpolate.lerp", "negative.repel"])
+@pytest.mark.parametrize(
+    "name", ["average.mean", "interpolate.lerp", "negative.repel", "negative.retarget"]
+)
 def test_combinations_of_sharded_leaves_communicate_nothing(name):
     count, function = CATALOG[name]
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
