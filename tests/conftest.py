@@ -17,6 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, database=None, max_examples=40
 )
+hypothesis.settings.register_profile(
+    "few", deadline=None, derandomize=True, database=None, max_examples=5
+)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -183,7 +183,7 @@ def test_the_report_says_what_things_cost_and_what_is_not_covered(run, results):
         f"Averaged outputs of A' and C' read {outside:.3f}",
     ):
         assert words in text
-    assert max(map(len, run[0].stdout.splitlines())) <= 100
+    assert max(map(len, run[0].stdout.splitlines()[:-1])) <= 100  # the last names the folder
     assert "training" in run[0].stderr
     assert "Act" not in run[0].stderr
 

@@ -33,7 +33,7 @@ def journeys(draw):
         "e": jnp.ones((0, 2), FLOAT),
         "c": jnp.ones((), FLOAT),
     }
-    return point, tree.combine((1, 1), (point, step))
+    return point, jax.tree.map(jnp.add, point, step)
 
 
 def slices(point, target):

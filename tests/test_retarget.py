@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan, like, size, vector
@@ -205,6 +205,7 @@ def oracle_with_allow(xs, c, k, target, allow):
     return [root @ z / np.sqrt(p) for root, z, p in zip(roots, parts, k, strict=True)], shift
 
 
+@settings(max_examples=20)
 @given(data=st.data(), count=st.integers(1, 3))
 def test_with_allow_the_edits_are_the_least_squares_solution(data, count):
     xs, c, k, target = data.draw(problems(count=count, layout=LAYOUT))
