@@ -189,12 +189,12 @@ def half_precision_rounds_once(rng: np.random.Generator) -> dict[str, float]:
     """Entries of bfloat16 results that are not the float32 result rounded, of all entries."""
     xs = [draw(rng, jnp.bfloat16) for _ in range(3)]
     functions: dict[str, Callable] = {
-        "lerp": lambda x, y, z: interpolate.lerp(x, y, 0.3),  # noqa: ARG005 - one signature for all
-        "slerp": lambda x, y, z: interpolate.slerp(x, y, 0.3),  # noqa: ARG005
+        "lerp": lambda *points: interpolate.lerp(*points[:2], 0.3),
+        "slerp": lambda *points: interpolate.slerp(*points[:2], 0.3),
         "mean": lambda *points: average.mean(points, (1, 0.7, -0.3)),
-        "repel": lambda x, y, z: negative.repel(x, y, 0.7),  # noqa: ARG005
-        "retarget": lambda x, y, z: negative.retarget([x, y], (0.4, 0.6), z),
-        "harden": lambda x, y, z: negative.harden(x),  # noqa: ARG005
+        "repel": lambda *points: negative.repel(*points[:2], 0.7),
+        "retarget": lambda *points: negative.retarget(points[:2], (0.4, 0.6), points[2]),
+        "harden": lambda *points: negative.harden(points[0]),
     }
     differ = {}
     for name, function in functions.items():
