@@ -52,8 +52,8 @@ def test_angle_keeps_its_digits_at_every_angle(radians, seed, entries, stretch, 
     x, y = turned(np.random.default_rng(seed), radians, entries, stretch)
     x, y = [scale * x], [scale * y]
     exact, got = float(true_angle(x, y)), float(angle(x, y))
-    # The entries themselves are known to half a rounding each, so far as the angle cancels.
-    assert abs(got - exact) <= 16 * eps(x[0]) * exact + 64 * eps(x[0]) ** 1.5
+    unit, oracle = eps(x[0]), float(np.finfo(np.longdouble).eps)
+    assert abs(got - exact) <= 16 * unit * exact + 64 * unit**1.5 + 16 * oracle
 
 
 def test_popular_angle_fails_this_law():

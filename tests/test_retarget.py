@@ -146,7 +146,7 @@ def test_a_point_without_a_coefficient_stays_and_a_dear_one_hardly_moves(problem
     xs, _, _, target = problem
     moved = retarget(xs, (0.5, 0.0, 0.5), target)
     assert_close(moved[1], xs[1], units=0)
-    moved = retarget(xs, (0.5, 0.25, 0.25), target, costs=(1, 1e12, 1))
+    moved = retarget(xs, (0.5, 0.25, 0.25), target, costs=(1, UNIT**-2, 1))
     assert_close(moved[1], xs[1], units=8, scale=size(*xs, target))
 
 
@@ -437,7 +437,7 @@ def leave(**options):
         ({"radius": -1.0}, "radius must be finite and positive, got -1"),
         ({"radius": 0.0}, "radius must be finite and positive, got 0"),
         ({"radius": float("nan")}, "radius must be finite and positive"),
-        ({"radius": 1e-6}, "radius 1e-06 is below the rounding of the points"),
+        ({"radius": UNIT}, "radius .* is below the rounding of the points"),
         ({"coefficients": (0, 0)}, "make it differ from zero"),
         ({"coefficients": (1, -1)}, "make it differ from zero"),
         ({"coefficients": (1,)}, "coefficients has 1 numbers for 2 points"),
@@ -499,7 +499,7 @@ def test_allowances_of_wrong_kind_or_count_are_refused(refuses):
 def test_what_is_undefined_is_nan_where_traced():
     assert is_nan(exit_ball(TWO, jnp.zeros(2), ONES, 9.0))
     assert is_nan(exit_ball(TWO, (1, 1), ONES, -1.0))
-    assert is_nan(exit_ball(TWO, (1, 1), ONES, 1e-6))
+    assert is_nan(exit_ball(TWO, (1, 1), ONES, UNIT))
     assert is_nan(exit_ball(TWO, (1, 1), ONES, 9.0, costs=jnp.array([1.0, 0.0])))
     assert is_nan(exit_ball(TWO, (1, 1), ONES, 9.0, direction=ZERO))
     assert is_nan(jax.jit(lambda g: leave(direction=g, allow=FROZEN))(ONES))
