@@ -246,18 +246,22 @@ def singular_values(x: Leaf | LowRank) -> Float[Array, "... k"]:
         >>> lowrank.singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]]))
         Array([3., 2.], dtype=float32)
     """
-    if isinstance(x, LowRank):
-        left, right = (replicated(factor) for factor in _factors(x))
-        if not left.size or not right.size:
-            return jnp.zeros((*x.shape[:-2], 0), left.dtype)
-        cores = [jnp.linalg.qr(factor, mode="r") for factor in (left, right)]
-        matrix = matmul(cores[0], jnp.swapaxes(cores[1], -1, -2))
-    else:
-        _checks.floating_leaves(x=x)
-        matrix = tree.upcast(as_matrix(x))
+    matrix, _ = _core(x)
     if not matrix.size:
         return jnp.zeros((*matrix.shape[:-2], min(matrix.shape[-2:])), matrix.dtype)
-    return jnp.linalg.svd(replicated(matrix), compute_uv=False)
+    return jnp.linalg.svd(matrix, compute_uv=False)
+
+
+def _core(x: Leaf | LowRank) -> tuple[Array, tuple[Array, Array] | None]:
+    """A matrix with the singular values of `x`; for factors a small one, and its two frames."""
+    if not isinstance(x, LowRank):
+        _checks.floating_leaves(x=x)
+        return replicated(tree.upcast(as_matrix(x))), None
+    left, right = (replicated(factor) for factor in _factors(x))
+    if not left.size or not right.size:
+        return jnp.zeros((*x.shape[:-2], 0, 0), left.dtype), (left, right)
+    (left, left_core), (right, right_core) = jnp.linalg.qr(left), jnp.linalg.qr(right)
+    return matmul(left_core, jnp.swapaxes(right_core, -1, -2)), (left, right)
 
 
 def tail_curve(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
@@ -310,24 +314,13 @@ def truncate(x: Leaf | LowRank, rank: int) -> Truncation:
         norms*, Quarterly Journal of Mathematics 11, 1960.
     """
     rank = _checks.rank(rank)
-    if isinstance(x, LowRank):
-        left, right = (replicated(factor) for factor in _factors(x))
-        _checks.finite(left=left, right=right)
-        if not left.size or not right.size:
-            matrix, frames = jnp.zeros((*x.shape[:-2], 0, 0), left.dtype), (left, right)
-        else:
-            (left, left_core), (right, right_core) = jnp.linalg.qr(left), jnp.linalg.qr(right)
-            matrix = matmul(left_core, jnp.swapaxes(right_core, -1, -2))
-            frames = (left, right)
-    else:
-        _checks.floating_leaves(x=x)
-        _checks.finite(x=x)
-        matrix, frames = tree.upcast(as_matrix(x)), None
+    matrix, frames = _core(x)
+    _checks.finite(x=x)
     if not matrix.size:
-        shape = x.shape if isinstance(x, LowRank) else matrix.shape
+        shape = matrix.shape if frames is None else x.shape
         empty = [jnp.zeros((*shape[:-2], size, 0), matrix.dtype) for size in shape[-2:]]
         return Truncation(LowRank(*empty), jnp.zeros((), matrix.dtype))
-    u, s, vt = jnp.linalg.svd(replicated(matrix), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     rank = min(rank, s.shape[-1])
     root = jnp.expand_dims(jnp.sqrt(s[..., :rank]), -2)
     left, right = u[..., :rank] * root, jnp.swapaxes(vt, -1, -2)[..., :rank] * root
