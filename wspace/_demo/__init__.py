@@ -9,6 +9,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from wspace import checkpoint
+from wspace.checkpoint.tensors import write
 from wspace._demo import acts, pictures, report
 from wspace.typing import Weights
 
@@ -38,7 +39,7 @@ def run(out: Path, seed: int) -> None:
     # Threads of BLAS wait by spinning: on busy cores they slow small factorizations tenfold.
     with threadpool_limits(1, user_api="blas"):
         results = play(out, seed)
-    checkpoint.write(out / RESULTS, json.dumps(results, allow_nan=False, indent=1).encode())
+    write(out / RESULTS, json.dumps(results, allow_nan=False, indent=1).encode())
     print(f"Figures, pictures and weights are in {out}: see {RESULTS}.")
 
 
@@ -50,7 +51,7 @@ def prepare(out: Path) -> None:
         raise OSError(
             f"cannot make the folder {out} ({error.strerror}): give another one by --out"
         ) from error
-    checkpoint.write(out / RESULTS, b"")
+    write(out / RESULTS, b"")
     (out / RESULTS).unlink()
 
 
@@ -95,6 +96,6 @@ def play(out: Path, seed: int) -> dict[str, Any]:
     progress("pictures")
     results["plane"] = acts.plane(points, held_out)
     for name, png in pictures.draw(results).items():
-        checkpoint.write(out / name, png)
+        write(out / name, png)
     progress("done")
     return results

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from wspace import _checks, geometry, lowrank, tree
 from wspace._numerics import safe_sqrt
 from wspace.lowrank import Truncation
+from wspace.lowrank.spectrum import tail_curve
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Route", "curve", "gate", "offset", "rank_to_reach", "route"]
@@ -130,7 +131,7 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
         Array([5., 3., 0.], dtype=float32)
     """
     displacement = _displacement(average, target)
-    tails = [lowrank.tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(displacement)]
+    tails = [tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(displacement)]
     length = max((x.size for x in tails), default=1)
     squares = [jnp.pad(x, (0, length - x.size)) for x in tails] or [jnp.zeros(length)]
     return safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))

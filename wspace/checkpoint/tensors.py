@@ -1,8 +1,4 @@
-"""Weights in safetensors files.
-
-A file holds a flat mapping from names to tensors, and such a mapping is a tree of weights. It is
-data only: reading one runs no code.
-"""
+"""Named tensors in one safetensors file."""
 
 import os
 import secrets
