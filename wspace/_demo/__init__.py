@@ -9,8 +9,8 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from wspace import checkpoint
-from wspace.checkpoint.tensors import write
 from wspace._demo import acts, pictures, report
+from wspace.checkpoint.tensors import write
 from wspace.typing import Weights
 
 __all__ = ["run"]
