@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from wspace import average, geometry, interpolate, lowrank, negative, tree
+from wspace import average, geometry, interpolate, lowrank, negative, perturb, tree
 
 
 def allow():
@@ -16,21 +16,66 @@ def allow():
     ]
 
 
+def thin(x):
+    """An edit with factors at one leaf, cut from that leaf of the layout."""
+    return x | {"k": lowrank.LowRank(x["k"][:, 0, :, 0], x["k"][:, 0, :, 1])}
+
+
+def thick(x):
+    """The same edit with that leaf multiplied out, as a list."""
+    return [lowrank.materialize(x["k"]), x["w"], x["s"]]
+
+
 CATALOG = {
     "average.mean": (3, lambda *points: average.mean(points, (1.0, 0.7, -0.3))),
     "geometry.angle": (2, geometry.angle),
+    "geometry.coordinates": (3, lambda x, *points: geometry.coordinates(x, points)),
+    "geometry.cosine": (2, geometry.cosine),
     "geometry.distance": (2, geometry.distance),
     "geometry.gram": (2, lambda *points: geometry.gram(points)),
     "geometry.orthonormalize": (2, lambda *points: geometry.orthonormalize(points)),
+    "geometry.principal_angles": (3, lambda x, y, z: geometry.principal_angles([x, y], [z])),
     "geometry.project": (2, lambda x, q: geometry.project(x, [q])),
+    "interpolate.bezier": (3, lambda *points: interpolate.bezier(points, 0.3)),
     "interpolate.lerp": (2, lambda start, end: interpolate.lerp(start, end, 0.3)),
+    "interpolate.polygonal_chain": (3, lambda *points: interpolate.polygonal_chain(points, 0.3)),
     "interpolate.slerp": (2, lambda start, end: interpolate.slerp(start, end, 0.3)),
+    "lowrank.add": (2, lowrank.add),
     "lowrank.apply": (2, lowrank.apply),
+    "lowrank.combine": (2, lambda x, y: lowrank.combine((2.0, -0.5), (x, y))),
+    "lowrank.combine, factored": (
+        2,
+        lambda x, y: thick(lowrank.combine((2.0, -0.5), (thin(x), thin(y)))),
+    ),
+    "lowrank.effective_rank": (
+        1,
+        lambda x: [lowrank.effective_rank(leaf) for leaf in jax.tree.leaves(x)],
+    ),
+    "lowrank.extract": (2, lambda x, y: lowrank.apply(x, lowrank.extract(x, y, 1).factors)),
+    "lowrank.norm": (1, lowrank.norm),
+    "lowrank.norm, factored": (1, lambda x: lowrank.norm(thin(x))),
+    "lowrank.scale": (1, lambda x: lowrank.scale(-0.7, x)),
     "lowrank.singular_values": (
         1,
         lambda x: [lowrank.singular_values(leaf) for leaf in jax.tree.leaves(x)],
     ),
+    "lowrank.stable_rank": (
+        1,
+        lambda x: [lowrank.stable_rank(leaf) for leaf in jax.tree.leaves(x)],
+    ),
     "lowrank.truncate": (1, lambda x: lowrank.truncate(x["w"], 2).tail),
+    "lowrank.truncate, randomized": (
+        1,
+        lambda x: (
+            lowrank.truncate(x["w"], 1, method="randomized", key=jax.random.key(0), steps=2).tail
+        ),
+    ),
+    "lowrank.truncate_outputs": (
+        1,
+        lambda x: lowrank.truncate_outputs(x["w"], jnp.swapaxes(x["w"], 0, 1), 2).tail,
+    ),
+    "lowrank.vdot": (2, lowrank.vdot),
+    "lowrank.vdot, factored": (2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
     "negative.curve": (2, negative.curve),
     "negative.exit_ball": (
         3,
@@ -58,6 +103,15 @@ CATALOG = {
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, allow=allow()),
     ),
     "negative.route": (2, lambda x, y: negative.route(x, {"y": y}, 2, radius=1.0)),
+    "perturb.filter_normalize": (2, perturb.filter_normalize),
+    "perturb.gaussian": (1, lambda like: perturb.gaussian(jax.random.key(0), like)),
+    "perturb.gaussian, norm": (1, lambda like: perturb.gaussian(jax.random.key(0), like, norm=2.0)),
+    "perturb.low_rank_gaussian": (
+        1,
+        lambda like: lowrank.apply(
+            like, perturb.low_rank_gaussian(jax.random.key(0), like, 2, norm=2.0)
+        ),
+    ),
     "tree.cast_like": (2, tree.cast_like),
     "tree.combine": (2, lambda x, y: tree.combine((2.0, -0.5), (x, y))),
     "tree.norm": (1, tree.norm),
@@ -68,10 +122,14 @@ CATALOG = {
 """By name, and the case where a function has several: how many trees it takes, and the function."""
 
 NOT_ON_TREES = {
+    "geometry.Coordinates": "a record",
     "lowrank.LowRank": "a record",
     "lowrank.Truncation": "a record",
     "lowrank.as_matrix": "acts on one leaf; laws in test_lowrank.py",
+    "lowrank.from_lora": "acts on factors; laws in test_lora.py",
+    "lowrank.rank_for": "acts on singular values; laws in test_truncation.py",
     "lowrank.materialize": "acts on factors; laws in test_lowrank.py",
+    "lowrank.to_lora": "acts on factors; laws in test_lora.py",
     "negative.Route": "a record",
     "negative.free_inputs": "acts on activations; laws in test_retarget.py",
     "negative.strength_of": "acts on a number; laws in test_homothety.py",

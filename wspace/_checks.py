@@ -144,18 +144,18 @@ def floating(value: Any) -> Array:
     return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
 
 
-def rank(value: Any) -> int:
-    """A rank: a non-negative integer known when tracing, since it decides shapes."""
+def rank(value: Any, name: str = "rank") -> int:
+    """A rank or a count: a non-negative integer known when tracing, since it decides shapes."""
     try:
         if isinstance(value, bool):
             raise TypeError
         known = operator.index(value)
     except TypeError as error:
         raise TypeError(
-            f"rank must be a plain integer, since it decides shapes, got {value!r}"
+            f"{name} must be a plain integer, since it decides shapes, got {value!r}"
         ) from error
     if known < 0:
-        raise ValueError(f"rank must be at least 0, got {known}")
+        raise ValueError(f"{name} must be at least 0, got {known}")
     return known
 
 

@@ -11,16 +11,30 @@ Singular values need all of a matrix in one place: a sharded leaf is replicated 
 factorization, one leaf at a time, and results that are weights are sharded again.
 """
 
-from wspace.lowrank.algebra import LowRank, apply, as_matrix, materialize
-from wspace.lowrank.spectrum import singular_values
-from wspace.lowrank.truncation import Truncation, truncate
+from wspace.lowrank.algebra import add, apply, combine, norm, scale, vdot
+from wspace.lowrank.factors import LowRank, as_matrix, materialize
+from wspace.lowrank.lora import from_lora, to_lora
+from wspace.lowrank.spectrum import effective_rank, rank_for, singular_values, stable_rank
+from wspace.lowrank.truncation import Truncation, extract, truncate, truncate_outputs
 
 __all__ = [
     "LowRank",
     "Truncation",
+    "add",
     "apply",
     "as_matrix",
+    "combine",
+    "effective_rank",
+    "extract",
+    "from_lora",
     "materialize",
+    "norm",
+    "rank_for",
+    "scale",
     "singular_values",
+    "stable_rank",
+    "to_lora",
     "truncate",
+    "truncate_outputs",
+    "vdot",
 ]

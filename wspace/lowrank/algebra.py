@@ -1,132 +1,259 @@
-r"""Edits in factors: what a matrix is, and sums and products that never form it."""
+r"""Sums, inner products and norms of edits, in factors: nothing is multiplied out."""
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jax.tree_util import PyTreeDef
+from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated
-from wspace.typing import Leaf, Weights, WeightsLike
+from wspace._numerics import placed_like, replicated, safe_sqrt
+from wspace.lowrank.factors import (
+    LowRank,
+    as_matrix,
+    core_of,
+    factors_of,
+    materialize,
+    matrix_shape,
+    product,
+    transposed,
+)
+from wspace.typing import Coefficients, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
-__all__ = ["LowRank", "apply", "as_matrix", "materialize"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank(_checks.Factored):
-    r"""A matrix, or a stack of them, as the product of two thin factors.
-
-    $$
-    W = U V^\top
-    $$
-
-    A frozen pytree that takes the place of one leaf. Only the product has a meaning: the
-    factors $U G$ and $V G^{-\top}$ are the same matrix for every invertible $G$.
-
-    Args:
-        left: The factor $U$, `(..., m, r)`.
-        right: The factor $V$, `(..., n, r)`.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from wspace.lowrank import LowRank
-        >>> LowRank(left=jnp.ones((3, 1)), right=jnp.ones((2, 1))).shape
-        (3, 2)
-    """
-
-    left: Float[Array, "*batch m r"]
-    right: Float[Array, "*batch n r"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the product, `(..., m, n)`."""
-        return (*self.left.shape[:-1], self.right.shape[-2])
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of the factors, which bounds the rank of the product."""
-        return self.left.shape[-1]
+__all__ = ["add", "apply", "combine", "norm", "scale", "vdot"]
 
 
-def as_matrix(leaf: Leaf) -> Float[Array, "... m n"]:
-    """The matrix that a leaf of weights is.
+def side_by_side(**edits: PyTree) -> tuple[list[tuple[Leaf | LowRank, ...]], PyTreeDef]:
+    """The leaves of edits of one layout, by name, and their structure."""
+    flat = [jax.tree.flatten(x, is_leaf=_checks.is_factored) for x in edits.values()]
+    rows = list(zip(*(leaves for leaves, _ in flat), strict=False))
+    outlines = {
+        name: structure.unflatten(map(_outline, leaves, [*rows, *[()] * len(leaves)]))
+        for name, (leaves, structure) in zip(edits, flat, strict=True)
+    }
+    _checks.same_layout(**outlines)
+    return rows, flat[0][1]
 
-    | dimensions of the leaf | its matrix |
-    |---|---|
-    | 0, 1 | one column: `(1, 1)`, `(n, 1)` |
-    | 2 | itself: `(in, out)` |
-    | 3 | a stack of matrices, as of layers: itself |
-    | 4, 5 | a convolution `(..., cin, cout)`: `(prod(...) * cin, cout)` |
 
-    Args:
-        leaf: An array of at most five dimensions.
-
-    Returns:
-        The matrix or stack of matrices, in the leaf's dtype.
-
-    Raises:
-        ValueError: If the leaf has more than five dimensions.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from wspace import lowrank
-        >>> lowrank.as_matrix(jnp.ones((3, 3, 16, 32))).shape
-        (144, 32)
-    """
-    leaf = jnp.asarray(leaf)
-    if leaf.ndim > 5:
-        raise ValueError(
-            f"a leaf of shape {leaf.shape} is no matrix, stack of matrices or convolution: "
-            "reshape it to two or three dimensions first"
-        )
-    if leaf.ndim in (2, 3):
+def _outline(leaf: Leaf | LowRank, row: Sequence[Leaf | LowRank]) -> object:
+    """What the layout of a leaf is: factors fit every dense leaf that is their matrix."""
+    if not isinstance(leaf, LowRank):
         return leaf
-    columns = leaf.shape[-1] if leaf.ndim > 3 else 1
-    return replicated(leaf).reshape(leaf.size // max(columns, 1), columns)
+    shapes = [jnp.shape(x) for x in row if not isinstance(x, LowRank)]
+    fitting = (shape for shape in shapes if matrix_shape(shape) == leaf.shape)
+    return jax.ShapeDtypeStruct(next(fitting, leaf.shape), factors_of(leaf)[0].dtype)
 
 
-def materialize(x: LowRank) -> Float[Array, "... m n"]:
-    r"""The matrix of a low-rank edit, multiplied out.
+def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
+    r"""Linear combination of edits, exact in factors.
 
     $$
-    W = U V^\top
+    \sum_i c_i\, U_i V_i^\top
+        = \begin{pmatrix} c_1 U_1 & c_2 U_2 & \cdots \end{pmatrix}
+          \begin{pmatrix} V_1 & V_2 & \cdots \end{pmatrix}^\top
     $$
+
+    Nothing is approximated and nothing multiplied out: ranks add, different ranks are welcome,
+    and the coefficients have any sign. [`truncate`][wspace.lowrank.truncate] the sum to a lower
+    rank, with what that leaves out. The result is the same whatever the gauge of the factors,
+    unlike a sum of the factors themselves, which holds products of one edit's $U$ with another
+    one's $V$.
 
     Args:
-        x: The factors.
+        coefficients: The $c_i$, one an edit; never normalized.
+        edits: Trees of one structure with a `LowRank` or a dense array at each leaf, at least one.
 
     Returns:
-        The matrix `(..., m, n)`, in at least float32.
+        The combination: a `LowRank` in at least float32 where all edits have one, and a dense
+            array, in the dtype of the first edit's leaf, where one of them has.
 
     Raises:
-        ValueError: If the factors differ in rank or in stacking.
+        ValueError: If the counts differ or are zero, a known coefficient is not finite, or the
+            edits differ in structure or in the shape of a matrix.
+        TypeError: If a leaf is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from wspace import lowrank
-        >>> lowrank.materialize(lowrank.LowRank(jnp.array([[1.0], [2.0]]), jnp.array([[3.0]])))
-        Array([[3.],
-               [6.]], dtype=float32)
+        >>> x = lowrank.LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[1.0], [1.0]]))
+        >>> y = lowrank.LowRank(jnp.array([[0.0], [1.0]]), jnp.array([[2.0], [0.0]]))
+        >>> total = lowrank.combine((2.0, -1.0), (x, y))
+        >>> total.rank, lowrank.materialize(total)
+        (2, Array([[ 2.,  2.],
+               [-2.,  0.]], dtype=float32))
     """
+    edits = _checks.listed("edits", edits)
+    rows, structure = side_by_side(**_checks.each("edits", edits))
+    scalars = _checks.scalars("coefficients", coefficients, len(edits))
+    return structure.unflatten(_combination(scalars, leaves) for leaves in rows)
+
+
+def _combination(scalars: Sequence[ScalarLike], leaves: Sequence[Leaf | LowRank]) -> Leaf | LowRank:
+    like = next((leaf for leaf in leaves if not isinstance(leaf, LowRank)), None)
+    if like is not None:
+        return tree.combine(scalars, [_dense(leaf, like) for leaf in leaves])
+    lefts, rights = zip(*(factors_of(x) for x in leaves if isinstance(x, LowRank)), strict=True)
+    lefts, rights = (tree.widened(*factors) for factors in (lefts, rights))
+    lefts = [tree.combine((c,), (left,)) for c, left in zip(scalars, lefts, strict=True)]
+    return LowRank(jnp.concatenate(lefts, axis=-1), jnp.concatenate(rights, axis=-1))
+
+
+def _dense(edit: Leaf | LowRank, like: Leaf) -> Leaf:
+    """An edit multiplied out in the layout of a dense leaf."""
+    if not isinstance(edit, LowRank):
+        return edit
+    like = jnp.asarray(like)
+    return placed_like(materialize(edit).reshape(like.shape), like)
+
+
+def add(x: PyTree, y: PyTree) -> PyTree:
+    r"""Sum of two edits, exact in factors.
+
+    $$
+    U_1 V_1^\top + U_2 V_2^\top
+        = \begin{pmatrix} U_1 & U_2 \end{pmatrix} \begin{pmatrix} V_1 & V_2 \end{pmatrix}^\top
+    $$
+
+    Args:
+        x: An edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
+        y: Another, of the same layout; its ranks may differ.
+
+    Returns:
+        The sum, as [`combine`][wspace.lowrank.combine] with coefficients $1$ gives it.
+
+    Raises:
+        ValueError: If the edits differ in structure or in the shape of a matrix.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> x = lowrank.LowRank(jnp.ones((3, 2)), jnp.ones((4, 2)))
+        >>> y = lowrank.LowRank(jnp.ones((3, 5)), jnp.ones((4, 5)))
+        >>> lowrank.add(x, y).rank
+        7
+    """
+    return combine((1, 1), (x, y))
+
+
+def scale(c: ScalarLike, x: PyTree) -> PyTree:
+    r"""An edit times a number of any sign.
+
+    $$
+    c\, U V^\top = (c\, U)\, V^\top
+    $$
+
+    Args:
+        c: The number. The negative of an edit has *one* factor negated.
+        x: The edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
+
+    Returns:
+        The edit times $c$, of the same ranks.
+
+    Raises:
+        ValueError: If `c` is known and not finite.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> x = lowrank.LowRank(jnp.array([[1.0]]), jnp.array([[2.0]]))
+        >>> lowrank.materialize(lowrank.scale(-3.0, x))
+        Array([[-6.]], dtype=float32)
+    """
+    return combine((_checks.scalar("c", c),), (x,))
+
+
+def vdot(x: PyTree, y: PyTree) -> Scalar:
+    r"""Inner product of two edits over all leaves, in factored form.
+
+    $$
+    \langle U_1 V_1^\top, U_2 V_2^\top \rangle
+        = \operatorname{sum}\bigl((U_1^\top U_2) \circ (V_1^\top V_2)\bigr), \qquad
+    \langle U V^\top, D \rangle = \operatorname{sum}\bigl(U \circ (D V)\bigr)
+    $$
+
+    Symmetric, bilinear and the same in every gauge; it rounds at the size of the factors. The
+    cosine of two edits needs nothing else.
+
+    Args:
+        x: An edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
+        y: Another, of the same layout; its ranks may differ.
+
+    Returns:
+        A scalar in at least float32.
+
+    Raises:
+        ValueError: If the edits differ in structure or in the shape of a matrix.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> x = lowrank.LowRank(jnp.array([[1.0], [2.0]]), jnp.array([[3.0]]))
+        >>> lowrank.vdot(x, jnp.array([[1.0], [1.0]]))
+        Array(9., dtype=float32)
+    """
+    rows, _ = side_by_side(x=x, y=y)
+    wide = tree.widened(*(_vdot(*leaves) for leaves in rows))
+    return jax.tree.reduce_associative(jnp.add, wide) if wide else jnp.zeros(())
+
+
+def _vdot(x: Leaf | LowRank, y: Leaf | LowRank) -> Scalar:
+    if not isinstance(x, LowRank):
+        x, y = y, x
+    if not isinstance(x, LowRank):
+        return tree.vdot(x, y)
     left, right = factors_of(x)
-    return matmul(left, jnp.swapaxes(right, -1, -2))
-
-
-def factors_of(x: LowRank) -> tuple[Array, Array]:
-    """The two factors in the dtype of arithmetic, once they are seen to belong together."""
-    _checks.floating_leaves(left=x.left, right=x.right)
-    left, right = jnp.asarray(x.left), jnp.asarray(x.right)
-    if min(left.ndim, right.ndim) < 2 or (
-        (*left.shape[:-2], left.shape[-1]) != (*right.shape[:-2], right.shape[-1])
-    ):
-        raise ValueError(
-            f"left {left.shape} and right {right.shape} are not the factors of one matrix: "
-            "they must be (..., m, r) and (..., n, r)"
+    if isinstance(y, LowRank):
+        other_left, other_right = factors_of(y)
+        return tree.vdot(
+            product(transposed(left), other_left), product(transposed(right), other_right)
         )
-    wide = accumulator(left.dtype, right.dtype)
-    return left.astype(wide), right.astype(wide)
+    return tree.vdot(replicated(left), product(as_matrix(y), right))
+
+
+def norm(x: PyTree) -> Scalar:
+    r"""Frobenius norm of an edit over all leaves, in factored form.
+
+    $$
+    \lVert U V^\top \rVert_F = \lVert R_U R_V^\top \rVert_F,
+    \qquad U = Q_U R_U, \quad V = Q_V R_V
+    $$
+
+    As accurate as that of the matrix: an edit minus itself in another gauge has norm zero to
+    rounding, where $\sqrt{\langle x, x \rangle}$ keeps only half the digits.
+
+    Args:
+        x: The edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
+
+    Returns:
+        A scalar in at least float32. Its derivatives exist for all factors, dependent columns
+            included; at the zero edit the gradient is zero.
+
+    Raises:
+        ValueError: If the factors of a leaf do not match.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> lowrank.norm(lowrank.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[2.0]])))
+        Array(10., dtype=float32)
+    """
+    rows, _ = side_by_side(x=x)
+    return tree.norm([_norm(leaf) for (leaf,) in rows])
+
+
+def _norm(x: Leaf | LowRank) -> Scalar:
+    if not isinstance(x, LowRank):
+        return tree.norm(x)
+    core, _ = core_of(jax.lax.stop_gradient(x))
+    # The value of the core, and the derivatives of the polynomial that its square is.
+    polynomial = _vdot(x, x)
+    return safe_sqrt(jnp.sum(core**2) + (polynomial - jax.lax.stop_gradient(polynomial)))
 
 
 def apply(base: WeightsLike, edit: PyTree) -> Weights:
@@ -140,7 +267,7 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
     Args:
         base: The weights $\theta$.
         edit: A tree of the structure of `base` with a [`LowRank`][wspace.lowrank.LowRank] or a
-            dense array at each leaf.
+            dense array at each leaf. Where the rank is 0 the leaf of `base` comes back.
 
     Returns:
         The edited weights, each leaf in the dtype of that leaf of `base`, rounded once.
@@ -163,24 +290,11 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
         [arXiv:2106.09685](https://arxiv.org/abs/2106.09685).
     """
     _checks.same_layout(base=base)
+    rows, structure = side_by_side(base=base, edit=edit)
+    return structure.unflatten(_edited(leaf, change) for leaf, change in rows)
 
-    def dense(factors: object, leaf: Array) -> object:
-        if not isinstance(factors, LowRank):
-            return factors
-        matrix = as_matrix(leaf)
-        if factors.shape != matrix.shape:
-            raise ValueError(
-                f"edit has a LowRank of shape {factors.shape} for a leaf of shape {leaf.shape}, "
-                f"the matrix {matrix.shape}: an edit fits only the layout it was made for"
-            )
-        return placed_like(materialize(factors).reshape(leaf.shape), jnp.asarray(leaf))
 
-    leaves, structure = jax.tree.flatten(edit, is_leaf=_checks.is_factored)
-    if structure != jax.tree.structure(base):
-        raise ValueError(
-            "edit must be a tree like base, with a LowRank or a dense array at each leaf: "
-            f"got {structure} for {jax.tree.structure(base)}"
-        )
-    edits = structure.unflatten(map(dense, leaves, jax.tree.leaves(base)))
-    _checks.same_layout(base=base, edit=edits)
-    return tree.combine((1, 1), (base, edits))
+def _edited(leaf: Any, edit: Leaf | LowRank) -> Array:
+    if isinstance(edit, LowRank) and not edit.rank:
+        return jnp.asarray(leaf)
+    return tree.combine((1, 1), (leaf, _dense(edit, leaf)))

@@ -1,17 +1,23 @@
-r"""The nearest edit of given rank, with its certificate."""
+r"""The nearest edit of given rank, and how far it is from what it was cut from."""
 
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from wspace import _checks
+from wspace import _checks, tree
 from wspace._numerics import matmul, safe_sqrt
-from wspace.lowrank.algebra import LowRank
-from wspace.lowrank.spectrum import core_of, tail_curve
-from wspace.typing import Leaf, Scalar
+from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
+from wspace.lowrank.spectrum import rank_for, tail_curve
+from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
-__all__ = ["Truncation", "truncate"]
+__all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
+
+Method: TypeAlias = Literal["exact", "randomized"]
+Frames: TypeAlias = tuple[Array | None, Array | None]
 
 
 class Truncation(NamedTuple):
@@ -20,13 +26,26 @@ class Truncation(NamedTuple):
     Attributes:
         factors: The edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
         tail: The Frobenius distance between the edit and what it was cut from, over all leaves.
+        approximate: Whether an edit of the same rank may come nearer. The tail is that of this
+            edit in either case.
     """
 
     factors: LowRank | PyTree
     tail: Scalar
+    approximate: Bool[Array, ""]
 
 
-def truncate(x: Leaf | LowRank, rank: int) -> Truncation:
+def truncate(
+    x: Leaf | LowRank,
+    rank: int | None = None,
+    *,
+    energy: ScalarLike | None = None,
+    tail: ScalarLike | None = None,
+    method: Method = "exact",
+    key: Array | None = None,
+    block: int | None = None,
+    steps: int = 5,
+) -> Truncation:
     r"""The nearest matrix of given rank, in factors, and its distance.
 
     $$
@@ -37,22 +56,45 @@ def truncate(x: Leaf | LowRank, rank: int) -> Truncation:
     No matrix of that rank is nearer in the Frobenius, spectral or any other unitarily
     invariant norm; the nearest is unique if and only if $\sigma_r > \sigma_{r+1}$. The factors
     are balanced, $U \sqrt\Sigma$ and $V \sqrt\Sigma$, of equal norm. A stack is cut slice by
-    slice. Derivatives of the tail exist as those of
+    slice, at one rank. Factors are cut by way of a core of the size of their rank, the product
+    is never formed; cutting to $\min(m, n, r)$ compresses them without loss.
+
+    | method | how | tail | cost |
+    |---|---|---|---|
+    | `"exact"` | all singular values | summed over those left out | $O(m n \min(m, n))$ |
+    | `"randomized"` | block Krylov space | measured, $X$ minus the factors | $O(m n r)$ a step |
+
+    The randomized tail is that of the factors returned, so it is never below the exact one but
+    for rounding; it exceeds that one by little where singular values fall within `steps` blocks.
+    Where the blocks would fill the matrix, and for factors, the exact method is the cheaper one
+    and is taken. Figures are on the page *Low-rank edits* of the docs.
+
+    Derivatives of an exact tail exist as those of
     [`singular_values`][wspace.lowrank.singular_values]; derivatives of the factors are not
     defined where singular values repeat.
 
     Args:
         x: A matrix or a stack of them, dense or factored.
         rank: The rank, at least 0; above $\min(m, n)$ it is cut to that, where the tail is $0$.
+        energy: In place of a rank, the share of the squared norm that the least rank must keep,
+            as in [`rank_for`][wspace.lowrank.rank_for].
+        tail: In place of a rank, the distance that the least rank may leave.
+        method: `"exact"` or `"randomized"`. The randomized one needs a rank.
+        key: A random key, for the randomized method alone.
+        block: Rows in a block of the randomized method; the rank if not given.
+        steps: Steps of the randomized method, at least 0.
 
     Returns:
         A [`Truncation`][wspace.lowrank.Truncation] with `factors` a `LowRank` in at least float32,
             and the `tail` over the whole stack.
 
     Raises:
-        ValueError: If `rank` is negative, the factors do not match, or a value known is NaN or
-            infinite (traced, the result is NaN).
-        TypeError: If `rank` is not an integer, or `x` is not floating-point.
+        ValueError: If `rank` is negative; not exactly one of rank, energy and tail is given, or
+            one is out of its domain; the method is unknown or lacks its key, its rank, or blocks
+            that hold the rank; the factors do not match; or a value known is NaN or infinite
+            (traced, the result is NaN).
+        TypeError: If `rank`, `block` or `steps` is not an integer, `energy` or `tail` asks for a
+            rank that depends on traced values, or `x` is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -65,19 +107,261 @@ def truncate(x: Leaf | LowRank, rank: int) -> Truncation:
     References:
         C. Eckart, G. Young, *The approximation of one matrix by another of lower rank*,
         Psychometrika 1, 1936; L. Mirsky, *Symmetric gauge functions and unitarily invariant
-        norms*, Quarterly Journal of Mathematics 11, 1960.
+        norms*, Quarterly Journal of Mathematics 11, 1960. Block Krylov: C. Musco, C. Musco,
+        *Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
+        Decomposition*, NeurIPS 2015, [arXiv:1504.05477](https://arxiv.org/abs/1504.05477).
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if [rank, energy, tail].count(None) != 2:
+        raise ValueError("give exactly one of rank, energy and tail")
+    known = None if rank is None else _checks.rank(rank)
+    core, frames = core_of(x)
+    _checks.finite(x=x)
+    if method == "randomized":
+        if known is None:
+            raise ValueError(
+                "energy and tail need all singular values: give a rank, or method='exact'"
+            )
+        if key is None:
+            raise ValueError("method='randomized' needs a random key: give key=jax.random.key(0)")
+        rank = min(known, *core.shape[-2:])
+        steps = _checks.rank(steps, "steps")
+        block = max(rank, 1) if block is None else _checks.rank(block, "block")
+        if block * (steps + 1) < rank:
+            raise ValueError(
+                f"{steps + 1} blocks of {block} rows do not hold rank {rank}: "
+                "give a larger block or more steps"
+            )
+        if not isinstance(x, LowRank) and block * (steps + 1) < min(core.shape[-2:]):
+            return _randomized(key, core, rank, block, steps)
+    return _exact(core, frames, known, energy, tail)
+
+
+def _exact(core: Array, frames: Frames, rank: int | None, energy: Any, tail: Any) -> Truncation:
+    u, s, vt = _decomposed(core)
+    if rank is None:
+        if _checks.is_traced(s):
+            raise TypeError(
+                "energy and tail decide the rank, and with it shapes, by values that are traced: "
+                "give a rank, chosen outside by rank_for"
+            )
+        rank = int(rank_for(s, energy=energy, tail=tail))
+    rank = min(rank, s.shape[-1])
+    left = safe_sqrt(tail_curve(s)[rank])
+    return Truncation(_balanced(u, s, vt, rank, frames), left, jnp.asarray(False))
+
+
+def _decomposed(x: Array) -> tuple[Array, Array, Array]:
+    """Singular values and vectors, also of a matrix without entries."""
+    if x.size:
+        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    else:
+        *stack, m, n = x.shape
+        k = min(m, n)
+        u, s, vt = (jnp.zeros((*stack, *size), x.dtype) for size in ((m, k), (k,), (k, n)))
+    return u, s, vt
+
+
+def _balanced(u: Array, s: Array, vt: Array, rank: int, frames: Frames) -> LowRank:
+    r"""Factors of equal norm of $\sum_{i \le r} \sigma_i\, u_i v_i^\top$, seen from the frames."""
+    root = jnp.sqrt(s[..., None, :rank])
+    sides = u[..., :rank] * root, transposed(vt)[..., :rank] * root
+    left, right = (
+        side if frame is None else matmul(frame, side)
+        for side, frame in zip(sides, frames, strict=True)
+    )
+    return LowRank(left, right)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _randomized(key: Array, x: Array, rank: int, block: int, steps: int) -> Truncation:
+    r"""Cut to the block Krylov spaces of $x x^\top$ and $x^\top x$, by Golub and Kahan.
+
+    Both are kept as orthonormal rows, so that $x$ is never transposed in memory:
+    `space @ x == core @ images`.
+    """
+    flipped = x.shape[-2] > x.shape[-1]
+    x = transposed(x) if flipped else x
+    *stack, m, n = x.shape
+    space, images = jnp.zeros((*stack, 0, m), x.dtype), jnp.zeros((*stack, 0, n), x.dtype)
+    first, *keys = jax.random.split(key, 2 * steps + 3)
+    rows, seen = jax.random.normal(first, (*stack, block, n), x.dtype), []
+    for near, far in zip(keys[::2], keys[1::2], strict=True):
+        rows = _orthonormalized(near, matmul(rows, transposed(x)), space)
+        space = jnp.concatenate([space, rows], axis=-2)
+        seen.append(matmul(rows, x))
+        rows = _orthonormalized(far, seen[-1], images)
+        images = jnp.concatenate([images, rows], axis=-2)
+    core = matmul(jnp.concatenate(seen, axis=-2), transposed(images))
+    edit = _balanced(*_decomposed(core), rank, (transposed(space), transposed(images)))
+    tail = safe_sqrt(_squared_distance(x, edit))
+    edit = LowRank(edit.right, edit.left) if flipped else edit
+    return Truncation(edit, tail, jnp.asarray(True))
+
+
+def _squared_distance(x: Array, edit: LowRank, blocks: int = 8) -> Scalar:
+    """By blocks of rows, so that the product is never whole in memory."""
+    rows = -(-x.shape[-2] // blocks)
+    right = transposed(edit.right)
+    squares = [
+        jnp.sum((x[..., i : i + rows, :] - matmul(edit.left[..., i : i + rows, :], right)) ** 2)
+        for i in range(0, x.shape[-2], rows)
+    ]
+    return jax.tree.reduce_associative(jnp.add, squares)
+
+
+def _orthonormalized(key: Array, rows: Array, space: Array) -> Array:
+    """Orthonormal rows that span the part of rows outside of a space, or new directions.
+
+    A row that has nothing left there but rounding, which would point back into the space, is
+    outweighed by a random one. Twice, since that still leaves some of it.
+    """
+    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    noise = 8 * jnp.finfo(rows.dtype).eps * jax.random.normal(key, rows.shape, rows.dtype)
+    rows = rows / jnp.where(length == 0, 1, length) + noise / math.sqrt(rows.shape[-1])
+    for _ in range(2):
+        rows = rows - matmul(matmul(rows, transposed(space)), space)
+        rows = transposed(jnp.linalg.qr(transposed(rows))[0])
+    return rows
+
+
+def extract(
+    base: WeightsLike,
+    tuned: WeightsLike,
+    rank: int,
+    *,
+    vectors: bool = True,
+    method: Method = "exact",
+    key: Array | None = None,
+) -> Truncation:
+    r"""The edit of given rank that brings one point nearest to another, as an adapter.
+
+    $$
+    D = \arg\min_{\operatorname{rank} D_\ell \le r} \lVert \theta_0 + D - \theta_1 \rVert
+    $$
+
+    To be added: `lowrank.apply(base, extract(base, tuned, r).factors)` is the nearest to `tuned`
+    that rank $r$ in every matrix can reach, and the tail its distance. Vectors and scalars are
+    matrices with one column: untouched at rank 0, corrected whole from rank 1.
+
+    Args:
+        base: The weights $\theta_0$ that the edit is to be added to.
+        tuned: The weights $\theta_1$, of the same layout.
+        rank: The rank $r \ge 0$ for every matrix; cut to what a matrix has.
+        vectors: Whether vectors and scalars are corrected; if not, they count in the tail.
+        method: How every matrix is cut, as in [`truncate`][wspace.lowrank.truncate].
+        key: A random key for the randomized method, folded with the path of every leaf.
+
+    Returns:
+        A [`Truncation`][wspace.lowrank.Truncation] with `factors` a tree of `LowRank` leaves for
+            matrices, stacks and convolutions and dense leaves for vectors, all in at least
+            float32, and the `tail` over the whole tree.
+
+    Raises:
+        ValueError: If `rank` is negative, the trees differ in structure or in a leaf's shape, the
+            method is unknown or lacks its key, or a known value is NaN or infinite.
+        TypeError: If `rank` is not an integer, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> base, tuned = {"w": jnp.zeros((2, 2))}, {"w": jnp.array([[5.0, 0.0], [0.0, 1.0]])}
+        >>> adapter = lowrank.extract(base, tuned, 1)
+        >>> lowrank.apply(base, adapter.factors), adapter.tail
+        ({'w': Array([[5., 0.],
+               [0., 0.]], dtype=float32)}, Array(1., dtype=float32))
     """
     rank = _checks.rank(rank)
-    matrix, frames = core_of(x)
-    _checks.finite(x=x)
-    if not matrix.size:
-        shape = matrix.shape if frames is None else x.shape
-        empty = [jnp.zeros((*shape[:-2], size, 0), matrix.dtype) for size in shape[-2:]]
-        return Truncation(LowRank(*empty), jnp.zeros((), matrix.dtype))
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    edit = displacement(base=base, tuned=tuned)
+    return truncate_leaves(edit, rank, vectors=vectors, method=method, key=key)
+
+
+def displacement(**ends: WeightsLike) -> Weights:
+    """From the first of two points, by name, to the second, once both are seen to be finite."""
+    _checks.same_layout(**ends)
+    start, end = tree.widened(*ends.values())
+    edit = tree.combine((1, -1), (end, start))
+    if not _checks.is_traced(edit) and not bool(jnp.isfinite(tree.norm(edit))):
+        _checks.finite(**ends)
+    return edit
+
+
+def truncate_leaves(
+    edit: PyTree, rank: int, *, vectors: bool = True, method: Method = "exact", key: Any = None
+) -> Truncation:
+    """An edit with every matrix cut to a rank; a vector is whole, or left out, as is."""
+    leaves, structure = jax.tree.flatten(edit, is_leaf=_checks.is_factored)
+    keys = [None] * len(leaves) if key is None else jax.tree.leaves(tree.split_key_like(key, edit))
+    cuts = [
+        truncate(leaf, rank, method=method, key=key)
+        if len(leaf.shape) > 1
+        else _truncated_column(leaf, rank if vectors else 0)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return Truncation(
+        structure.unflatten(cut.factors for cut in cuts),
+        tree.norm([cut.tail for cut in cuts]),
+        jnp.any(jnp.array([cut.approximate for cut in cuts], bool)),
+    )
+
+
+def _truncated_column(x: Array, rank: int) -> Truncation:
+    x = tree.upcast(x)
+    tail = jnp.zeros((), x.dtype) if rank else tree.norm(x)
+    return Truncation(x if rank else 0 * x, tail, jnp.asarray(False))
+
+
+def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: int) -> Truncation:
+    r"""The edit of given rank whose outputs on given inputs are nearest.
+
+    $$
+    D = \arg\min_{\operatorname{rank} D \le r} \lVert A\,(X - D) \rVert_F
+      = X\, V_r V_r^\top, \qquad A X = U \Sigma V^\top
+    $$
+
+    What [`truncate`][wspace.lowrank.truncate] is to a matrix, this is to what a layer does with
+    it on data: with $A = I$ both agree. The tail is at most $\lVert A \rVert_2$ times that of
+    `truncate`.
+
+    Args:
+        x: The matrix $X$ `(m, n)`, or a stack of them, dense or factored.
+        inputs: The inputs $A$ of the layer, as in `inputs @ x`, one a row: `(k, m)`, or a stack.
+        rank: The rank, at least 0; cut to $\min(k, n)$, where the tail is $0$.
+
+    Returns:
+        A [`Truncation`][wspace.lowrank.Truncation] with `factors` a `LowRank` in at least float32,
+            and the `tail` $\lVert A\,(X - D) \rVert_F$.
+
+    Raises:
+        ValueError: If `rank` is negative, the inputs do not fit the matrix, the factors do not
+            match, or a value known is NaN or infinite (traced, the result is NaN).
+        TypeError: If `rank` is not an integer, or an argument is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import lowrank
+        >>> x, inputs = jnp.diag(jnp.array([4.0, 3.0])), jnp.array([[0.0, 1.0]])
+        >>> cut = lowrank.truncate_outputs(x, inputs, 1)
+        >>> cut.tail, jnp.allclose(inputs @ cut.factors, inputs @ x)
+        (Array(0., dtype=float32), Array(True, dtype=bool))
+
+    References:
+        Reduced-rank regression: A. Izenman, *Reduced-rank regression for the multivariate linear
+        model*, Journal of Multivariate Analysis 5, 1975.
+    """
+    rank = _checks.rank(rank)
+    _checks.floating_leaves(inputs=inputs)
+    _checks.finite(x=x, inputs=inputs)
+    matrix = x if isinstance(x, LowRank) else as_matrix(x)
+    if jnp.ndim(inputs) < 2 or inputs.shape[-1] != matrix.shape[-2]:
+        raise ValueError(
+            f"inputs {jnp.shape(inputs)} do not fit a matrix {matrix.shape}: give one input a row, "
+            f"(k, {matrix.shape[-2]}), as in inputs @ x"
+        )
+    seen, _ = core_of(product(inputs, matrix))
+    _, s, vt = _decomposed(seen)
     rank = min(rank, s.shape[-1])
-    root = jnp.expand_dims(jnp.sqrt(s[..., :rank]), -2)
-    left, right = u[..., :rank] * root, jnp.swapaxes(vt, -1, -2)[..., :rank] * root
-    if frames is not None:
-        left, right = matmul(frames[0], left), matmul(frames[1], right)
-    return Truncation(LowRank(left, right), safe_sqrt(tail_curve(s)[rank]))
+    right = transposed(vt)[..., :rank]
+    tail = safe_sqrt(tail_curve(s)[rank])
+    return Truncation(LowRank(product(matrix, right), right), tail, jnp.asarray(False))

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, geometry, lowrank
 from wspace._numerics import safe_sqrt
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
+from wspace.lowrank.truncation import displacement, truncate_leaves
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Route", "curve", "gate", "offset", "rank_to_reach", "route"]
@@ -38,14 +39,6 @@ class Route(NamedTuple):
 
     residual: Scalar
     rank_to_reach: Int[Array, ""]
-
-
-def _displacement(average: WeightsLike, target: WeightsLike) -> Weights:
-    _checks.same_layout(average=average, target=target)
-    displacement = tree.combine((1, -1), tree.widened(target, average))
-    if not _checks.is_traced(displacement) and not bool(jnp.isfinite(tree.norm(displacement))):
-        _checks.finite(average=average, target=target)
-    return displacement
 
 
 def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
@@ -90,15 +83,7 @@ def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
         Psychometrika 1, 1936.
     """
     rank = _checks.rank(rank)
-    leaves, structure = jax.tree.flatten(_displacement(average, target))
-    cuts = [lowrank.truncate(x, rank) if x.ndim > 1 else _truncated_column(x, rank) for x in leaves]
-    return Truncation(
-        structure.unflatten(cut.factors for cut in cuts), tree.norm([cut.tail for cut in cuts])
-    )
-
-
-def _truncated_column(x: Array, rank: int) -> Truncation:
-    return Truncation(x, jnp.zeros((), x.dtype)) if rank else Truncation(0 * x, tree.norm(x))
+    return truncate_leaves(displacement(average=average, target=target), rank)
 
 
 def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
@@ -130,8 +115,8 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
         >>> negative.curve(jnp.zeros((2, 2)), jnp.array([[4.0, 0.0], [0.0, 3.0]]))
         Array([5., 3., 0.], dtype=float32)
     """
-    displacement = _displacement(average, target)
-    tails = [tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(displacement)]
+    gap = displacement(average=average, target=target)
+    tails = [tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(gap)]
     length = max((x.size for x in tails), default=1)
     squares = [jnp.pad(x, (0, length - x.size)) for x in tails] or [jnp.zeros(length)]
     return safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
