@@ -1,0 +1,452 @@
+r"""Exact selection by magnitude: the k-th largest entry of a leaf or of a whole tree, in O(n).
+
+Entries are ordered by magnitude and, where magnitudes are equal, by their place in the tree, leaf
+by leaf and within a leaf by flat index; the first comes first. So there is exactly one set of the
+k largest. Zero is the smallest magnitude, an infinity is larger than every finite one, and NaN
+larger still, as NumPy sorts it, so that it is never dropped unseen.
+
+Nothing is sorted. The bits of a magnitude are an integer of the same order, and the k-th largest
+integer is found by counting: a pass counts how many entries reach each of seven pivots, and the
+pivots of the next pass lie between the two that the k-th is between. Four or five passes are
+usual, each at the speed of memory. Sharded leaves are counted where they lie, and only counts
+travel. Counters hold $2^{48}$ entries, a leaf up to $2^{32}$.
+"""
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, PyTree, UInt, UInt32
+
+from wspace import _checks
+from wspace._numerics import accumulator
+from wspace.typing import Scalar, Weights, WeightsLike
+
+__all__ = ["kth_magnitude", "top_mask"]
+
+PIVOTS = 7  # as many counters as fuse into one pass over memory
+SAMPLE = 2**14  # entries whose quantiles are the first pivots
+UNROLLED = 4  # compiled passes outside of a loop, in which XLA on CPU counts on one core only
+
+Count: TypeAlias = UInt32[Array, "*s 2"]
+"""A number below $2^{48}$: its part from $2^{16}$ on, and the rest."""
+
+
+class Bracket(NamedTuple):
+    """Keys `low` < `high` with the one sought in between, and how many entries reach each."""
+
+    low: UInt[Array, ""]
+    high: UInt[Array, ""]
+    low_count: Count
+    high_count: Count
+
+
+class Cut(NamedTuple):
+    """The last entry selected, by its keys in order of precedence, if there is one."""
+
+    keys: tuple[UInt[Array, ""], ...]
+    nothing: Bool[Array, ""]
+
+
+def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
+    r"""The k-th largest magnitude of an array or of a whole tree, exactly.
+
+    $$
+    m_k = \max \bigl\{ m : \#\{ j : |x_j| \ge m \} \ge k \bigr\}
+    $$
+
+    Every entry counts as often as it occurs: $m_1$ is the largest magnitude and $m_n$ the least.
+    The order of leaves and their sharding do not change it.
+
+    Args:
+        x: A tree of $n$ entries.
+        k: Which one, from 1 to $n$. It may be traced; a new one compiles nothing.
+
+    Returns:
+        The magnitude, in at least float32; NaN if $k$ entries or more are NaN. Its derivative is
+            that of the entry, or the mean of those of several equal ones.
+
+    Raises:
+        ValueError: If `k` is known and not from 1 to $n$ (NaN if traced), or a leaf has $2^{32}$
+            entries or more.
+        TypeError: If `k` is not an integer, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import selection
+        >>> selection.kth_magnitude({"w": jnp.array([3.0, -5.0]), "b": jnp.array([4.0])}, 2)
+        Array(4., dtype=float32)
+    """
+    leaves, size = _entries(x)
+    need, below, above = _asked(k, 1, size)
+    return jnp.where(below | above, jnp.nan, _kth(leaves, need))
+
+
+@jax.custom_jvp
+def _kth(leaves: Sequence[Array], need: Count) -> Scalar:
+    found = next(_levels(leaves, need, exact=True))
+    return lax.bitcast_convert_type(found.low, _wide(leaves))
+
+
+@_kth.defjvp
+def _kth_derivative(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
+    (leaves, need), (changes, _) = primals, tangents
+    value = _kth(leaves, need)
+    sums = []
+    for leaf, change in zip(leaves, changes, strict=True):
+        wide = leaf.astype(value.dtype)
+        here = jnp.abs(wide) == value
+        moved = jnp.where(here, jnp.sign(wide), 0) * change.astype(value.dtype)
+        sums.append(jnp.stack([jnp.sum(moved), jnp.sum(here, dtype=value.dtype)]))
+    moved, ties = jax.tree.reduce_associative(jnp.add, sums)
+    return value, moved / jnp.maximum(ties, 1)
+
+
+def top_mask(x: WeightsLike, k: Any) -> PyTree:
+    r"""Which entries are the k of largest magnitude, exactly k of them.
+
+    $$
+    \operatorname{mask}_j = \bigl[\, (|x_j|, -j) \text{ is among the } k \text{ largest} \,\bigr]
+    $$
+
+    Among equal magnitudes the first ones in the tree are taken, so masks of rising $k$ are nested.
+    `tree.per_leaf(selection.top_mask)` selects in every leaf alone.
+
+    Args:
+        x: A tree of $n$ entries.
+        k: How many, from 0 to $n$. It may be traced; a new one compiles nothing.
+
+    Returns:
+        A tree of boolean arrays of the layout and sharding of `x`.
+
+    Raises:
+        ValueError: If `k` is known and not from 0 to $n$ (if traced, below 0 nothing is selected
+            and above $n$ everything), or a leaf has $2^{32}$ entries or more.
+        TypeError: If `k` is not an integer, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import selection
+        >>> selection.top_mask(jnp.array([1.0, -2.0, 2.0, 2.0]), 2)
+        Array([False,  True,  True, False], dtype=bool)
+    """
+    return _each_leaf(_selected, x, cut_for(x, k))
+
+
+def keep_top(x: WeightsLike, k: Any) -> Weights:
+    """The k entries of largest magnitude, and zero everywhere else."""
+    return _each_leaf(_kept, x, cut_for(x, k))
+
+
+def cut_for(x: WeightsLike, k: Any) -> Cut:
+    """Where the order of the entries is to be cut for k of them to be selected."""
+    leaves, size = _entries(x)
+    need, nothing, _ = _asked(k, 0, size)
+    return Cut(tuple(found.low for found in _levels(leaves, need, exact=False)), nothing)
+
+
+def _entries(x: WeightsLike) -> tuple[list[Array], int]:
+    _checks.same_layout(x=x)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    for leaf in leaves:
+        if leaf.size >= 2**32:
+            raise ValueError(
+                f"x has a leaf of shape {leaf.shape}, with 2^32 entries or more: split it along "
+                "its first axis into leaves that are counted one by one"
+            )
+    return leaves, sum(leaf.size for leaf in leaves)
+
+
+def _asked(k: Any, least: int, size: int) -> tuple[Count, Bool[Array, ""], Bool[Array, ""]]:
+    """How many entries are asked for, from 1 to all, and whether that is too few or too many."""
+    if not _checks.is_traced(k):
+        try:
+            known = operator.index(k)
+        except TypeError as error:
+            raise TypeError(f"k must be an integer, got {k!r}") from error
+        if not least <= known <= size:
+            raise ValueError(f"k must be from {least} to the {size} entries of x, got {known}")
+        return _count(min(max(known, 1), size)), jnp.asarray(known < 1), jnp.asarray(False)
+    if not jnp.issubdtype(k.dtype, jnp.integer):
+        raise TypeError(f"k must be an integer, got an array of dtype {k.dtype}")
+    inside = jnp.clip(k, 1, min(size, jnp.iinfo(k.dtype).max))
+    return _count(inside), k < 1, k > size
+
+
+def _count(k: Any) -> Count:
+    return jnp.stack([jnp.asarray(part).astype(jnp.uint32) for part in (k >> 16, k & 0xFFFF)])
+
+
+def _total(counts: Count) -> Count:
+    """The sum of counts along the first axis, fewer than $2^{16}$ of them."""
+    high, low = jnp.moveaxis(jnp.sum(counts, axis=0, dtype=jnp.uint32), -1, 0)
+    return jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
+
+
+def _reaches(count: Count, need: Count) -> Bool[Array, "*s"]:
+    high, low = count[..., 0], count[..., 1]
+    return (high > need[0]) | ((high == need[0]) & (low >= need[1]))
+
+
+def _less(count: Count, other: Count) -> Count:
+    """The difference of two counts, the first one not the smaller."""
+    borrow = (count[1] < other[1]).astype(jnp.uint32)
+    return jnp.stack([count[0] - other[0] - borrow, (count[1] - other[1]) & 0xFFFF])
+
+
+def _number(count: Count) -> Scalar:
+    return count[..., 0].astype(jnp.float32) * 2**16 + count[..., 1].astype(jnp.float32)
+
+
+def _wide(leaves: Sequence[Array]) -> type:
+    return accumulator(*(leaf.dtype for leaf in leaves))
+
+
+def _levels(leaves: Sequence[Array], need: Count, *, exact: bool) -> Iterator[Bracket]:
+    """The keys of the last entry selected: of its magnitude, its leaf and its place in the leaf.
+
+    Keys fall from the first entry to the last. On each level the entries are those that have the
+    keys found before, and of them as many are needed as the entries above leave to be selected.
+    """
+    traced = _checks.is_traced(leaves, need)
+    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
+    codes = _codes(_wide(leaves))
+    heights = [
+        jnp.asarray(codes.nan, codes.dtype) + 1,
+        jnp.asarray(len(leaves), jnp.uint32),
+        jnp.asarray(max((leaf.size for leaf in leaves), default=0), jnp.uint32),
+    ]
+    total = _count(sum(leaf.size for leaf in leaves))
+    pivots = _quantiles(leaves, need, total)
+    keys: tuple[Array, ...] = ()
+    for level, height in enumerate(heights):
+        found = Bracket(jnp.zeros_like(height), height, total, jnp.zeros_like(total))
+        if level != 1 or len(leaves) > 1:
+            counted = functools.partial(_counts, leaves, keys)
+            found = _search(counted, found, need, pivots, exact=exact, traced=traced)
+        yield found
+        keys, pivots, exact = (*keys, found.low), None, False
+        need, total = (_less(count, found.high_count) for count in (need, found.low_count))
+
+
+def _search(
+    counted: Callable[[Array], Count],
+    bracket: Bracket,
+    need: Count,
+    pivots: Array | None,
+    *,
+    exact: bool,
+    traced: bool,
+) -> Bracket:
+    """The bracket narrowed to one key, or if not `exact` until exactly `need` entries reach it."""
+    step = functools.partial(_step, need=need, exact=exact)
+    state = _aimed(bracket, need, exact, pivots)
+    if not traced:
+        while state.unfinished:
+            state = step(state, counted(state.pivots))
+        return state.bracket
+    for _ in range(UNROLLED if exact or pivots is not None else 0):
+        state = step(state, counted(state.pivots))
+    state = lax.while_loop(
+        lambda state: state.unfinished, lambda state: step(state, counted(state.pivots)), state
+    )
+    return state.bracket
+
+
+class _State(NamedTuple):
+    bracket: Bracket
+    pivots: UInt[Array, " pivots"]
+    unfinished: Bool[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames="exact")
+def _step(state: _State, counts: Count, need: Count, exact: bool) -> _State:
+    low, high, low_count, high_count = state.bracket
+    keys = jnp.concatenate([low[None], state.pivots, high[None]])
+    counts = jnp.concatenate([low_count[None], counts, high_count[None]])
+    last = jnp.sum(_reaches(counts[1:-1], need), dtype=jnp.int32)
+    return _aimed(
+        Bracket(keys[last], keys[last + 1], counts[last], counts[last + 1]), need, exact, None
+    )
+
+
+def _aimed(bracket: Bracket, need: Count, exact: bool, pivots: Array | None) -> _State:
+    width = bracket.high - bracket.low
+    open_ended = width > 1
+    unfinished = open_ended if exact else open_ended & jnp.any(bracket.low_count != need)
+    pivots = _pivots(bracket, need) if pivots is None else pivots
+    return _State(bracket, pivots, unfinished)
+
+
+def _pivots(bracket: Bracket, need: Count) -> UInt[Array, " pivots"]:
+    """Pivots about where the key would be if entries were spread evenly, and three that halve."""
+    width = bracket.high - bracket.low
+    inside = jnp.maximum(_number(bracket.low_count) - _number(bracket.high_count), 1)
+    center = (_number(bracket.low_count) - _number(need)) / inside
+    spread = jnp.maximum(1.5 / jnp.sqrt(inside), 1 / width.astype(jnp.float32))
+    near = center + spread * jnp.array([-1, -0.3, 0.3, 1], jnp.float32)
+    shares = jnp.concatenate([near, jnp.array([0.25, 0.5, 0.75], jnp.float32)])
+    steps = (jnp.clip(shares, 0, 1) * width.astype(jnp.float32)).astype(width.dtype)
+    every = jnp.arange(1, PIVOTS + 1, dtype=width.dtype)
+    steps = jnp.where(width <= PIVOTS + 1, every, steps)
+    # Sorted last: XLA would fuse all else into the next pass, and compute it for every entry.
+    return jnp.sort(bracket.low + jnp.clip(steps, 1, jnp.maximum(width, 2) - 1))
+
+
+def _quantiles(leaves: Sequence[Array], need: Count, total: Count) -> Array | None:
+    """First pivots, from evenly spaced entries; none if there is nothing or leaves are sharded."""
+    size = sum(leaf.size for leaf in leaves)
+    if not size or any(map(_axes, leaves)):
+        return None
+    # Odd, as a power of two would see few columns.
+    stride = max(size // SAMPLE, 1) | 1
+    parts = [_sample(leaf, stride, _wide(leaves)) for leaf in leaves if leaf.size]
+    return _pick(jnp.concatenate(parts), _number(need) / _number(total))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sample(x: Array, stride: int, wide: type) -> UInt[Array, " sample"]:
+    return _code(x.reshape(-1)[::stride], wide)
+
+
+@jax.jit
+def _pick(sample: UInt[Array, " sample"], share: Scalar) -> UInt[Array, " pivots"]:
+    count = sample.size
+    rank, deviation = (1 - share) * count, jnp.sqrt(share * (1 - share) * count)
+    places = rank + deviation * jnp.array([-4, -2, -0.7, 0, 0.7, 2, 4], jnp.float32)
+    ordered = jnp.sort(sample)
+    picked = ordered[jnp.clip(jnp.round(places), 0, count - 1).astype(jnp.int32)]
+    return jnp.maximum(picked, 1)
+
+
+class _Codes(NamedTuple):
+    """The integers that magnitudes of a dtype are: an unsigned dtype, and the largest, of NaN."""
+
+    dtype: type
+    nan: int
+
+
+def _codes(wide: type) -> _Codes:
+    if wide == jnp.float64:
+        return _Codes(jnp.uint64, 0x7FF0000000000001)
+    return _Codes(jnp.uint32, 0x7F800001)
+
+
+def _code(x: Array, wide: type, zero: Any = 0) -> UInt[Array, "*s"]:
+    """An integer of the order of the magnitudes, in which all NaN are one."""
+    dtype, nan = _codes(wide)
+    bits = lax.bitcast_convert_type(x.astype(wide), dtype)
+    return jnp.minimum(bits & (jnp.asarray(jnp.iinfo(dtype).max >> 1, dtype) | zero), nan)
+
+
+def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> Count:
+    """How many entries that have the given keys reach each pivot with their next one."""
+    wide, last = _wide(leaves), len(leaves) - 1
+    numbers = [jnp.asarray(last - i, jnp.uint32) for i in range(len(leaves))]
+    counts = [
+        _leaf_counts(leaf, number, keys, pivots, wide)
+        for leaf, number in zip(leaves, numbers, strict=True)
+        if leaf.size
+    ]
+    return _total(jnp.stack(counts)) if counts else jnp.zeros((PIVOTS, 2), jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _leaf_counts(
+    x: Array, number: Array, keys: tuple[Array, ...], pivots: Array, wide: type
+) -> Count:
+    def local(x: Array, starts: Sequence[Array], number: Array, keys: Any, pivots: Array) -> Array:
+        # Zero in a way that XLA cannot see, or a loop would keep the keys of all entries at hand.
+        zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
+        own = _keys(x, starts, shape, number, wide, zero)
+        among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
+        reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
+        # One variadic reduction reads the entries once; seven sums would write them first.
+        counts = lax.reduce(
+            reached, [jnp.uint32(0)] * PIVOTS, lambda x, y: list(map(jnp.add, x, y)), range(x.ndim)
+        )
+        return jnp.stack(counts)
+
+    shape = x.shape
+    counts = _shardwise(local, x, number, keys, pivots, summed=True)
+    return jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1)
+
+
+def _keys(
+    x: Array, starts: Sequence[Array], shape: Sequence[int], number: Array, wide: type, zero: Any
+) -> tuple[Array, ...]:
+    """The keys of entries, in order of precedence; all fall from the first entry to the last."""
+    code = _code(x, wide, zero.astype(_codes(wide).dtype))
+    place = jnp.full(x.shape, max(math.prod(shape), 1) - 1, jnp.uint32) + zero.astype(jnp.uint32)
+    for axis, start in enumerate(starts):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+        place -= (lax.broadcasted_iota(jnp.uint32, x.shape, axis) + start) * stride
+    return code, jnp.broadcast_to(number, x.shape), place
+
+
+def _selected(x: Array, number: Array, cut: Cut, wide: type) -> Bool[Array, "*s"]:
+    def local(x: Array, starts: Sequence[Array], number: Array, cut: Cut) -> Array:
+        own = _keys(x, starts, shape, number, wide, jnp.uint32(0))
+        inside = jnp.asarray(True)
+        for key, least in reversed(list(zip(own, cut.keys, strict=True))):
+            inside = (key > least) | ((key == least) & inside)
+        return inside & ~cut.nothing
+
+    shape = x.shape
+    return _shardwise(local, x, number, cut)
+
+
+def _kept(x: Array, number: Array, cut: Cut, wide: type) -> Array:
+    return jnp.where(_selected(x, number, cut, wide), x, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _on_leaf(function: Any, x: Array, number: Array, cut: Cut, wide: type) -> Array:
+    return function(x, number, cut, wide)
+
+
+def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTree:
+    leaves, structure = jax.tree.flatten(x)
+    leaves, last = [jnp.asarray(leaf) for leaf in leaves], len(leaves) - 1
+    return structure.unflatten(
+        _on_leaf(function, leaf, jnp.asarray(last - i, jnp.uint32), cut, _wide(leaves))
+        for i, leaf in enumerate(leaves)
+    )
+
+
+def _axes(x: Array) -> tuple[str, ...]:
+    """The axes of the mesh that a leaf is spread over."""
+    names = (
+        (name,) if isinstance(name, str) else name or () for name in jax.typeof(x).sharding.spec
+    )
+    return tuple(itertools.chain.from_iterable(names))
+
+
+def _shardwise(
+    function: Callable[..., Array], x: Array, *operands: Any, summed: bool = False
+) -> Array:
+    """A function of entries, and of where in the leaf they start, on every shard alone."""
+    axes, sharding = _axes(x), jax.typeof(x).sharding
+    if not axes:
+        return function(x, [jnp.uint32(0)] * x.ndim, *operands)
+
+    def local(x: Array, operands: Any) -> Array:
+        starts = [
+            lax.axis_index(names).astype(jnp.uint32) * size if names else jnp.uint32(0)
+            for names, size in zip(sharding.spec, x.shape, strict=True)
+        ]
+        result = function(x, starts, *operands)
+        return lax.psum(result, axes) if summed else result
+
+    return jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=(sharding.spec, jax.P()),
+        out_specs=jax.P() if summed else sharding.spec,
+    )(x, operands)
