@@ -32,9 +32,8 @@ __all__ = ["kth_magnitude", "top_mask"]
 
 PIVOTS = 7  # as many counters as fuse into one pass over memory
 SAMPLE = 2**14  # entries whose quantiles are the first pivots
-UNROLLED = 4  # compiled passes outside of a loop, in which XLA on CPU counts on one core only
 
-Count: TypeAlias = UInt32[Array, "*s 2"]
+Count: TypeAlias = UInt32[Array, "... 2"]
 """A number below $2^{48}$: its part from $2^{16}$ on, and the rest."""
 
 
@@ -91,21 +90,22 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
 @jax.custom_jvp
 def _kth(leaves: Sequence[Array], need: Count) -> Scalar:
     found = next(_levels(leaves, need, exact=True))
-    return lax.bitcast_convert_type(found.low, _wide(leaves))
+    magnitude = lax.bitcast_convert_type(found.low, _wide(leaves))
+    return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
 
 
 @_kth.defjvp
 def _kth_derivative(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
     (leaves, need), (changes, _) = primals, tangents
     value = _kth(leaves, need)
-    sums = []
-    for leaf, change in zip(leaves, changes, strict=True):
-        wide = leaf.astype(value.dtype)
-        here = jnp.abs(wide) == value
-        moved = jnp.where(here, jnp.sign(wide), 0) * change.astype(value.dtype)
-        sums.append(jnp.stack([jnp.sum(moved), jnp.sum(here, dtype=value.dtype)]))
-    moved, ties = jax.tree.reduce_associative(jnp.add, sums)
-    return value, moved / jnp.maximum(ties, 1)
+    wide = [leaf.astype(value.dtype) for leaf in leaves]
+    signs = [jnp.where(jnp.abs(x) == value, jnp.sign(x), 0) for x in wide]
+    ties = jax.tree.reduce_associative(jnp.add, [jnp.sum(jnp.abs(sign)) for sign in signs])
+    moved = [
+        jnp.sum(sign * change.astype(value.dtype))
+        for sign, change in zip(signs, changes, strict=True)
+    ]
+    return value, jax.tree.reduce_associative(jnp.add, moved) / jnp.maximum(ties, 1)
 
 
 def top_mask(x: WeightsLike, k: Any) -> PyTree:
@@ -189,7 +189,7 @@ def _total(counts: Count) -> Count:
     return jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
 
 
-def _reaches(count: Count, need: Count) -> Bool[Array, "*s"]:
+def _reaches(count: Count, need: Count) -> Bool[Array, "..."]:
     high, low = count[..., 0], count[..., 1]
     return (high > need[0]) | ((high == need[0]) & (low >= need[1]))
 
@@ -247,15 +247,14 @@ def _search(
     """The bracket narrowed to one key, or if not `exact` until exactly `need` entries reach it."""
     step = functools.partial(_step, need=need, exact=exact)
     state = _aimed(bracket, need, exact, pivots)
-    if not traced:
-        while state.unfinished:
-            state = step(state, counted(state.pivots))
-        return state.bracket
-    for _ in range(UNROLLED if exact or pivots is not None else 0):
+    if traced:
+        return lax.while_loop(
+            lambda state: state.unfinished,
+            lambda state: step(state, counted(state.pivots)),
+            state,
+        ).bracket
+    while state.unfinished:
         state = step(state, counted(state.pivots))
-    state = lax.while_loop(
-        lambda state: state.unfinished, lambda state: step(state, counted(state.pivots)), state
-    )
     return state.bracket
 
 
@@ -338,11 +337,11 @@ def _codes(wide: type) -> _Codes:
     return _Codes(jnp.uint32, 0x7F800001)
 
 
-def _code(x: Array, wide: type, zero: Any = 0) -> UInt[Array, "*s"]:
+def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
     """An integer of the order of the magnitudes, in which all NaN are one."""
     dtype, nan = _codes(wide)
     bits = lax.bitcast_convert_type(x.astype(wide), dtype)
-    return jnp.minimum(bits & (jnp.asarray(jnp.iinfo(dtype).max >> 1, dtype) | zero), nan)
+    return jnp.minimum(bits & jnp.asarray(jnp.iinfo(dtype).max >> 1, dtype), nan)
 
 
 def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> Count:
@@ -362,7 +361,7 @@ def _leaf_counts(
     x: Array, number: Array, keys: tuple[Array, ...], pivots: Array, wide: type
 ) -> Count:
     def local(x: Array, starts: Sequence[Array], number: Array, keys: Any, pivots: Array) -> Array:
-        # Zero in a way that XLA cannot see, or a loop would keep the keys of all entries at hand.
+        # Zero in a way that XLA cannot see: it would write down, ahead of a loop, the keys of all.
         zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
         own = _keys(x, starts, shape, number, wide, zero)
         among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
@@ -382,7 +381,7 @@ def _keys(
     x: Array, starts: Sequence[Array], shape: Sequence[int], number: Array, wide: type, zero: Any
 ) -> tuple[Array, ...]:
     """The keys of entries, in order of precedence; all fall from the first entry to the last."""
-    code = _code(x, wide, zero.astype(_codes(wide).dtype))
+    code = _code(jnp.where(zero == 0, x, 0), wide)
     place = jnp.full(x.shape, max(math.prod(shape), 1) - 1, jnp.uint32) + zero.astype(jnp.uint32)
     for axis, start in enumerate(starts):
         stride = jnp.uint32(math.prod(shape[axis + 1 :]))
