@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from wspace import average, geometry, interpolate, lowrank, negative, perturb, tree
+from wspace import average, cone, geometry, interpolate, lowrank, negative, perturb, selection, tree
 
 
 def allow():
@@ -26,8 +26,29 @@ def thick(x):
     return [lowrank.materialize(x["k"]), x["w"], x["s"]]
 
 
+def masked(x):
+    """Every other entry of a tree, and all of its vectors."""
+    return {"w": x["w"] > 0, "b": [True, False], "s": True, "k": x["k"] > 0}
+
+
+def inside(x, y):
+    """The projection of one tree on the span of another."""
+    y = tree.upcast(y)
+    return cone.project(cone.Subspace([tree.combine((1 / tree.norm(y),), (y,))]), x)
+
+
 CATALOG = {
     "average.mean": (3, lambda *points: average.mean(points, (1.0, 0.7, -0.3))),
+    "cone.entry": (1, lambda x: cone.entry(cone.PooledRank(3), x, 13.0).norm),
+    "cone.exit": (1, lambda x: cone.exit(cone.Rank(1), x, 40.0).norm),
+    "cone.nuclear_entry": (1, lambda x: cone.nuclear_entry(x, 9.0).norm),
+    "cone.project": (1, lambda x: cone.project(cone.Sparse(9), x).edit),
+    "cone.project, Mask": (1, lambda x: cone.project(cone.Mask(masked(x)), x).edit),
+    "cone.project, Subspace": (2, lambda x, y: inside(x, y).edit),
+    "cone.project_capped": (1, lambda x: cone.project_capped(x, 2, 3.0).tail),
+    "cone.reach": (1, lambda x: cone.reach(cone.PooledRank(3), x, 2.0)),
+    "cone.spectral_entry": (1, lambda x: cone.spectral_entry(x, 3.0)[1:]),
+    "cone.support": (1, lambda x: cone.support(cone.Rank(2), x, 2.0)),
     "geometry.angle": (2, geometry.angle),
     "geometry.coordinates": (3, lambda x, *points: geometry.coordinates(x, points)),
     "geometry.cosine": (2, geometry.cosine),
@@ -112,6 +133,8 @@ CATALOG = {
             like, perturb.low_rank_gaussian(jax.random.key(0), like, 2, norm=2.0)
         ),
     ),
+    "selection.kth_magnitude": (1, lambda x: selection.kth_magnitude(x, 30)),
+    "selection.top_mask": (1, lambda x: selection.top_mask(x, 30)),
     "tree.cast_like": (2, tree.cast_like),
     "tree.combine": (2, lambda x, y: tree.combine((2.0, -0.5), (x, y))),
     "tree.norm": (1, tree.norm),
@@ -122,6 +145,14 @@ CATALOG = {
 """By name, and the case where a function has several: how many trees it takes, and the function."""
 
 NOT_ON_TREES = {
+    "cone.Mask": "a record",
+    "cone.Move": "a record",
+    "cone.PooledRank": "a record",
+    "cone.Projection": "a record",
+    "cone.Rank": "a record",
+    "cone.Sparse": "a record",
+    "cone.SpectralMove": "a record",
+    "cone.Subspace": "a record",
     "geometry.Coordinates": "a record",
     "lowrank.LowRank": "a record",
     "lowrank.Truncation": "a record",

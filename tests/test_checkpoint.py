@@ -172,7 +172,7 @@ def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path, dtype, size):
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.safetensors"):
         checkpoint.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match=r"is a folder: give a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"is a folder: give a file in it"):
         checkpoint.load(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be read"):

@@ -8,13 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, eps, is_nan, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, pairs, ratios, strengths, weights
+from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios, strengths, weights
 from tests.test_geometry import true_angle, turned
 from wspace import geometry, interpolate, tree
 
 lerp, slerp = jax.jit(interpolate.lerp), jax.jit(interpolate.slerp)
+bezier, polygonal_chain = jax.jit(interpolate.bezier), jax.jit(interpolate.polygonal_chain)
 norm, angle, combine = jax.jit(tree.norm), jax.jit(geometry.angle), jax.jit(tree.combine)
 each_path = pytest.mark.parametrize("path", [lerp, slerp], ids=["lerp", "slerp"])
+each_curve = pytest.mark.parametrize("curve", [bezier, polygonal_chain], ids=["bezier", "chain"])
 ANGLES = (1e-7, 1e-5, 1e-3, 0.1, 0.7, 1.0, 1.5, 1.6, 2.0, 3.0, np.pi - 1e-2, np.pi - 1e-3)
 
 
@@ -171,3 +173,112 @@ def test_layouts_include_stacks_scalars_empty_leaves_and_convolutions():
     ]
     assert {len(s) for s in shapes} == {0, 1, 2, 3, 4}
     assert any(0 in s for s in shapes)
+
+
+def de_casteljau(rows, t):
+    """The point of a Bezier curve, and that of one whose points have the sizes of these."""
+    sizes = np.abs(rows).sum(axis=1)
+    while len(rows) > 1:
+        rows = (1 - t) * rows[:-1] + t * rows[1:]
+        sizes = abs(1 - t) * sizes[:-1] + abs(t) * sizes[1:]
+    return rows[0], float(sizes[0])
+
+
+def chained(rows, t):
+    last = len(rows) - 1
+    first = int(min(max(np.floor(t * last), 0), last - 1)) if last else 0
+    part = t * last - first
+    end = rows[min(first + 1, last)]
+    return (1 - part) * rows[first] + part * end, (1 + 2 * abs(part)) * np.abs(rows).sum()
+
+
+@pytest.mark.parametrize(
+    ("curve", "oracle"),
+    [(bezier, de_casteljau), (polygonal_chain, chained)],
+    ids=["bezier", "chain"],
+)
+@given(xs=points(), t=strengths)
+def test_curve_is_that_of_the_textbook_for_every_t(curve, oracle, xs, t):
+    wanted, scale = oracle(np.stack([vector(x) for x in xs]), np.longdouble(t))
+    assert_close(curve(xs, t), like(wanted, xs[0]), units=16, scale=scale)
+
+
+@each_curve
+@given(xs=points(dtype=jnp.bfloat16))
+def test_curve_starts_and_ends_exactly_and_rests_at_equal_points(curve, xs):
+    assert_close(curve(xs, 0), xs[0], units=0)
+    assert_close(curve(xs, 1), xs[-1], units=0)
+    same = [xs[0]] * 4
+    for t in (0.3, -0.5, 2.0):
+        assert_close(curve(xs[:1], t), xs[0], units=0)
+        assert_close(curve(same, t), xs[0], units=1)
+
+
+@each_curve
+@given(pair=pairs(), t=strengths)
+def test_curve_of_two_points_is_lerp(curve, pair, t):
+    scale = (abs(t) + abs(1 - t)) * size(*pair)
+    assert_close(curve(pair, t), lerp(*pair, t), units=2, scale=scale)
+
+
+@each_curve
+@given(xs=points(), t=ratios, shift=weights(()))
+def test_curve_reversed_and_curve_of_an_affine_image(curve, xs, t, shift):
+    scale = 3 * size(*xs) + float(abs(shift))
+    assert_close(curve(xs[::-1], 1 - t), curve(xs, t), units=32, scale=scale)
+    image = [jax.tree.map(lambda x: -3 * x + shift, y) for y in xs]
+    wanted = jax.tree.map(lambda x: -3 * x + shift, curve(xs, t))
+    assert_close(curve(image, t), wanted, units=32, scale=4 * scale)
+
+
+@given(xs=points(), t=strengths)
+def test_bezier_of_raised_degree_is_the_same_curve(xs, t):
+    n = len(xs)
+    inner = [combine((i / n, 1 - i / n), (xs[i - 1], xs[i])) for i in range(1, n)]
+    raised = [xs[0], *inner, xs[-1]]
+    _, scale = de_casteljau(np.stack([vector(x) for x in raised]), np.longdouble(t))
+    assert_close(bezier(raised, t), bezier(xs, t), units=32, scale=scale)
+
+
+@given(xs=points())
+def test_chain_passes_through_every_point(xs):
+    last = max(len(xs) - 1, 1)
+    for i, x in enumerate(xs):
+        assert_close(polygonal_chain(xs, i / last), x, units=8, scale=size(*xs))
+
+
+@given(xs=points())
+def test_curve_leaves_and_arrives_with_the_speed_of_its_first_and_last_edge(xs):
+    last = len(xs) - 1
+    for curve in (bezier, polygonal_chain):
+        for t, i in ((0.0, 0), (1.0, last - 1)):
+            at, one = jnp.asarray(t, FLOAT), jnp.ones((), FLOAT)
+            _, speed = jax.jvp(lambda s, curve=curve: curve(xs, s), (at,), (one,))
+            edge = combine((last, -last), (xs[i + 1], xs[i])) if last else combine((0,), (xs[0],))
+            assert_close(speed, edge, units=16, scale=last * size(*xs))
+
+
+@each_curve
+def test_curve_vmaps_over_t_and_is_nan_where_a_traced_t_is(curve):
+    xs = [{"w": jnp.arange(3.0)}, {"w": jnp.ones(3)}, {"w": -jnp.ones(3)}]
+    ts = jnp.linspace(-1, 2, 7)
+    got = jax.vmap(lambda t: curve(xs, t))(ts)
+    assert_close(got, {"w": jnp.stack([curve(xs, t)["w"] for t in ts])}, units=32)
+    assert is_nan(curve(xs, jnp.nan))
+    per_leaf = tree.per_leaf(curve)(xs, 0.3)
+    assert_close(per_leaf, curve(xs, 0.3), units=2)
+
+
+def test_bad_curves_are_refused(refuses):
+    x = {"w": jnp.ones(2)}
+    for curve in (interpolate.bezier, interpolate.polygonal_chain):
+        with refuses(ValueError, match="points is empty"):
+            curve([], 0.5)
+        with refuses(TypeError, match="points must be a sequence of trees"):
+            curve(x, 0.5)
+        with refuses(ValueError, match="t must be finite, got nan"):
+            curve([x, x, x], float("nan"))
+        with refuses(ValueError, match=r"t must be one number, got shape \(2,\): use jax.vmap"):
+            curve([x, x], jnp.ones(2))
+        with refuses(ValueError, match=r"leaf \['w'\] has shape \(2,\) in points\[0\], \(3,\) in"):
+            curve([x, x, {"w": jnp.ones(3)}], 0.5)

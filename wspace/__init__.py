@@ -3,10 +3,13 @@
 from wspace import (
     average,
     checkpoint,
+    cone,
     geometry,
     interpolate,
     lowrank,
     negative,
+    perturb,
+    selection,
     tree,
     typing,
 )
@@ -14,10 +17,13 @@ from wspace import (
 __all__ = [
     "average",
     "checkpoint",
+    "cone",
     "geometry",
     "interpolate",
     "lowrank",
     "negative",
+    "perturb",
+    "selection",
     "tree",
     "typing",
 ]

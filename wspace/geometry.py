@@ -4,7 +4,8 @@ All leaves together are one vector. Nothing here needs more than inner products,
 leaves are measured where they lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,29 @@ from wspace import _checks, tree
 from wspace._numerics import accumulator, safe_sqrt, split
 from wspace.typing import Scalar, Weights, WeightsLike
 
-__all__ = ["angle", "distance", "gram", "orthonormalize", "project"]
+__all__ = [
+    "Coordinates",
+    "angle",
+    "coordinates",
+    "cosine",
+    "distance",
+    "gram",
+    "orthonormalize",
+    "principal_angles",
+    "project",
+]
+
+
+class Coordinates(NamedTuple):
+    """Affine coordinates of a point with respect to others, and how far off they leave it.
+
+    Attributes:
+        coefficients: One number a point; their sum is one.
+        residual: The distance of the point from the combination that they make.
+    """
+
+    coefficients: Float[Array, " k"]
+    residual: Scalar
 
 
 def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
@@ -121,6 +144,43 @@ def angle(x: WeightsLike, y: WeightsLike) -> Scalar:
     return 2 * jnp.arctan2(safe_sqrt(sine), safe_sqrt(cosine))
 
 
+def cosine(x: WeightsLike, y: WeightsLike) -> Scalar:
+    r"""Cosine of the angle between two points as seen from the origin.
+
+    $$
+    \cos \Omega = \frac{\langle x, y \rangle}{\lVert x \rVert \lVert y \rVert}
+    $$
+
+    Formed as $\cos^2(\Omega/2) - \sin^2(\Omega/2)$ from the halves that
+    [`angle`][wspace.geometry.angle] is made of: never outside $[-1, 1]$, and $1$ between parallel
+    trees, whatever their lengths. Near $\pm 1$ a cosine cannot tell fine-tunes apart; the angle
+    can.
+
+    Args:
+        x: First tree.
+        y: Second tree, of the same layout.
+
+    Returns:
+        The cosine in $[-1, 1]$, in at least float32; $1$, as of the angle $0$, if either tree is
+        zero.
+
+    Raises:
+        ValueError: If the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import geometry
+        >>> geometry.cosine(jnp.array([1.0, 0.0]), jnp.array([0.0, -3.0]))
+        Array(0., dtype=float32)
+        >>> geometry.cosine(jnp.array([1.0, 2.0]), jnp.array([-3.0, -6.0]))
+        Array(-1., dtype=float32)
+    """
+    _checks.same_layout(x=x, y=y)
+    sine, cosine = half_angle(x, y)
+    return cosine - sine
+
+
 def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     r"""Matrix of inner products.
 
@@ -156,6 +216,60 @@ def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     }
     count = range(len(points))
     return jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in count]) for i in count])
+
+
+@tree.elementwise
+def _less(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (c,), (x, q) = scalars, arrays
+    return x - c * q
+
+
+@tree.elementwise
+def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (c,), (x,) = scalars, arrays
+    return x / c
+
+
+def _split(x: Weights, basis: Sequence[Weights]) -> tuple[list[Any], Weights]:
+    """The coefficients of `x` in an orthonormal basis, and what is orthogonal to the basis."""
+    coefficients: list[Any] = [0.0] * len(basis)
+    for _ in range(2):
+        for i, q in enumerate(basis):
+            part = tree.vdot(q, x)
+            x = _less((part,), (x, q))
+            coefficients[i] += part
+    return coefficients, x
+
+
+def _gram_schmidt(
+    directions: Sequence[Weights], dependent: Callable[[int, Scalar, Scalar], str] | None
+) -> tuple[list[Weights], list[list[Scalar]]]:
+    """The factors of $D = Q R$, with `R` by columns down to its diagonal.
+
+    `dependent` words the refusal of a direction, from its index, its norm and what is left of it
+    outside the span of those before it. Without it, what is left may be zero.
+    """
+    basis: list[Weights] = []
+    columns = []
+    for i, x in enumerate(directions):
+        coefficients, rest = _split(x, basis)
+        size, left = tree.norm(x), tree.norm(rest)
+        undefined = 0.0
+        if dependent is not None:
+            undefined = _checks.refuse(
+                ~(left > 64 * jnp.finfo(left.dtype).eps * size),
+                lambda i=i, size=size, left=left: dependent(i, size, left),
+            )
+        basis.append(_over((jnp.where(left == 0, 1, left) + undefined,), (rest,)))
+        columns.append([*coefficients, left])
+    return basis, columns
+
+
+def _dependent(name: str) -> Callable[[int, Scalar, Scalar], str]:
+    return lambda i, size, left: (
+        f"{name}[{i}] has norm {size:.3g} and {left:.3g} outside the span of those "
+        "before it: leave out directions that are zero, dependent or not finite"
+    )
 
 
 def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
@@ -195,21 +309,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     """
     directions = _checks.listed("directions", directions)
     _checks.same_layout(**_checks.each("directions", directions))
-    basis: list[Weights] = []
-    for i, rest in enumerate(tree.widened(*directions)):
-        size = tree.norm(rest)
-        for _ in range(2):
-            for q in basis:
-                rest = tree.combine((1, -tree.vdot(q, rest)), (rest, q))
-        left = tree.norm(rest)
-        undefined = _checks.refuse(
-            ~(left > 64 * jnp.finfo(left.dtype).eps * size),
-            lambda i=i, left=left, size=size: (
-                f"directions[{i}] has norm {size:.3g} and {left:.3g} outside the span of those "
-                "before it: leave out directions that are zero, dependent or not finite"
-            ),
-        )
-        basis.append(tree.combine((1 / left + undefined,), (rest,)))
+    basis, _ = _gram_schmidt(tree.widened(*directions), _dependent("directions"))
     return [tree.cast_like(q, x) for q, x in zip(basis, directions, strict=True)]
 
 
@@ -245,3 +345,130 @@ def project(x: WeightsLike, basis: Sequence[WeightsLike]) -> Weights:
     _checks.same_layout(x=x, **_checks.each("basis", basis))
     point, *wide = tree.widened(x, *basis)
     return tree.cast_like(tree.combine([tree.vdot(q, point) for q in wide], wide), x)
+
+
+def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinates:
+    r"""Affine coordinates of a point with respect to others, and its distance from their span.
+
+    $$
+    c = \operatorname*{arg\,min}_{\sum_i c_i = 1}
+        \Bigl\lVert \theta - \sum_i c_i\, \theta_i \Bigr\rVert
+    $$
+
+    The inverse of [`average.mean`][wspace.average.mean]: the coordinates of `mean(points, c)`
+    are `c` divided by its sum, and the residual is zero. Moving or scaling all points together
+    changes no coefficient. A negative coefficient says that the nearest point of the affine span
+    is outside of the convex hull. What is left over is orthogonal to every difference of the
+    points, and the residual is its norm, measured and not subtracted from another.
+
+    The differences $\theta_i - \theta_0$ are reduced to a triangle by Gram-Schmidt applied
+    twice: the error grows with their condition number where the residual is small, where that
+    of the normal equations grows with its square.
+
+    Args:
+        point: The point $\theta$.
+        points: The $\theta_i$, trees of the layout of `point`, at least one.
+
+    Returns:
+        [`Coordinates`][wspace.geometry.Coordinates] with `coefficients` $c_i$ and `residual`, in
+            at least float32.
+
+    Raises:
+        ValueError: If the points are affinely dependent: one is within $64\,\varepsilon$ of
+            its distance from the first of the affine span of those before it (NaN if the values
+            are traced). Also if there is no point, or the trees differ in structure or in a
+            leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import geometry
+        >>> corners = [jnp.array([0.0, 0.0, 0.0]), jnp.array([4.0, 0.0, 0.0])]
+        >>> geometry.coordinates(jnp.array([1.0, 0.0, 2.0]), corners)
+        Coordinates(coefficients=Array([0.75, 0.25], dtype=float32),
+                    residual=Array(2., dtype=float32))
+
+    References:
+        A. Bjorck, *Solving linear least squares problems by Gram-Schmidt orthogonalization*,
+        BIT 7, 1967.
+    """
+    points = _checks.listed("points", points)
+    _checks.same_layout(point=point, **_checks.each("points", points))
+    start, *rest = tree.widened(*points, point)
+    *edges, edge = [_less((1,), (x, start)) for x in rest]
+    basis, columns = _gram_schmidt(
+        edges,
+        lambda i, size, left: (
+            f"points[{i + 1}] is {size:.3g} from points[0] and {left:.3g} from the affine span of "
+            "those before it: leave out points that repeat, are dependent or are not finite"
+        ),
+    )
+    projections, beyond = _split(edge, basis)
+    solution: list[Scalar] = []
+    for i in reversed(range(len(edges))):
+        known = sum(c * column[i] for c, column in zip(solution, columns[i + 1 :], strict=True))
+        solution.insert(0, (projections[i] - known) / columns[i][i])
+    residual = tree.norm(beyond)
+    return Coordinates(jnp.stack([jnp.ones_like(residual) - sum(solution), *solution]), residual)
+
+
+def principal_angles(
+    left: Sequence[WeightsLike], right: Sequence[WeightsLike]
+) -> Float[Array, " k"]:
+    r"""Principal angles between the spans of two sets of directions, in radians.
+
+    $$
+    \cos \vartheta_i = \sigma_i(P^\top Q), \qquad
+    \sin \vartheta_i = \sigma_{k+1-i}\bigl(Q - P P^\top Q\bigr)
+    $$
+
+    with $P$ an orthonormal basis of the larger span and $Q$ of the smaller one. The angles are
+    symmetric in the two spans and do not depend on the directions chosen in them; all are zero
+    if and only if one span contains the other. Sine and cosine meet in $\operatorname{atan2}$,
+    so every angle has an error of a few $\varepsilon$ times the condition number of the
+    directions, where $\arccos$ alone loses angles up to $\sqrt\varepsilon$.
+
+    Derivatives exist, to second order, where the angles are distinct and strictly between $0$
+    and $\pi/2$; at both ends they have a kink.
+
+    Args:
+        left: Directions that span one subspace, trees of one layout, at least one.
+        right: Directions that span the other, of the same layout.
+
+    Returns:
+        The $k$ angles in $[0, \pi/2]$ in ascending order, as many as the smaller span has
+        dimensions, in at least float32.
+
+    Raises:
+        ValueError: If a direction is in the span of those before it on its side, to within
+            $64\,\varepsilon$ of its norm (NaN if the values are traced). Also if a side is
+            empty, or the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import geometry
+        >>> x, y, z = jnp.eye(3)
+        >>> geometry.principal_angles([x, y], [x + y, z])
+        Array([0.       , 1.5707964], dtype=float32)
+
+    References:
+        A. Bjorck, G. Golub, *Numerical methods for computing angles between linear subspaces*,
+        Mathematics of Computation 27, 1973.
+    """
+    left, right = _checks.listed("left", left), _checks.listed("right", right)
+    _checks.same_layout(**_checks.each("left", left), **_checks.each("right", right))
+    wide = tree.widened(*left, *right)
+    p, _ = _gram_schmidt(wide[: len(left)], _dependent("left"))
+    q, _ = _gram_schmidt(wide[len(left) :], _dependent("right"))
+    if len(p) < len(q):
+        p, q = q, p
+    products, rests = zip(*(_split(x, p) for x in q), strict=True)
+    _, columns = _gram_schmidt(rests, None)
+    zero = jnp.zeros_like(columns[0][0])
+    triangle = [column + [zero] * (len(q) - len(column)) for column in columns]
+    cosines, sines = (
+        jnp.linalg.svd(jnp.stack([jnp.stack(row) for row in rows]), compute_uv=False)
+        for rows in (products, triangle)
+    )
+    return jnp.arctan2(sines[::-1], cosines)

@@ -1,23 +1,25 @@
-r"""Paths between two points of weight space.
+r"""Paths between points of weight space.
 
-A path is a function of $t$ that is $\theta_0$ (`start`) at $t = 0$ and $\theta_1$ (`end`) at
-$t = 1$, both exactly. Any real $t$ is allowed: outside $[0, 1]$ the path extrapolates, and
-$t < 0$ moves away from `end`.
+A path is a function of $t$ that is its first point at $t = 0$ and its last one at $t = 1$, both
+exactly. Any real $t$ is allowed: outside $[0, 1]$ the path extrapolates, and $t < 0$ moves away
+from the end.
 
 A tree is one vector. For a path per tensor use
 [`tree.per_leaf`][wspace.tree.per_leaf], for many $t$ at once `jax.vmap`.
 """
 
+import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, geometry, tree
-from wspace._numerics import arcsin_of_root_squared, safe_sqrt, sinc_of_square
+from wspace._numerics import accumulator, arcsin_of_root_squared, safe_sqrt, sinc_of_square
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
-__all__ = ["lerp", "slerp"]
+__all__ = ["bezier", "lerp", "polygonal_chain", "slerp"]
 
 
 @tree.elementwise
@@ -66,6 +68,24 @@ def _arc(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return a * x + b * y + c * (x + y)
 
 
+def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
+    r"""$\sin^2$ and $\cos^2$ of half the angle, as accurate as the coefficients of an arc ask for.
+
+    These are functions of the angle squared, so that inner products will do up to a right angle,
+    in which a small angle would lose half of its digits; towards the antipode they would not.
+    """
+    product = tree.vdot(x, y)
+    size = tree.norm(x).astype(product.dtype) * tree.norm(y).astype(product.dtype)
+    cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
+    return jax.lax.cond(
+        cosine < 0,
+        geometry.half_angle,
+        lambda *_: ((1 - cosine) / 2, (1 + cosine) / 2),
+        x,
+        y,
+    )
+
+
 def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     r"""Spherical linear interpolation, an arc turning at constant angular speed.
 
@@ -107,7 +127,7 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
         K. Shoemake, *Animating Rotation with Quaternion Curves*, SIGGRAPH 1985.
     """
     _checks.same_layout(start=start, end=end)
-    sine, cosine = geometry.half_angle(start, end)
+    sine, cosine = _half_angle(start, end)
     t = jnp.asarray(_checks.scalar("t", t)).astype(sine.dtype)
 
     # Beyond a right angle work with the angle left to the antipode, pi - Omega = `short`.
@@ -133,3 +153,102 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
         jnp.where(antipodal, jnp.nan, jnp.where(parted, along, 0)),
     )
     return _arc(scalars, (start, end))
+
+
+def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
+    r"""Bezier curve, which leaves its first point and arrives at its last one, bent by the rest.
+
+    $$
+    \theta(t) = \sum_{i=0}^{n} \binom{n}{i}\, t^i (1 - t)^{n - i}\, \theta_i
+    $$
+
+    For $0 \le t \le 1$ an average, so the curve stays in the convex hull of its points; for
+    other $t$ the polynomial goes on. Commutes with every affine map of weight space. It sets out
+    with speed $n\,(\theta_1 - \theta_0)$ and arrives with $n\,(\theta_n - \theta_{n-1})$. One
+    point is a path that rests; with two the curve is [`lerp`][wspace.interpolate.lerp].
+
+    Args:
+        points: The $\theta_i$, trees of one layout, at least one: the ends, and between them the
+            bends, which the curve does not pass through.
+        t: Position along the curve.
+
+    Returns:
+        The weights $\theta(t)$, each leaf in the dtype of that leaf of the first point.
+
+    Raises:
+        ValueError: If there is no point, the points differ in structure or in a leaf's shape, or
+            `t` is known and not finite.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import interpolate
+        >>> start, bend, end = jnp.array([0.0, 0.0]), jnp.array([1.0, 2.0]), jnp.array([2.0, 0.0])
+        >>> interpolate.bezier([start, bend, end], 0.5)
+        Array([1., 1.], dtype=float32)
+
+    References:
+        T. Garipov et al., *Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs*,
+        NeurIPS 2018, section 3, [arXiv:1802.10026](https://arxiv.org/abs/1802.10026).
+    """
+    points, t, last = _path(points, t)
+    return tree.combine(
+        [float(math.comb(last, i)) * t**i * (1 - t) ** (last - i) for i in range(last + 1)], points
+    )
+
+
+def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
+    r"""Chain of segments through all points, each of them taking the same share of $t$.
+
+    $$
+    \theta(t) = (1 - u)\,\theta_i + u\,\theta_{i+1}, \qquad
+    i = \min(\max(\lfloor n t \rfloor, 0), n - 1), \quad u = n t - i
+    $$
+
+    Passes through $\theta_i$ at $t = i/n$. Outside $[0, 1]$ the first and the last segment go
+    on. Commutes with every affine map of weight space. One point is a path that rests; with two
+    the chain is [`lerp`][wspace.interpolate.lerp].
+
+    Args:
+        points: The $\theta_i$, trees of one layout, at least one.
+        t: Position along the chain. The derivative in it at a bend is that of the segment which
+            begins there.
+
+    Returns:
+        The weights $\theta(t)$, each leaf in the dtype of that leaf of the first point.
+
+    Raises:
+        ValueError: If there is no point, the points differ in structure or in a leaf's shape, or
+            `t` is known and not finite.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import interpolate
+        >>> start, bend, end = jnp.array([0.0, 0.0]), jnp.array([1.0, 2.0]), jnp.array([2.0, 0.0])
+        >>> interpolate.polygonal_chain([start, bend, end], 0.75)
+        Array([1.5, 1. ], dtype=float32)
+
+    References:
+        T. Garipov et al., *Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs*,
+        NeurIPS 2018, section 3, [arXiv:1802.10026](https://arxiv.org/abs/1802.10026).
+    """
+    points, t, last = _path(points, t)
+    first = jnp.minimum(jnp.maximum(jnp.floor(last * t), 0), last - 1)
+    part = last * t - first
+    return tree.combine(
+        [
+            # Nothing is 0 * part, so that a traced t that is not finite gives NaN, not zero.
+            jnp.where(i == first, 1 - part, jnp.where(i == first + 1, part, 0 * part))
+            for i in range(last + 1)
+        ],
+        points,
+    )
+
+
+def _path(points: Sequence[WeightsLike], t: ScalarLike) -> tuple[list[WeightsLike], Scalar, int]:
+    """The points as a list, `t` in the dtype of arithmetic on them, and the last index."""
+    points = _checks.listed("points", points)
+    _checks.same_layout(**_checks.each("points", points))
+    wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(points)))
+    return points, jnp.asarray(_checks.scalar("t", t)).astype(wide), len(points) - 1

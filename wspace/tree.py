@@ -137,8 +137,8 @@ def upcast(x: WeightsLike) -> Weights:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(accumulator(leaf.dtype)), x)
 
 
-def widened(*trees: WeightsLike) -> list[Weights]:
-    """Trees in one dtype, that of arithmetic on all their leaves together."""
+def widened(*trees: PyTree) -> list[Any]:
+    """Trees of any layouts in one dtype, that of arithmetic on all their leaves together."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(trees)]
     wide = accumulator(*(leaf.dtype for leaf in leaves))
     return [jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), x) for x in trees]

@@ -17,7 +17,6 @@ from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
 
 Method: TypeAlias = Literal["exact", "randomized"]
-Frames: TypeAlias = tuple[Array | None, Array | None]
 
 
 class Truncation(NamedTuple):
@@ -135,43 +134,53 @@ def truncate(
             )
         if not isinstance(x, LowRank) and block * (steps + 1) < min(core.shape[-2:]):
             return _randomized(key, core, rank, block, steps)
-    return _exact(core, frames, known, energy, tail)
+    return _exact(_decomposed(core, frames), known, energy, tail)
 
 
-def _exact(core: Array, frames: Frames, rank: int | None, energy: Any, tail: Any) -> Truncation:
-    u, s, vt = _decomposed(core)
+class Decomposition(NamedTuple):
+    r"""A matrix $U \Sigma V^\top$, the singular vectors seen from frames that are not `None`."""
+
+    left: Array
+    values: Array
+    right: Array
+    frames: tuple[Array | None, Array | None]
+
+    def refit(self, values: Array, rank: int | None = None) -> LowRank:
+        """Factors of equal norm with other singular values, `rank` of them at most."""
+        root = jnp.sqrt(values[..., None, :rank])
+        sides = self.left[..., :rank] * root, self.right[..., :rank] * root
+        left, right = (
+            side if frame is None else matmul(frame, side)
+            for side, frame in zip(sides, self.frames, strict=True)
+        )
+        return LowRank(left, right)
+
+
+def _exact(x: Decomposition, rank: int | None, energy: Any, tail: Any) -> Truncation:
     if rank is None:
-        if _checks.is_traced(s):
+        if _checks.is_traced(x.values):
             raise TypeError(
                 "energy and tail decide the rank, and with it shapes, by values that are traced: "
                 "give a rank, chosen outside by rank_for"
             )
-        rank = int(rank_for(s, energy=energy, tail=tail))
-    rank = min(rank, s.shape[-1])
-    left = safe_sqrt(tail_curve(s)[rank])
-    return Truncation(_balanced(u, s, vt, rank, frames), left, jnp.asarray(False))
+        rank = int(rank_for(x.values, energy=energy, tail=tail))
+    left = safe_sqrt(tail_curve(x.values)[min(rank, x.values.shape[-1])])
+    return Truncation(x.refit(x.values, rank), left, jnp.asarray(False))
 
 
-def _decomposed(x: Array) -> tuple[Array, Array, Array]:
-    """Singular values and vectors, also of a matrix without entries."""
-    if x.size:
-        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+def decomposed(x: Leaf | LowRank) -> Decomposition:
+    """The singular value decomposition of a leaf, of factors without their product."""
+    return _decomposed(*core_of(x))
+
+
+def _decomposed(core: Array, frames: tuple[Array | None, Array | None]) -> Decomposition:
+    if core.size:
+        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     else:
-        *stack, m, n = x.shape
+        *stack, m, n = core.shape
         k = min(m, n)
-        u, s, vt = (jnp.zeros((*stack, *size), x.dtype) for size in ((m, k), (k,), (k, n)))
-    return u, s, vt
-
-
-def _balanced(u: Array, s: Array, vt: Array, rank: int, frames: Frames) -> LowRank:
-    r"""Factors of equal norm of $\sum_{i \le r} \sigma_i\, u_i v_i^\top$, seen from the frames."""
-    root = jnp.sqrt(s[..., None, :rank])
-    sides = u[..., :rank] * root, transposed(vt)[..., :rank] * root
-    left, right = (
-        side if frame is None else matmul(frame, side)
-        for side, frame in zip(sides, frames, strict=True)
-    )
-    return LowRank(left, right)
+        u, s, vt = (jnp.zeros((*stack, *size), core.dtype) for size in ((m, k), (k,), (k, n)))
+    return Decomposition(u, s, transposed(vt), frames)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -194,7 +203,8 @@ def _randomized(key: Array, x: Array, rank: int, block: int, steps: int) -> Trun
         rows = _orthonormalized(far, seen[-1], images)
         images = jnp.concatenate([images, rows], axis=-2)
     core = matmul(jnp.concatenate(seen, axis=-2), transposed(images))
-    edit = _balanced(*_decomposed(core), rank, (transposed(space), transposed(images)))
+    cut = _decomposed(core, (transposed(space), transposed(images)))
+    edit = cut.refit(cut.values, rank)
     tail = safe_sqrt(_squared_distance(x, edit))
     edit = LowRank(edit.right, edit.left) if flipped else edit
     return Truncation(edit, tail, jnp.asarray(True))
@@ -359,9 +369,7 @@ def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: i
             f"inputs {jnp.shape(inputs)} do not fit a matrix {matrix.shape}: give one input a row, "
             f"(k, {matrix.shape[-2]}), as in inputs @ x"
         )
-    seen, _ = core_of(product(inputs, matrix))
-    _, s, vt = _decomposed(seen)
-    rank = min(rank, s.shape[-1])
-    right = transposed(vt)[..., :rank]
-    tail = safe_sqrt(tail_curve(s)[rank])
+    seen = decomposed(product(inputs, matrix))
+    right = seen.right[..., :rank]
+    tail = safe_sqrt(tail_curve(seen.values)[right.shape[-1]])
     return Truncation(LowRank(product(matrix, right), right), tail, jnp.asarray(False))
