@@ -134,7 +134,10 @@ CATALOG = {
         ),
     ),
     "selection.kth_magnitude": (1, lambda x: selection.kth_magnitude(x, 30)),
-    "selection.top_mask": (1, lambda x: selection.top_mask(x, 30)),
+    "selection.top_mask": (
+        1,
+        lambda x: [m.astype(jnp.float32) for m in jax.tree.leaves(selection.top_mask(x, 30))],
+    ),
     "tree.cast_like": (2, tree.cast_like),
     "tree.combine": (2, lambda x, y: tree.combine((2.0, -0.5), (x, y))),
     "tree.norm": (1, tree.norm),

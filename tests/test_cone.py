@@ -406,24 +406,32 @@ def test_displacements_without_entries():
 def test_bad_arguments_are_refused(refuses):
     x = {"w": jnp.diag(jnp.array([3.0, 4.0])), "b": jnp.zeros(2)}
     tilted = [{"w": jnp.eye(2), "b": jnp.zeros(2)}]
-    for k, error, words in (
-        (cone.Rank(-1), ValueError, "rank must be at least 0, got -1"),
-        (cone.PooledRank(1.5), TypeError, "rank must be a plain integer"),
-        (cone.Sparse(-2), ValueError, "count must be at least 0, got -2"),
-        (cone.Subspace(tilted), ValueError, "basis is not orthonormal: .* off by up to 1"),
-        (cone.Subspace([]), ValueError, "basis is empty"),
-        (cone.Subspace([{"w": jnp.eye(2)}]), ValueError, r"edit has a leaf \['b'\] that basis"),
-        (cone.Mask({"w": True}), ValueError, "mask must be a tree like the edit"),
-        (cone.Mask({"w": 1.0, "b": True}), TypeError, r"leaf \['w'\] of mask has dtype float"),
+    for make, error, words in (
+        (lambda: cone.Rank(-1), ValueError, "rank must be at least 0, got -1"),
+        (lambda: cone.PooledRank(1.5), TypeError, "rank must be a plain integer"),
+        (lambda: cone.Sparse(-2), ValueError, "count must be at least 0, got -2"),
+        (lambda: cone.Subspace(tilted), ValueError, "basis is not orthonormal: .* off by up to 1"),
+        (lambda: cone.Subspace([]), ValueError, "basis is empty"),
         (
-            cone.Mask({"w": jnp.ones(3, bool), "b": True}),
+            lambda: cone.Subspace([{"w": jnp.eye(2)}]),
+            ValueError,
+            r"edit has a leaf \['b'\] that basis",
+        ),
+        (lambda: cone.Mask({"w": True}), ValueError, "mask must be a tree like the edit"),
+        (
+            lambda: cone.Mask({"w": 1.0, "b": True}),
+            TypeError,
+            r"leaf \['w'\] of mask has dtype float",
+        ),
+        (
+            lambda: cone.Mask({"w": jnp.ones(3, bool), "b": True}),
             ValueError,
             r"leaf \['w'\] of mask has shape \(3,\) for a leaf of shape \(2, 2\)",
         ),
-        ("rank 1", TypeError, "cone must be a Rank, PooledRank, Subspace, Mask or Sparse"),
+        (lambda: "rank 1", TypeError, "cone must be a Rank, PooledRank, Subspace, Mask or Sparse"),
     ):
         with refuses(error, match=words):
-            cone.project(k, x)
+            cone.project(make(), x)
     assert is_nan(jax.jit(cone.project)(cone.Subspace(tilted), x).norm)
     rank = cone.Rank(1)
     for function in (cone.support, cone.reach):

@@ -17,7 +17,7 @@ LAYOUTS = ("in_out", "out_in")
 seeds = st.integers(0, 2**16)
 ranks = st.sampled_from([1, 2, 9])
 stacks = st.sampled_from([(), (2,), (2, 3)])
-alphas = st.sampled_from([16, 1.0, 0.3, 0, -8, np.float32(2.5)])
+alphas = st.sampled_from([16, 1.0, 0.3, 0, -8, np.dtype(FLOAT).type(2.5)])
 layouts = st.sampled_from(LAYOUTS)
 
 

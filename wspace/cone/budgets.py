@@ -187,4 +187,4 @@ def _threshold(spectra: Spectra, radius: ScalarLike) -> Scalar:
 
 
 def _positive(x: Array) -> Array:
-    return jnp.where(x > 0, x, 0)
+    return jnp.where(x <= 0, 0, x)  # NaN stays

@@ -225,15 +225,33 @@ def _orthonormalized(key: Array, rows: Array, space: Array) -> Array:
     """Orthonormal rows that span the part of rows outside of a space, or new directions.
 
     A row that has nothing left there but rounding, which would point back into the space, is
-    outweighed by a random one. Twice, since that still leaves some of it.
+    outweighed by a random one. The space is projected out twice, since that still leaves some.
     """
     length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     noise = 8 * jnp.finfo(rows.dtype).eps * jax.random.normal(key, rows.shape, rows.dtype)
     rows = rows / jnp.where(length == 0, 1, length) + noise / math.sqrt(rows.shape[-1])
-    for _ in range(2):
-        rows = rows - matmul(matmul(rows, transposed(space)), space)
-        rows = transposed(jnp.linalg.qr(transposed(rows))[0])
-    return rows
+    rows = rows - matmul(matmul(rows, transposed(space)), space)
+    for shift in (4, 4, 0):
+        rows = _whitened(rows, shift)
+    rows = rows - matmul(matmul(rows, transposed(space)), space)
+    return _whitened(rows, 0)
+
+
+def _whitened(rows: Array, shift: int) -> Array:
+    """Rows nearer to orthonormal by one Cholesky factorization, shifted for nearly dependent ones.
+
+    With the shift a condition number of up to 1e6 falls two hundredfold; well conditioned rows
+    become orthonormal without it. Cheaper than Householder's, and all but a small matrix is
+    multiplied by XLA itself.
+    """
+    gram = matmul(rows, transposed(rows))
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    lower = jnp.linalg.cholesky(gram + shift * jnp.finfo(gram.dtype).eps * size * eye)
+    inverse = jax.scipy.linalg.solve_triangular(
+        lower, jnp.broadcast_to(eye, gram.shape), lower=True
+    )
+    return matmul(inverse, rows)
 
 
 def extract(
