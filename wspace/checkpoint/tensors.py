@@ -1,8 +1,9 @@
 """Named tensors in one safetensors file."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,11 +59,8 @@ def save(
     References:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
-    library = _safetensors()
-    _flat(weights)
-    # The library writes the memory of an array, whatever its strides.
-    arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
-    write(file, library.numpy.save(arrays))
+    flat(weights=weights)
+    write(file, packed(weights))
 
 
 def load(file: str | os.PathLike[str]) -> dict[str, Array]:
@@ -98,17 +96,7 @@ def load(file: str | os.PathLike[str]) -> dict[str, Array]:
     References:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
-    library = _safetensors()
-    try:
-        data = Path(file).read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {file}: check the path") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{file} is a folder: give a .safetensors file in it") from error
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error.strerror}): check its path and permissions"
-        ) from error
+    library, data = _safetensors(), read(file)
     try:
         entries = library.deserialize(data)
     except library.SafetensorError as error:
@@ -119,20 +107,58 @@ def load(file: str | os.PathLike[str]) -> dict[str, Array]:
     return {name: _array(file, name, entry) for name, entry in entries}
 
 
+def read(file: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file."""
+    try:
+        return Path(file).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {file}: check the path") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{file} is a folder: give a file in it") from error
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}): check its path and permissions"
+        ) from error
+
+
+def packed(
+    weights: Mapping[str, Float[Array | np.ndarray, "..."]], metadata: dict[str, str] | None = None
+) -> bytes:
+    """The bytes of a safetensors file with these tensors."""
+    # The library writes the memory of an array, whatever its strides.
+    arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
+    return _safetensors().numpy.save(arrays, metadata)
+
+
 def write(file: str | os.PathLike[str], data: bytes) -> None:
     """Puts a file with these bytes in place at once, or leaves everything as it was."""
-    file = Path(file)
-    aside = file.parent / f".{file.name}.{secrets.token_hex(4)}"
+    write_all({Path(file): data})
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Puts files with these bytes in place once all are on disk, or leaves all as they were."""
+    asides = {file: file.parent / f".{file.name}.{secrets.token_hex(4)}" for file in files}
     try:
-        try:
-            with open(aside, "xb") as stream:
+        for file, data in files.items():
+            with writing(file), open(asides[file], "xb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(aside, file)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        for file, aside in asides.items():
+            with writing(file):
+                os.replace(aside, file)
+    except BaseException:
+        for aside in asides.values():
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Generator[None]:
+    """Says of an error of the system what could not be written, and how to mend it."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"cannot write {file} ({error.strerror}): give a path in a folder that exists, can be "
@@ -150,21 +176,30 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def _flat(weights: object) -> None:
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"weights must be a mapping from names to arrays, got {type(weights)}")
-    for name in weights:
+def flat(**mappings: object) -> None:
+    """Raises unless each mapping, by name, is a flat one from names to arrays of weights."""
+    for what, mapping in mappings.items():
+        leaves = named(what, mapping)
+        if "__metadata__" in leaves:
+            raise ValueError("__metadata__ names the metadata of the format: rename the tensor")
+        _checks.floating_leaves(**{what: leaves})
+        for name, leaf in leaves.items():
+            if not all_leaves([leaf]):
+                raise TypeError(
+                    f"{what}[{name!r}] is a {type(leaf)}, but a file holds a flat mapping from "
+                    "names to arrays: join the names of nested ones, as in '1.weight', and leave "
+                    "out None"
+                )
+
+
+def named(what: str, mapping: object) -> dict[str, Any]:
+    """The mapping as a dictionary, if it maps from names."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{what} must be a mapping from names to arrays, got {type(mapping)}")
+    for name in mapping:
         if not isinstance(name, str):
             raise TypeError(f"names of tensors are strings, got {name!r} of {type(name)}")
-        if name == "__metadata__":
-            raise ValueError("__metadata__ names the metadata of the format: rename the tensor")
-    _checks.floating_leaves(weights=dict(weights))
-    for name, leaf in weights.items():
-        if not all_leaves([leaf]):
-            raise TypeError(
-                f"weights[{name!r}] is a {type(leaf)}, but a file holds a flat mapping from names "
-                "to arrays: join the names of nested ones, as in '1.weight', and leave out None"
-            )
+    return dict(mapping)
 
 
 def _array(file: str | os.PathLike[str], name: str, entry: dict[str, Any]) -> Array:

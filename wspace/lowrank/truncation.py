@@ -245,12 +245,10 @@ def _whitened(rows: Array, shift: int) -> Array:
     multiplied by XLA itself.
     """
     gram = matmul(rows, transposed(rows))
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     lower = jnp.linalg.cholesky(gram + shift * jnp.finfo(gram.dtype).eps * size * eye)
-    inverse = jax.scipy.linalg.solve_triangular(
-        lower, jnp.broadcast_to(eye, gram.shape), lower=True
-    )
+    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
     return matmul(inverse, rows)
 
 

@@ -1,0 +1,366 @@
+"""LoRA adapters in folders, as PEFT keeps them, read as edits and written."""
+
+import difflib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from wspace.checkpoint.tensors import flat, load, named, packed, read, write_all, writing
+from wspace.lowrank import LowRank, from_lora, to_lora
+from wspace.lowrank.factors import factors_of, matrix_shape
+from wspace.typing import Leaf
+
+__all__ = ["load_adapter", "save_adapter"]
+
+_CONFIG, _FACTORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_FACTOR = re.compile(
+    rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, _LINEAR + _EMBEDDING))})", re.DOTALL
+)
+
+_NOTHING = (None, False, "", [], {})
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "use_rslora": (None, False, True),
+    "fan_in_fan_out": (None, False, True),
+    # Whichever leave the base as it was; others move it, or are of a later version.
+    "init_lora_weights": (None, False, True, "gaussian", "eva", "orthogonal", "mica"),
+}
+"""The values of a field with which an adapter is a sum; of a field not named, `_NOTHING`."""
+
+_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_TRAINING = ("lora_dropout", "eva_config", "megatron_core", "qalora_group_size", "runtime_config")
+_ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+_ANY = frozenset((*_SETTINGS, *_TARGETS, *_TRAINING, *_ORIGIN, "task_type"))
+"""The fields that are checked for each layer, or say nothing about the sum."""
+
+
+def load_adapter(
+    folder: str | os.PathLike[str], base: Mapping[str, Leaf | jax.ShapeDtypeStruct]
+) -> dict[str, LowRank]:
+    r"""Reads a LoRA adapter of PEFT as an edit of the weights it was trained on.
+
+    $$
+    \theta'_\ell = \theta_\ell + s_\ell B_\ell A_\ell, \qquad
+    s_\ell = \alpha_\ell / r_\ell \quad\text{or, rank-stabilized,}\quad
+    s_\ell = \alpha_\ell / \sqrt{r_\ell}
+    $$
+
+    [`lowrank.apply(base, edit)`][wspace.lowrank.apply] gives the weights that `merge_and_unload`
+    of PEFT gives, to rounding: transposed where `fan_in_fan_out` says so and for embeddings, with
+    the ranks and alphas of the patterns. The layers are those that the file has factors of,
+    whatever `target_modules` says. An adapter that is more than such a sum, or whose training
+    moved the base, is refused by the field of its configuration that says so.
+
+    Args:
+        folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base: The weights the adapter was trained on, by the names and in the layout of torch, as
+            [`load`][wspace.checkpoint.load] gives them; only names and shapes are used.
+
+    Returns:
+        An edit with the names of `base`: a `LowRank` of the leaf's matrix in at least float32, of
+            rank 0 where the adapter has nothing.
+
+    Raises:
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If a file cannot be read, is truncated or corrupt, or pickled; if the adapter
+            is more than LoRA of matrices; if configuration, factors and `base` disagree in a
+            layer, a rank or a shape.
+        TypeError: If `base` is not a flat mapping from strings to floating-point arrays.
+        ImportError: If safetensors is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint, lowrank
+        >>> base = {"query.weight": jnp.eye(2), "query.bias": jnp.zeros(2)}
+        >>> edit = {"query.weight": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save_adapter(folder, edit)
+        ...     loaded = checkpoint.load_adapter(folder, base)
+        >>> lowrank.apply(base, loaded)["query.weight"]
+        Array([[2., 1.],
+               [1., 2.]], dtype=float32)
+
+    References:
+        E. Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022,
+        [arXiv:2106.09685](https://arxiv.org/abs/2106.09685); the
+        [format](https://huggingface.co/docs/peft/developer_guides/checkpoint) of PEFT.
+    """
+    flat(base=base)
+    config, file = _config(Path(folder, _CONFIG)), Path(folder, _FACTORS)
+    pickle = Path(folder, _PICKLE)
+    if pickle.exists() and not file.exists():
+        raise ValueError(
+            f"{pickle} is a pickle, which can run code and is never read: convert it where you "
+            "trust it, by PeftModel.from_pretrained(model, folder).save_pretrained(folder) of PEFT"
+        )
+    edit = {name: _zero(leaf.shape) for name, leaf in base.items()}
+    for layer, is_embedding, a, b in _layers(file):
+        name = f"{layer}.weight"
+        _known(name, base, f"{file} has factors of layer {layer!r}, whose {name!r} base lacks")
+        rank = _setting(config, layer, "r", "rank_pattern")
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+            raise ValueError(
+                f"the factors of layer {layer!r} in {file} have shapes {a.shape} and {b.shape}, "
+                f"but {_CONFIG} says rank {rank}, so (rank, in) and (out, rank): restore the two "
+                "files as they were saved together; factors of convolutions are not read"
+            )
+        transposed = is_embedding or config.get("fan_in_fan_out")
+        edit[name] = from_lora(
+            a,
+            b,
+            alpha=_setting(config, layer, "lora_alpha", "alpha_pattern"),
+            rank_stabilized=bool(config.get("use_rslora")),
+            layout="in_out" if transposed else "out_in",
+        )
+        if edit[name].shape != base[name].shape:
+            raise ValueError(
+                f"the factors of layer {layer!r} in {file} are an edit of shape "
+                f"{edit[name].shape}, but base has {name!r} of shape {base[name].shape}: give the "
+                f"base that the adapter was trained on; fan_in_fan_out of {_CONFIG}, one value "
+                "for all layers but embeddings, must say whether it stores weights as (in, out)"
+            )
+    return edit
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    edit: Mapping[str, LowRank | Leaf],
+    *,
+    fan_in_fan_out: bool = False,
+    embeddings: Collection[str] = (),
+) -> None:
+    """Writes an edit as a LoRA adapter that PEFT loads.
+
+    Merged by PEFT into the weights that the edit is of, it gives what
+    [`lowrank.apply`][wspace.lowrank.apply] gives, to rounding;
+    [`load_adapter`][wspace.checkpoint.load_adapter] gives every factor back bit for bit. All
+    scalings are 1: the rank that most layers have is `r` and `lora_alpha`, others are in
+    `rank_pattern` and `alpha_pattern`, each for its layer alone. Leaves of rank 0 and dense
+    leaves of zeros are left out.
+
+    Both files are on disk before either is put in place, the configuration last: where they
+    cannot be written, the folder stays as it was.
+
+    Args:
+        folder: Where to write; made if it does not exist, its files replaced if it does.
+        edit: A flat mapping from the names of torch, such as `"model.layers.0.mlp.weight"`, to
+            edits of matrices, as [`load_adapter`][wspace.checkpoint.load_adapter] gives it.
+        fan_in_fan_out: Whether the layers that are no embeddings store weights as `(in, out)`, as
+            those of GPT-2 do, and not as `(out, in)`.
+        embeddings: The names in `edit` that belong to layers of `torch.nn.Embedding`, whose
+            factors PEFT stores by other names. A name left out here is not loaded by PEFT.
+
+    Raises:
+        TypeError: If `edit` is not a flat mapping from strings to `LowRank` or floating-point
+            leaves.
+        ValueError: If a dense leaf is not zero, an edit is of a stack of matrices, a name is not
+            that of the weight of a layer, `embeddings` has a name that `edit` lacks, or there is
+            nothing to save.
+        OSError: If the folder cannot be written.
+        ImportError: If safetensors is not installed.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint, lowrank
+        >>> edit = {"query.weight": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((3, 1)))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save_adapter(folder, edit)
+        ...     sorted(checkpoint.load(pathlib.Path(folder, "adapter_model.safetensors")))
+        ['base_model.model.query.lora_A.weight', 'base_model.model.query.lora_B.weight']
+
+    References:
+        As of [`load_adapter`][wspace.checkpoint.load_adapter].
+    """
+    leaves = named("edit", edit)
+    for name in embeddings:
+        _known(name, leaves, f"embeddings has a name {name!r} that edit lacks")
+    tensors: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for name, leaf in leaves.items():
+        factored = _factored(name, leaf)
+        if factored is None:
+            continue
+        layer, is_embedding = _layer_of(name), name in embeddings
+        factors = to_lora(factored, layout="in_out" if is_embedding or fan_in_fan_out else "out_in")
+        for kind, factor in zip(_EMBEDDING if is_embedding else _LINEAR, factors, strict=True):
+            tensors[f"base_model.model.{layer}.{kind}"] = factor
+        ranks[layer] = factored.rank
+    if not ranks:
+        raise ValueError("edit is zero at every leaf: leave it unsaved, PEFT has no empty adapters")
+    data, config = packed(tensors, {"format": "pt"}), _config_of(ranks, fan_in_fan_out)
+    folder = Path(folder)
+    is_new = not folder.exists()
+    if is_new:
+        with writing(folder):
+            folder.mkdir()
+    try:
+        write_all(
+            {folder / _FACTORS: data, folder / _CONFIG: json.dumps(config, indent=2).encode()}
+        )
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The configuration of an adapter that is a sum of the base and its factors."""
+    data = read(file)
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}): copy or download it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config)}, but a configuration maps from fields")
+    for field, value in {"peft_type": None, **config}.items():
+        if field not in _ANY and value not in _PLAIN.get(field, _NOTHING):
+            raise ValueError(
+                f"{file} has {field} {value!r}, with which an adapter may be more than the factors "
+                "of LoRA added to its base: merge it by merge_and_unload of PEFT, and take the "
+                "edit from the base that it was made for by lowrank.extract"
+            )
+    return config
+
+
+def _layers(file: Path) -> Iterator[tuple[str, bool, Array, Array]]:
+    """The factors of each layer: its name, whether it is an embedding, and A and B."""
+    layers: dict[str, dict[str, Array]] = {}
+    for name, tensor in sorted(load(file).items()):
+        parts = _FACTOR.fullmatch(name)
+        if parts is None:
+            raise ValueError(
+                f"{file} has a tensor {name!r} that is no factor of LoRA, so the adapter is more "
+                "than the factors added to its base: merge it by merge_and_unload of PEFT, and "
+                "take the edit from the base by lowrank.extract"
+            )
+        layers.setdefault(parts[1], {})[parts[2]] = tensor
+    if not layers:
+        raise ValueError(f"{file} has no factors: save the adapter again where it was trained")
+    for layer, factors in layers.items():
+        kinds = tuple(sorted(factors))
+        if kinds not in (_LINEAR, _EMBEDDING):
+            raise ValueError(
+                f"{file} has {' and '.join(kinds)} of layer {layer!r}, but a layer has either "
+                f"{' and '.join(_LINEAR)} or {' and '.join(_EMBEDDING)}: save the adapter again "
+                "where it was trained"
+            )
+        a, b = (factors[kind] for kind in kinds)
+        yield layer, kinds == _EMBEDDING, a, b
+
+
+def _setting(config: Mapping[str, Any], layer: str, field: str, patterns: str) -> Any:
+    """A number of a layer: that of the first pattern that matches it, else that of all layers."""
+    given = config.get(patterns) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{patterns} of {_CONFIG} must map from patterns to numbers, got {given}")
+    # A key that matches no layer as a pattern may still be the name of one.
+    key = next((key for key in given if _matches(key, layer)), layer)
+    value = given.get(key, config.get(field))
+    if not (_is_rank(value) if field == "r" else _is_number(value)):
+        wanted = "a positive integer" if field == "r" else "a finite number"
+        raise ValueError(
+            f"{_CONFIG} has {value!r} in {field} or {patterns} for layer {layer!r}: "
+            f"it must be {wanted}, as it was when the adapter was trained"
+        )
+    return value
+
+
+def _matches(key: str, layer: str) -> bool:
+    """Whether PEFT takes a pattern to speak of a layer: at its end, from a dot or the start."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", layer) is not None
+    except re.error as error:
+        raise ValueError(
+            f"pattern {key!r} of {_CONFIG} is no regular expression ({error}): mend it there"
+        ) from error
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= float(jnp.finfo(jnp.float32).max)
+
+
+def _zero(shape: tuple[int, ...]) -> LowRank:
+    *stack, m, n = matrix_shape(shape)
+    return LowRank(*(jnp.zeros((*stack, size, 0), jnp.float32) for size in (m, n)))
+
+
+def _known(name: str, names: Iterable[str], message: str) -> None:
+    """Raises with this message, and the nearest of the names, unless the name is one of them."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.0)
+        nearest = f"the nearest that it has is {near[0]!r}" if near else "it has no names"
+        raise ValueError(f"{message}: {nearest}")
+
+
+def _factored(name: str, leaf: LowRank | Leaf) -> LowRank | None:
+    """A leaf of an edit as the factors of a layer, or `None` if it is zero."""
+    if not isinstance(leaf, LowRank):
+        flat(edit={name: leaf})
+        if np.any(np.asarray(leaf)):
+            raise ValueError(
+                f"edit[{name!r}] is dense and not zero, which LoRA cannot hold: factor it by "
+                "lowrank.truncate, or leave it out"
+            )
+        return None
+    try:
+        left, right = factors_of(leaf)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"edit[{name!r}]: {error}") from error
+    if left.shape[-1] and left.ndim > 2:
+        raise ValueError(
+            f"edit[{name!r}] is of a stack of matrices {leaf.shape}, but a layer of PEFT has one: "
+            "give each matrix a name of its own"
+        )
+    return LowRank(left, right) if left.shape[-1] else None
+
+
+def _layer_of(name: str) -> str:
+    layer, _, parameter = name.rpartition(".")
+    if not layer or parameter != "weight":
+        raise ValueError(
+            f"edit has {name!r}, but LoRA edits the weights of layers, named as in "
+            "'model.layers.0.mlp.weight': rename it as torch does, or leave it out"
+        )
+    return layer
+
+
+def _config_of(ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
+    """The configuration of layers of these ranks, each with scaling 1."""
+    ((usual, _),) = Counter(ranks.values()).most_common(1)
+    # PEFT closes a pattern by "$"; one that "^" does not open also speaks of the ends of names.
+    others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": "|".join(map(re.escape, ranks)),
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
