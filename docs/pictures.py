@@ -3,12 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from wspace import average, geometry, negative
+from wspace import average, cone, geometry, negative
 
 INK, FAINT, MOVED, AVOIDED = "#222222", "#8a8a8a", "#0072b2", "#c8501e"
 STYLE = {
@@ -35,7 +36,8 @@ RADIUS = 1.4
 
 def main(folder: pathlib.Path = pathlib.Path(__file__).parent / "assets") -> None:
     """Writes every picture of the docs into a folder."""
-    for name, draw in {"negative-weight": plane, "curve": ranks}.items():
+    pictures = {"negative-weight": plane, "curve": ranks, "low-rank": lemma}
+    for name, draw in pictures.items():
         with mpl.rc_context(mpl.rcParamsDefault), mpl.rc_context(STYLE):
             figure = draw()
             figure.savefig(folder / f"{name}.svg", metadata={"Creator": None, "Date": None})
@@ -78,13 +80,13 @@ def plane() -> plt.Figure:
     return figure
 
 
-def avoided(axes: Axes, center: np.ndarray, radius: float | None = None) -> None:
+def avoided(axes: Axes, center: np.ndarray, radius: float | None = None, name: str = "$P$") -> None:
     """The point to avoid, and the sphere around it."""
     if radius is not None:
         axes.add_patch(plt.Circle(center, radius, fc=AVOIDED, ec="none", alpha=0.1, zorder=0))
         axes.add_patch(plt.Circle(center, radius, fc="none", ec=AVOIDED, lw=1, zorder=1))
     axes.plot(*center, "x", color=AVOIDED, ms=6, mew=1.6)
-    label(axes, center, "$P$", (-5, -17), AVOIDED)
+    label(axes, center, name, (-5, -17), AVOIDED)
 
 
 def points(axes: Axes, triple: Sequence, names: Sequence, offsets: Sequence, color: str) -> None:
@@ -143,6 +145,79 @@ def ranks() -> plt.Figure:
         xticks=range(0, columns + 1, 4),
     )
     return figure
+
+
+def lemma() -> plt.Figure:
+    """The least edit of a cone into a ball, in the plane; distance left against its norm."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.6, 3.7), layout="constrained", width_ratios=(1, 1.15)
+    )
+    entry_in_the_plane(left)
+    reach_by_rank(right)
+    return figure
+
+
+def entry_in_the_plane(axes: Axes) -> None:
+    """A displacement E, its projection on a cone of two lines, and the edit into the ball."""
+    start = np.array((2.25, 1.45), np.float32)
+    lines = np.array([(np.cos(t), np.sin(t)) for t in np.radians((8, 105))], np.float32)
+    choices = [cone.Subspace([line]) for line in lines]  # the cone is the union of both
+    nearest = max((cone.project(k, start) for k in choices), key=lambda p: p.norm)
+    move = min((cone.entry(k, start, RADIUS) for k in choices), key=lambda m: m.norm)
+    foot, landed = np.asarray(nearest.edit), start + move.edit
+    assert np.isclose(np.linalg.norm(landed), RADIUS, rtol=1e-5)
+
+    avoided(axes, np.zeros(2), RADIUS, "$0$")
+    for line, (back, ahead) in zip(lines, ((-2.1, 3.15), (-1.75, 2.25)), strict=True):
+        axes.plot(*np.outer(line, (back, ahead)), color=FAINT, lw=1.1, zorder=1)
+    for end in (start, landed):
+        axes.plot(*np.array([(0, 0), end]).T, color=INK, lw=0.8, ls=(0, (3, 3)), zorder=1)
+    axes.plot(*np.array([start, foot]).T, color=INK, lw=1)
+    along, up = 0.16 * foot / nearest.norm, 0.16 * (start - foot) / nearest.tail
+    axes.plot(*np.array([foot - along, foot - along + up, foot + up]).T, color=INK, lw=0.7)
+    style = {"arrowstyle": "-|>", "color": MOVED, "lw": 1.4, "mutation_scale": 11}
+    axes.annotate("", landed, start, arrowprops=style | {"shrinkA": 3, "shrinkB": 3})
+    for x, color in ((start, INK), (foot, INK), (landed, MOVED)):
+        axes.plot(*x, "o", color=color, ms=5)
+
+    label(axes, start, "$E$", (5, 2), INK)
+    label(axes, foot, "$P E$", (-5, -18), INK)
+    label(axes, (start + landed) / 2, "$D$", (-4, 6), MOVED)
+    label(axes, landed, "$E + D$", (-32, 12), MOVED)
+    label(axes, (start + foot) / 2, r"$\mathrm{tail}$", (6, -4), INK)
+    label(axes, 3.15 * lines[0], "$K$", (4, -3), FAINT)
+    label(axes, RADIUS * np.array((np.cos(4.1), np.sin(4.1))), r"$\rho$", (-12, -9), AVOIDED)
+    axes.set(xlim=(-2.3, 3.6), ylim=(-1.75, 2.3), aspect="equal", anchor="N")
+    axes.axis("off")
+    axes.set_title("entry", family="DejaVu Sans Mono", fontsize=12, pad=4)
+
+
+def reach_by_rank(axes: Axes) -> None:
+    """Distance that the best edit of given rank and norm leaves of a random displacement."""
+    noise = np.random.default_rng(0).standard_normal((24, 16))
+    plain = jnp.asarray(noise / np.linalg.norm(noise), jnp.float32)
+    radius, budgets = np.float32(0.85), np.linspace(0, 1, 201, dtype=np.float32)
+    shades = ("#9ecae1", "#5fa6d1", MOVED, INK)
+    places = ((0.99, 0.918), (0.99, 0.752), (0.99, 0.602), (0.70, 0.34))
+    axes.axhline(radius, color=AVOIDED, lw=1, ls=(0, (5, 3)), zorder=1)
+    axes.text(0.012, radius - 0.018, r"$\rho$", color=AVOIDED, fontsize=14, va="top")
+    for rank, shade, place in zip((1, 2, 4, 16), shades, places, strict=True):
+        allowed = cone.Rank(rank)
+        left = [cone.reach(allowed, plain, d) for d in budgets]
+        axes.plot(budgets, left, color=shade, lw=1.5)
+        name = "full rank" if rank == 16 else f"rank {rank}"
+        axes.text(*place, name, color=INK, ha="right" if rank < 16 else "left")
+        needed = cone.entry(allowed, plain, radius).norm
+        if np.isfinite(needed):
+            axes.plot([needed] * 2, [0, radius], color=shade, lw=0.8, ls=(0, (2, 2)), zorder=1)
+            axes.plot(needed, radius, "o", color=shade, ms=5, zorder=3)
+    axes.set(
+        xlabel=r"norm of the edit, in units of $\Vert E \Vert$",
+        ylabel="distance left",
+        xlim=(0, 1.0),
+        ylim=(0, 1.03),
+    )
+    axes.set_title("reach", family="DejaVu Sans Mono", fontsize=12, pad=4)
 
 
 if __name__ == "__main__":
