@@ -77,13 +77,10 @@ def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     product = tree.vdot(x, y)
     size = tree.norm(x).astype(product.dtype) * tree.norm(y).astype(product.dtype)
     cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
-    return jax.lax.cond(
-        cosine < 0,
-        geometry.half_angle,
-        lambda *_: ((1 - cosine) / 2, (1 + cosine) / 2),
-        x,
-        y,
-    )
+    near = (1 - cosine) / 2, (1 + cosine) / 2
+    if not _checks.is_traced(cosine):
+        return geometry.half_angle(x, y) if cosine < 0 else near
+    return jax.lax.cond(cosine < 0, geometry.half_angle, lambda *_: near, x, y)
 
 
 def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:

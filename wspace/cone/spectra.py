@@ -13,7 +13,7 @@ from wspace import _checks, lowrank, tree
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.truncation import decomposed
-from wspace.typing import Scalar
+from wspace.typing import Leaf, Scalar
 
 Spectra: TypeAlias = list[Float[Array, "..."]]
 
@@ -25,7 +25,7 @@ def finite_edit(**edits: PyTree) -> None:
         _checks.finite(**{name: edit})
 
 
-def _is_column(leaf: Array | LowRank) -> bool:
+def _is_column(leaf: Leaf | LowRank) -> bool:
     return not isinstance(leaf, LowRank) and jnp.ndim(leaf) < 2
 
 
