@@ -243,3 +243,13 @@ def test_leaves_that_a_counter_cannot_hold_are_refused():
         jax.eval_shape(lambda x: selection.kth_magnitude(x, 1), huge)
     nearly = jax.ShapeDtypeStruct((2**16, 2**16 - 1), jnp.bfloat16)
     assert jax.eval_shape(lambda x: selection.kth_magnitude(x, 2**31), nearly).shape == ()
+
+
+@given(counts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
+def test_sums_and_differences_of_counts_carry_and_borrow(counts):
+    total = selection._total(jnp.stack([selection._count(c) for c in counts]))
+    assert int(total[0]) * 2**16 + int(total[1]) == sum(counts)
+    rest = selection._less(total, selection._count(counts[0]))
+    assert int(rest[0]) * 2**16 + int(rest[1]) == sum(counts[1:])
+    assert bool(selection._reaches(total, selection._count(sum(counts))))
+    assert not bool(selection._reaches(total, selection._count(sum(counts) + 1)))
