@@ -413,8 +413,9 @@ def _on_leaf(function: Any, x: Array, number: Array, cut: Cut, wide: type) -> Ar
 def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTree:
     leaves, structure = jax.tree.flatten(x)
     leaves, last = [jnp.asarray(leaf) for leaf in leaves], len(leaves) - 1
+    wide = _wide(leaves)
     return structure.unflatten(
-        _on_leaf(function, leaf, jnp.asarray(last - i, jnp.uint32), cut, _wide(leaves))
+        _on_leaf(function, leaf, jnp.asarray(last - i, jnp.uint32), cut, wide)
         for i, leaf in enumerate(leaves)
     )
 
