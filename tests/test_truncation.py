@@ -212,6 +212,10 @@ def test_what_is_extracted_at_random_depends_on_the_path_of_a_leaf_alone():
     assert_close(cuts[0].factors["w"].left, cuts[1].factors["w"].left, units=0)
     assert bool(cuts[1].approximate)
     assert cuts[1].tail > cuts[0].tail
+    twice = {"a": few["w"], "w": few["w"]}
+    base = jax.tree.map(jnp.zeros_like, twice)
+    alike = lowrank.extract(base, twice, 4, method="randomized", key=KEY).factors
+    assert (alike["a"].left != alike["w"].left).any()
 
 
 @given(seed=seeds, rank=st.sampled_from([0, 1, 2, 7]), rows=st.sampled_from([1, 3, 9]))
