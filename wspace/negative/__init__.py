@@ -9,9 +9,11 @@ without touching the points it came from ([`offset`][wspace.negative.offset]).
 A margin certifies a distance, not safety.
 """
 
+from wspace.negative.allowance import free_inputs
+from wspace.negative.spread import harden
 from wspace.negative.homothety import guide, remove_member, repel, strength_of
 from wspace.negative.offset import Route, curve, gate, offset, rank_to_reach, route
-from wspace.negative.retarget import exit_ball, free_inputs, harden, retarget
+from wspace.negative.retarget import exit_ball, retarget
 
 __all__ = [
     "Route",

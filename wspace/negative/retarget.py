@@ -17,185 +17,46 @@ Points round at their own size: in bfloat16 an average lands within bfloat16 of 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
-from wspace._numerics import matmul, placed_like, replicated, safe_sqrt
-from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace._numerics import matmul, placed_like, replicated
+from wspace.negative.allowance import Allowed, allowances, moved_by, without_rounding
+from wspace.negative.sources import finite_length, sources
+from wspace.typing import Allow, Coefficients, ScalarLike, Weights, WeightsLike
 
-__all__ = ["exit_ball", "free_inputs", "harden", "retarget"]
-
-
-class _Allowed(NamedTuple):
-    """Where a leaf of a point may move: `scale` times the identity, or times `root @ root.T`."""
-
-    scale: Scalar
-    root: Float[Array, "... m m"] | None = None
-
-    def factor(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
-        """A factor `f` with `f @ f.T` the whole, for a stack of matrices of the given shape."""
-        *stack, rows, _ = shape
-        eye = jnp.eye(rows, dtype=self.scale.dtype)
-        root = jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
-        return jnp.sqrt(self.scale) * root
-
-    def __matmul__(self, x: Array) -> Array:
-        if self.root is None:
-            return self.scale * x
-        # Through the root, so that rounding keeps to the allowed space.
-        inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
-        return placed_like((self.scale * matmul(self.root, inner)).reshape(x.shape), x)
+__all__ = ["exit_ball", "retarget"]
 
 
-def _without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
-    """Eigenvalues, those below the rounding of the largest set to zero."""
-    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
-    return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
-
-
-def _allowed_leaf(entry: Any, leaf: Array, where: str) -> _Allowed:
-    if not isinstance(entry, int | float) and not _checks.is_weight(entry):
-        raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
-    if jnp.shape(entry) == ():
-        scale = _checks.scalar(where, entry, lambda p: p >= 0, "finite and at least 0")
-        return _Allowed(jnp.asarray(scale).astype(leaf.dtype))
-    if leaf.ndim < 2:
-        raise ValueError(
-            f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
-            "a vector is free (1.0) or frozen (0.0)"
-        )
-    *stack, rows, _ = lowrank.as_matrix(leaf).shape
-    if entry.shape not in ((rows, rows), (*stack, rows, rows)):
-        raise ValueError(
-            f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on axis 0 "
-            f"of the leaf's matrix, as in x @ W, and must be ({rows}, {rows})"
-        )
-    _checks.finite(**{where: entry})
-    given = replicated(jnp.asarray(entry))
-    matrix = given.astype(leaf.dtype)
-    flipped = jnp.swapaxes(matrix, -1, -2)
-    size = jnp.max(jnp.abs(matrix), initial=0)
-    skew = jnp.max(jnp.abs(matrix - flipped), initial=0)
-    eps = max(float(jnp.finfo(x.dtype).eps) for x in (given, leaf))
-    undefined = _checks.refuse(
-        skew > 64 * eps * size,
-        lambda: (
-            f"{where} is not symmetric, by {skew:.3g} in entries up to {size:.3g}: "
-            "give a projector or a symmetric positive semidefinite matrix"
-        ),
-    )
-    values, vectors = jnp.linalg.eigh((matrix + flipped) / 2)
-    least, largest = jnp.min(values, initial=0), jnp.max(values, initial=0)
-    undefined += _checks.refuse(
-        least < -64 * rows * eps * size,
-        lambda: (
-            f"{where} has the eigenvalue {least:.3g} beside {largest:.3g}: "
-            "give a projector or a symmetric positive semidefinite matrix"
-        ),
-    )
-    # The scale apart, so that the root shortens nothing but by choice.
-    scale = jnp.where(largest > 0, largest, 1) + undefined
-    root = vectors * jnp.sqrt(_without_rounding(values) / scale)[..., None, :]
-    return _Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows)))
-
-
-def _allowed(allow: Allow, points: Sequence[Weights]) -> list[list[_Allowed]]:
-    """Per point and leaf, where it may move."""
-    structure = jax.tree.structure(points[0])
-    if not isinstance(allow, Sequence) or len(allow) != len(points):
-        raise ValueError(
-            f"allow must have one entry for each of {len(points)} points, a tree like the "
-            f"weights or None, got {jax.tree.structure(allow)}"
-        )
-    rows = []
-    for i, (entries, point) in enumerate(zip(allow, points, strict=True)):
-        if entries is None:
-            entries = structure.unflatten([1.0] * structure.num_leaves)
-        if jax.tree.structure(entries) != structure:
-            raise ValueError(
-                f"allow[{i}] must be a tree like the weights, with 1.0, 0.0 or a matrix at each "
-                f"leaf: got {jax.tree.structure(entries)} for {structure}"
-            )
-        leaves = tree_leaves_with_path(point)
-        rows.append(
-            [
-                _allowed_leaf(entry, leaf, f"allow[{i}] at leaf {keystr(path) or '(root)'}")
-                for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True)
-            ]
-        )
-    return rows
-
-
-def _moved(allowed: Sequence[_Allowed], x: Weights) -> Weights:
-    """$P x$, leaf by leaf."""
-    leaves, structure = jax.tree.flatten(x)
-    return structure.unflatten([p @ leaf for p, leaf in zip(allowed, leaves, strict=True)])
-
-
-def _edits(a: Numbers, c: Numbers, allowed: Sequence[_Allowed], d: Array) -> list[Array]:
+def _edits(a: Numbers, c: Numbers, allowed: Sequence[Allowed], d: Array) -> list[Array]:
     r"""The edits of one leaf that shift the average by `d` at least cost.
 
     With $P_i = F_i F_i^\top$ they are $F_i y_i / \sqrt{c_i}$ for the $y$ of least norm with
     $\sum_i a_i / \sqrt{c_i}\, F_i y_i = D$. Of this problem $S L = D$ are the normal equations,
     whose condition number is the square.
     """
-    sources = list(zip(_checks.unpacked(a), _checks.unpacked(c), allowed, strict=True))
+    rows = list(zip(_checks.unpacked(a), _checks.unpacked(c), allowed, strict=True))
     if all(p.root is None for p in allowed):
-        total = sum((k**2 / cost * p.scale for k, cost, p in sources), jnp.zeros((), d.dtype))
+        total = sum((k**2 / cost * p.scale for k, cost, p in rows), jnp.zeros((), d.dtype))
         least = d / jnp.where(total == 0, jnp.inf, total)
-        return [k / cost * p.scale * least for k, cost, p in sources]
+        return [k / cost * p.scale * least for k, cost, p in rows]
     matrix = replicated(lowrank.as_matrix(d))
-    factors = [p.factor(matrix.shape) / cost**0.5 for _, cost, p in sources]
-    blocks = [k * factor for (k, _, _), factor in zip(sources, factors, strict=True)]
+    factors = [p.factor(matrix.shape) / cost**0.5 for _, cost, p in rows]
+    blocks = [k * factor for (k, _, _), factor in zip(rows, factors, strict=True)]
     u, values, vt = jnp.linalg.svd(jnp.concatenate(blocks, axis=-1), full_matrices=False)
-    squares = _without_rounding(values**2)
+    squares = without_rounding(values**2)
     inverse = jnp.where(squares > 0, values / jnp.where(squares > 0, squares, 1), 0)[..., None]
     y = matmul(jnp.swapaxes(vt, -1, -2), inverse * matmul(jnp.swapaxes(u, -1, -2), matrix))
-    parts = jnp.split(y, len(sources), axis=-2)
+    parts = jnp.split(y, len(rows), axis=-2)
     return [
         placed_like(jnp.where(k == 0, 0, matmul(factor, part)).reshape(d.shape), d)
-        for (k, _, _), factor, part in zip(sources, factors, parts, strict=True)
+        for (k, _, _), factor, part in zip(rows, factors, parts, strict=True)
     ]
-
-
-def _finite(length: Scalar, points: Sequence[WeightsLike], **trees: WeightsLike) -> None:
-    """Raises, naming the leaf, if a known length shows that a point holds NaN or an infinity."""
-    if not _checks.is_traced(length) and not bool(jnp.isfinite(length)):
-        _checks.finite(**_checks.each("points", points), **trees)
-
-
-class _Problem(NamedTuple):
-    """Points in the dtype of the arithmetic, with what both functions need to know of them."""
-
-    points: list[Weights]
-    others: list[Weights]
-    a: Numbers
-    c: Numbers
-    mean: Weights
-    size: Scalar
-
-
-def _problem(
-    points: Sequence[WeightsLike],
-    others: Sequence[WeightsLike],
-    coefficients: Coefficients,
-    costs: Coefficients | None,
-) -> _Problem:
-    a = _checks.affine(coefficients, len(points))
-    c = _checks.positive("costs", costs, len(points))
-    trees = tree.widened(*points, *others)
-    wide, others = trees[: len(points)], trees[len(points) :]
-    norms = [tree.norm(x) for x in wide]
-    a, c = (x if isinstance(x, np.ndarray) else x.astype(norms[0].dtype) for x in (a, c))
-    sizes = [abs(k) * norm for k, norm in zip(_checks.unpacked(a), norms, strict=True)]
-    return _Problem(wide, others, a, c, tree.combine(a, wide), sum(sizes[1:], sizes[0]))
 
 
 def retarget(
@@ -256,14 +117,14 @@ def retarget(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points), target=target)
-    wide, (goal,), a, c, mean, size = _problem(points, [target], coefficients, costs)
+    wide, (goal,), a, c, mean, size = sources(points, [target], coefficients, costs)
     shift = tree.combine((1, -1), (goal, mean))
     length = tree.norm(shift)
-    _finite(length, points, target=target)
+    finite_length(length, points, target=target)
     if allow is None:
         pulls = a / c / (a**2 / c).sum()
         return [tree.combine((1, k), (x, shift)) for k, x in zip(pulls, points, strict=True)]
-    allowed = _allowed(allow, wide)
+    allowed = allowances(allow, wide)
     leaves, structure = jax.tree.flatten(shift)
     columns = zip(*allowed, strict=True)
     edits = [_edits(a, c, column, d) for column, d in zip(columns, leaves, strict=True)]
@@ -355,10 +216,10 @@ def exit_ball(
         raise ValueError("allow needs a direction: give the direction to move the average in")
     radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
     others = [avoid, *along.values()]
-    wide, (center, *given), a, c, mean, size = _problem(points, others, coefficients, costs)
+    wide, (center, *given), a, c, mean, size = sources(points, others, coefficients, costs)
     apart = tree.combine((1, -1), (mean, center))
     distance = tree.norm(apart)
-    _finite(distance, points, avoid=avoid)
+    finite_length(distance, points, avoid=avoid)
     radius = jnp.asarray(radius).astype(distance.dtype)
     rounding = 64 * jnp.finfo(distance.dtype).eps * size
     undefined = _checks.refuse(
@@ -381,13 +242,13 @@ def exit_ball(
         )
     speed = tree.norm(way)
     if given:
-        _finite(speed, points, **along)
+        finite_length(speed, points, **along)
     share = _checks.unpacked(a**2 / c)
     if allow is None:
         moves, sizes = [way] * len(points), [1.0] * len(points)
     else:
-        allowed = _allowed(allow, wide)
-        moves = [_moved(row, way) for row in allowed]
+        allowed = allowances(allow, wide)
+        moves = [moved_by(row, way) for row in allowed]
         zero = jnp.zeros((), speed.dtype)
         scales = [[p.scale.astype(speed.dtype) for p in row] for row in allowed]
         sizes = [functools.reduce(jnp.maximum, row, zero) for row in scales]
@@ -411,116 +272,3 @@ def exit_ball(
         tree.combine((1, t * k), (x, move))
         for k, x, move in zip(_checks.unpacked(a / c), points, moves, strict=True)
     ]
-
-
-def free_inputs(
-    activations: Float[Array | np.ndarray, "n d"], *, rtol: ScalarLike
-) -> Float[Array, "d d"]:
-    r"""Projector onto the inputs of a layer that its data almost never use.
-
-    $$
-    P = I - \sum_{i:\, \sigma_i \ge \tau \sigma_1} v_i v_i^\top, \qquad
-    X = \sum_i \sigma_i\, u_i v_i^\top
-    $$
-
-    With rows of $X$ as inputs of `x @ W`, a change $P\,dW$ of the matrix changes no output of
-    these data by more than the threshold allows: $\lVert X P\, dW \rVert \le \tau\, \sigma_1(X)
-    \lVert dW \rVert$. It is an entry of `allow`, for
-    [`retarget`][wspace.negative.retarget] and [`exit_ball`][wspace.negative.exit_ball].
-
-    Args:
-        activations: The inputs $X$ of the layer, one a row, `(n, d)`; append a column of ones to
-            account for a bias that is a row of the matrix.
-        rtol: The threshold $\tau$ in $(0, 1)$, relative to the largest singular value.
-
-    Returns:
-        The symmetric projector $P$, `(d, d)`, in at least float32. The identity for activations
-            that are all zero.
-
-    Raises:
-        ValueError: If `activations` is not a matrix or holds NaN or an infinity (NaN if traced), or
-            `rtol` is known and not between 0 and 1.
-        TypeError: If `activations` is not floating-point.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from wspace import negative
-        >>> negative.free_inputs(jnp.array([[3.0, 0.0], [1.0, 0.0]]), rtol=1e-2)
-        Array([[0., 0.],
-               [0., 1.]], dtype=float32)
-
-    References:
-        G. Saha, I. Garg, K. Roy, *Gradient Projection Memory for Continual Learning*, ICLR 2021,
-        [arXiv:2103.09762](https://arxiv.org/abs/2103.09762), section 4.
-    """
-    rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
-    _checks.floating_leaves(activations=activations)
-    if activations.ndim != 2:
-        raise ValueError(
-            f"activations must be a matrix (n, d) with one input a row, got {activations.shape}"
-        )
-    _checks.finite(activations=activations)
-    x = replicated(tree.upcast(activations))
-    if not x.size:
-        return jnp.eye(x.shape[1], dtype=x.dtype)
-    _, values, vectors = jnp.linalg.svd(x, full_matrices=False)
-    used = (values >= jnp.asarray(rtol).astype(x.dtype) * values[0]) & (values > 0)
-    kept = jnp.where(used[:, None], vectors, 0)
-    projector = jnp.eye(x.shape[1], dtype=x.dtype) - matmul(kept.T, kept)
-    return jnp.where(jnp.isnan(values[0] + rtol), jnp.nan, (projector + projector.T) / 2)
-
-
-def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
-    r"""Spreads an edit evenly over its singular directions, at the same norm.
-
-    $$
-    D \mapsto \frac{\lVert D \rVert_F}{\sqrt k}\, U_k V_k^\top, \qquad
-    k = \#\{i : \sigma_i > \tau \sigma_1\}
-    $$
-
-    The norm of every leaf, its row space and its column space stay; what an edit of rank $r$
-    leaves of it becomes $\lVert D \rVert \sqrt{1 - r/k}$, the most that any edit with this norm
-    and rank leaves. A guard that moved an average by a hardened displacement therefore holds
-    to the highest rank. That is a bound on edits towards a known point, not resistance to
-    training; and hardening the edit of every point does not flatten that of their average.
-
-    Args:
-        edit: The edit $D$, a tree; each slice of a stack is flattened by itself.
-        rtol: The threshold $\tau$ in $(0, 1)$, relative to the largest singular value of each
-            matrix; $\max(m, n)\,\varepsilon$ if not given. An edit that was rounded to half
-            precision has full rank: give the rounding there.
-
-    Returns:
-        The flat edit, each leaf in the dtype of that leaf of `edit`. Vectors, scalars and zero
-            leaves are unchanged. Derivatives are not defined where singular values repeat, as
-            they do in the result.
-
-    Raises:
-        ValueError: If a known value is NaN or infinite (NaN if traced), `rtol` is known and not
-            between 0 and 1, or a leaf has more than five dimensions.
-        TypeError: If a leaf is not floating-point.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from wspace import negative
-        >>> negative.harden(jnp.diag(jnp.array([4.0, 3.0, 0.0]))).diagonal()
-        Array([3.535534, 3.535534, 0.      ], dtype=float32)
-    """
-    _checks.floating_leaves(edit=edit)
-    _checks.finite(edit=edit)
-    if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
-
-    def flat(leaf: Array) -> Array:
-        if leaf.ndim < 2 or not leaf.size:
-            return leaf
-        matrix = replicated(lowrank.as_matrix(leaf))
-        u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        least = max(matrix.shape[-2:]) * jnp.finfo(leaf.dtype).eps if rtol is None else rtol
-        kept = values > jnp.asarray(least).astype(leaf.dtype) * values[..., :1]
-        norm = safe_sqrt(jnp.sum(matrix**2, axis=(-2, -1)))
-        level = norm / safe_sqrt(jnp.maximum(jnp.sum(kept, axis=-1), 1).astype(leaf.dtype))
-        flattened = matmul(u * jnp.where(kept, level[..., None], 0)[..., None, :], vt)
-        return placed_like(flattened.reshape(leaf.shape), leaf)
-
-    return tree.cast_like(jax.tree.map(flat, tree.upcast(edit)), edit)

@@ -1,0 +1,184 @@
+r"""Where a point may move: per leaf everywhere, nowhere, or in the range of a matrix.
+
+The matrix $P$ acts on axis 0 of a leaf, on the inputs of `x @ W`. A projector confines the point
+to a subspace; any other symmetric positive semidefinite matrix is the inverse of a metric, in
+which moving costs $\langle dx, P^+ dx \rangle$.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Float
+
+from wspace import _checks, lowrank, tree
+from wspace._numerics import matmul, placed_like, replicated
+from wspace.typing import Allow, Scalar, ScalarLike, Weights
+
+__all__ = ["free_inputs"]
+
+
+class Allowed(NamedTuple):
+    """Where a leaf of a point may move: `scale` times the identity, or times `root @ root.T`."""
+
+    scale: Scalar
+    root: Float[Array, "... m m"] | None = None
+
+    def factor(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
+        """A factor `f` with `f @ f.T` the whole, for a stack of matrices of the given shape."""
+        *stack, rows, _ = shape
+        eye = jnp.eye(rows, dtype=self.scale.dtype)
+        root = jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
+        return jnp.sqrt(self.scale) * root
+
+    def __matmul__(self, x: Array) -> Array:
+        if self.root is None:
+            return self.scale * x
+        # Through the root, so that rounding keeps to the allowed space.
+        inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
+        return placed_like((self.scale * matmul(self.root, inner)).reshape(x.shape), x)
+
+
+def without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
+    """Eigenvalues, those below the rounding of the largest set to zero."""
+    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
+    return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
+
+
+def _leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
+    if not isinstance(entry, int | float) and not _checks.is_weight(entry):
+        raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
+    if jnp.shape(entry) == ():
+        scale = _checks.scalar(where, entry, lambda p: p >= 0, "finite and at least 0")
+        return Allowed(jnp.asarray(scale).astype(leaf.dtype))
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
+            "a vector is free (1.0) or frozen (0.0)"
+        )
+    *stack, rows, _ = lowrank.as_matrix(leaf).shape
+    if entry.shape not in ((rows, rows), (*stack, rows, rows)):
+        raise ValueError(
+            f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on axis 0 "
+            f"of the leaf's matrix, as in x @ W, and must be ({rows}, {rows})"
+        )
+    _checks.finite(**{where: entry})
+    given = replicated(jnp.asarray(entry))
+    matrix = given.astype(leaf.dtype)
+    flipped = jnp.swapaxes(matrix, -1, -2)
+    size = jnp.max(jnp.abs(matrix), initial=0)
+    skew = jnp.max(jnp.abs(matrix - flipped), initial=0)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in (given, leaf))
+    undefined = _checks.refuse(
+        skew > 64 * eps * size,
+        lambda: (
+            f"{where} is not symmetric, by {skew:.3g} in entries up to {size:.3g}: "
+            "give a projector or a symmetric positive semidefinite matrix"
+        ),
+    )
+    values, vectors = jnp.linalg.eigh((matrix + flipped) / 2)
+    least, largest = jnp.min(values, initial=0), jnp.max(values, initial=0)
+    undefined += _checks.refuse(
+        least < -64 * rows * eps * size,
+        lambda: (
+            f"{where} has the eigenvalue {least:.3g} beside {largest:.3g}: "
+            "give a projector or a symmetric positive semidefinite matrix"
+        ),
+    )
+    # The scale apart, so that the root shortens nothing but by choice.
+    scale = jnp.where(largest > 0, largest, 1) + undefined
+    root = vectors * jnp.sqrt(without_rounding(values) / scale)[..., None, :]
+    return Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows)))
+
+
+def allowances(allow: Allow, points: Sequence[Weights]) -> list[list[Allowed]]:
+    """Per point and leaf, where it may move."""
+    structure = jax.tree.structure(points[0])
+    if not isinstance(allow, Sequence) or len(allow) != len(points):
+        raise ValueError(
+            f"allow must have one entry for each of {len(points)} points, a tree like the "
+            f"weights or None, got {jax.tree.structure(allow)}"
+        )
+    rows = []
+    for i, (entries, point) in enumerate(zip(allow, points, strict=True)):
+        if entries is None:
+            entries = structure.unflatten([1.0] * structure.num_leaves)
+        if jax.tree.structure(entries) != structure:
+            raise ValueError(
+                f"allow[{i}] must be a tree like the weights, with 1.0, 0.0 or a matrix at each "
+                f"leaf: got {jax.tree.structure(entries)} for {structure}"
+            )
+        leaves = tree_leaves_with_path(point)
+        rows.append(
+            [
+                _leaf_allowance(entry, leaf, f"allow[{i}] at leaf {keystr(path) or '(root)'}")
+                for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True)
+            ]
+        )
+    return rows
+
+
+def moved_by(allowed: Sequence[Allowed], x: Weights) -> Weights:
+    """$P x$, leaf by leaf."""
+    leaves, structure = jax.tree.flatten(x)
+    return structure.unflatten([p @ leaf for p, leaf in zip(allowed, leaves, strict=True)])
+
+
+def free_inputs(
+    activations: Float[Array | np.ndarray, "n d"], *, rtol: ScalarLike
+) -> Float[Array, "d d"]:
+    r"""Projector onto the inputs of a layer that its data almost never use.
+
+    $$
+    P = I - \sum_{i:\, \sigma_i \ge \tau \sigma_1} v_i v_i^\top, \qquad
+    X = \sum_i \sigma_i\, u_i v_i^\top
+    $$
+
+    With rows of $X$ as inputs of `x @ W`, a change $P\,dW$ of the matrix changes no output of
+    these data by more than the threshold allows: $\lVert X P\, dW \rVert \le \tau\, \sigma_1(X)
+    \lVert dW \rVert$. It is an entry of `allow`, for
+    [`retarget`][wspace.negative.retarget] and [`exit_ball`][wspace.negative.exit_ball].
+
+    Args:
+        activations: The inputs $X$ of the layer, one a row, `(n, d)`; append a column of ones to
+            account for a bias that is a row of the matrix.
+        rtol: The threshold $\tau$ in $(0, 1)$, relative to the largest singular value.
+
+    Returns:
+        The symmetric projector $P$, `(d, d)`, in at least float32. The identity for activations
+            that are all zero.
+
+    Raises:
+        ValueError: If `activations` is not a matrix or holds NaN or an infinity (NaN if traced), or
+            `rtol` is known and not between 0 and 1.
+        TypeError: If `activations` is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> negative.free_inputs(jnp.array([[3.0, 0.0], [1.0, 0.0]]), rtol=1e-2)
+        Array([[0., 0.],
+               [0., 1.]], dtype=float32)
+
+    References:
+        G. Saha, I. Garg, K. Roy, *Gradient Projection Memory for Continual Learning*, ICLR 2021,
+        [arXiv:2103.09762](https://arxiv.org/abs/2103.09762), section 4.
+    """
+    rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+    _checks.floating_leaves(activations=activations)
+    if activations.ndim != 2:
+        raise ValueError(
+            f"activations must be a matrix (n, d) with one input a row, got {activations.shape}"
+        )
+    _checks.finite(activations=activations)
+    x = replicated(tree.upcast(activations))
+    if not x.size:
+        return jnp.eye(x.shape[1], dtype=x.dtype)
+    _, values, vectors = jnp.linalg.svd(x, full_matrices=False)
+    used = (values >= jnp.asarray(rtol).astype(x.dtype) * values[0]) & (values > 0)
+    kept = jnp.where(used[:, None], vectors, 0)
+    projector = jnp.eye(x.shape[1], dtype=x.dtype) - matmul(kept.T, kept)
+    return jnp.where(jnp.isnan(values[0] + rtol), jnp.nan, (projector + projector.T) / 2)
