@@ -10,10 +10,10 @@ A margin certifies a distance, not safety.
 """
 
 from wspace.negative.allowance import free_inputs
-from wspace.negative.spread import harden
 from wspace.negative.homothety import guide, remove_member, repel, strength_of
 from wspace.negative.offset import Route, curve, gate, offset, rank_to_reach, route
 from wspace.negative.retarget import exit_ball, retarget
+from wspace.negative.spread import harden
 
 __all__ = [
     "Route",
