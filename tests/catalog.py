@@ -109,6 +109,26 @@ CATALOG = {
         ),
     ),
     "negative.gate": (2, lambda x, y: negative.gate(x, y, y, 1e3)),
+    "negative.exit_ball, cone": (
+        3,
+        lambda x, y, avoid: negative.exit_ball(
+            [x, y], (0.6, 0.4), avoid, 40.0, cone=cone.PooledRank(3)
+        ),
+    ),
+    "negative.guard_hull": (
+        3,
+        lambda x, y, avoid: negative.guard_hull([x, y], avoid, 40.0, costs=(1.0, 2.0)),
+    ),
+    "negative.guard_hull, affine": (
+        3,
+        lambda x, y, normal: negative.guard_hull(
+            [x, y], x, 40.0, normal=normal, mode="affine", allow=allow()
+        ),
+    ),
+    "negative.guard_normal": (
+        3,
+        lambda x, y, avoid: negative.guard_normal([x, y], avoid, 40.0, steps=2).weights,
+    ),
     "negative.guide": (3, lambda x, y, z: negative.guide(x, y, z, 1.5)),
     "negative.harden": (1, negative.harden),
     "negative.offset": (2, lambda x, y: lowrank.apply(x, negative.offset(x, y, 1).factors)),
@@ -124,6 +144,10 @@ CATALOG = {
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, allow=allow()),
     ),
     "negative.route": (2, lambda x, y: negative.route(x, {"y": y}, 2, radius=1.0)),
+    "negative.split_rank": (
+        1,
+        lambda x: [lowrank.apply(x, edit) for edit in negative.split_rank(x, (0.3, 0.7), (16, 16))],
+    ),
     "perturb.filter_normalize": (2, perturb.filter_normalize),
     "perturb.gaussian": (1, lambda like: perturb.gaussian(jax.random.key(0), like)),
     "perturb.gaussian, norm": (1, lambda like: perturb.gaussian(jax.random.key(0), like, norm=2.0)),
@@ -165,7 +189,8 @@ NOT_ON_TREES = {
     "lowrank.materialize": "acts on factors; laws in test_lowrank.py",
     "lowrank.to_lora": "acts on factors; laws in test_lora.py",
     "negative.Route": "a record",
-    "negative.free_inputs": "acts on activations; laws in test_retarget.py",
+    "negative.damped_inputs": "acts on activations; laws in test_allowance.py",
+    "negative.free_inputs": "acts on activations; laws in test_allowance.py",
     "negative.strength_of": "acts on a number; laws in test_homothety.py",
     "tree.elementwise": "acts on a formula; tree.combine is one",
     "tree.join": "moves leaves; laws in test_tree.py",

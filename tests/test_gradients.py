@@ -8,7 +8,12 @@ from jax.test_util import check_grads
 from tests.catalog import CATALOG
 from tests.test_transforms import trees
 
-WITHOUT_GRADIENT = ("negative.rank_to_reach", "negative.route", "negative.harden")
+WITHOUT_GRADIENT = (
+    "negative.guard_normal",
+    "negative.harden",
+    "negative.rank_to_reach",
+    "negative.route",
+)
 SMOOTH = {name: value for name, value in CATALOG.items() if name not in WITHOUT_GRADIENT}
 each_smooth = pytest.mark.parametrize(("count", "function"), SMOOTH.values(), ids=SMOOTH)
 

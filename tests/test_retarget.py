@@ -1,7 +1,9 @@
-"""Laws of `wspace.negative.retarget`: retarget, exit_ball, free_inputs, harden.
+"""Laws of `wspace.negative.retarget`: retarget and exit_ball.
 
 Numbers such as (ii L1) are those of the laws in the docs page on the negative weight.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,12 @@ from tests.strategies import (
     FLOAT,
     coefficients,
     costs,
-    matrices,
     points,
     projectors,
     strengths,
     weights,
 )
-from wspace import average, geometry, negative, tree
+from wspace import average, cone, geometry, negative, tree
 from wspace.lowrank import LowRank
 
 mean, distance = jax.jit(average.mean), jax.jit(geometry.distance)
@@ -521,91 +522,98 @@ def test_a_frozen_leaf_stays_bit_for_bit():
         assert distance(x["w"], y["w"]) > 1
 
 
-# free_inputs
+# exit_ball in a cone
+
+CONES = {
+    "rank": cone.Rank(1),
+    "pooled": cone.PooledRank(2),
+    "sparse": cone.Sparse(3),
+    "mask": cone.Mask({"w": True, "b": False, "s": True, "k": False}),
+}
 
 
-@given(seed=st.integers(0, 2**16), n=st.sampled_from([3, 6, 20]), rtol=st.sampled_from([1e-3, 0.3]))
-def test_free_inputs_is_the_projector_onto_what_the_data_hardly_use(seed, n, rtol):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 6)) * 10.0 ** -np.arange(6)
-    x = jnp.asarray(x @ np.linalg.qr(rng.normal(size=(6, 6)))[0], FLOAT)
-    p = np.asarray(negative.free_inputs(x, rtol=rtol), np.float64)
-    values, vectors = np.linalg.svd(np.asarray(x, np.float64))[1:]
-    values = np.pad(values, (0, 6 - len(values)))
-    assume(min(abs(values / values[0] / rtol - 1)) > 1e-2)
-    free = vectors[values < rtol * values[0]]
-    gaps = np.diff(values[::-1])[max(len(free) - 1, 0)] / values[0] if len(free) < 6 else 1
-    np.testing.assert_array_equal(p, p.T)
-    np.testing.assert_allclose(p @ p, p, atol=64 * UNIT)
-    assert round(np.trace(p)) == len(free)
-    np.testing.assert_allclose(p, free.T @ free, atol=256 * UNIT / gaps)
-    edit = rng.normal(size=(6, 4))
-    outputs = np.linalg.norm(np.asarray(x, np.float64) @ p @ edit)
-    assert outputs <= (rtol + 64 * UNIT) * values[0] * np.linalg.norm(edit)
+EXITS = {
+    name: jax.jit(
+        lambda xs, c, avoid, radius, k, kind=kind: negative.exit_ball(
+            xs, c, avoid, radius, cone=kind, costs=k
+        )
+    )
+    for name, kind in CONES.items()
+}
 
 
-def test_degenerate_activations(refuses):
-    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((3, 2)), rtol=0.1), np.eye(2))
-    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((0, 2)), rtol=0.1), np.eye(2))
-    for rtol in (0, 1, -0.1, 2.0, float("nan")):
-        with refuses(ValueError, match="rtol must be between 0 and 1"):
-            negative.free_inputs(jnp.ones((3, 2)), rtol=rtol)
-    with refuses(ValueError, match=r"activations must be a matrix \(n, d\)"):
-        negative.free_inputs(jnp.ones(3), rtol=0.1)
-    with refuses(ValueError, match="of activations holds NaN"):
-        negative.free_inputs(jnp.full((2, 2), jnp.nan), rtol=0.1)
-    with refuses(TypeError, match="of activations has dtype int32"):
-        negative.free_inputs(jnp.ones((2, 2), jnp.int32), rtol=0.1)
-    assert is_nan(jax.jit(lambda t: negative.free_inputs(jnp.eye(2), rtol=t))(1.5))
+def norm_in_cone(name, gap):
+    """The norm of the nearest edit in a cone, by numpy, of a tree of `LAYOUT`."""
+    x = {k: np.asarray(v, np.float64) for k, v in gap.items()}
+    if name == "mask":
+        return np.linalg.norm([*x["w"].ravel(), *x["s"].ravel()])
+    if name == "sparse":
+        return np.linalg.norm(np.sort([abs(v) for leaf in x.values() for v in leaf.ravel()])[-3:])
+    stacks = {"w": (1, 4, 3), "b": (1, 3, 1), "s": (2, 3, 2), "k": (1, 4, 3)}
+    values = [np.linalg.svd(x[k].reshape(stacks[k]), compute_uv=False) for k in x]
+    if name == "rank":
+        return np.linalg.norm(np.concatenate([s[:, 0] for s in values]))
+    return np.linalg.norm(np.sort(np.concatenate([s.ravel() for s in values]))[-2:])
 
 
-# harden
+@pytest.mark.parametrize("name", CONES)
+@settings(max_examples=10)
+@given(ball=balls(count=2, layout=LAYOUT))
+def test_in_a_cone_the_average_leaves_by_the_least_edit_of_the_cone(name, ball):  # (ii L7, L8)
+    xs, c, k, avoid, radius, gap = ball
+    e, inside = np.linalg.norm(gap), norm_in_cone(name, like(gap, avoid))
+    assume(inside > 1e-2 * e)
+    moved = EXITS[name](xs, c, avoid, radius, k)
+    if e >= radius:
+        return assert_close(moved, xs, units=0)
+    error = 64 * 2 * rounding(xs, moved, c, avoid)
+    assert abs(distance(mean(moved, c), avoid) - radius) <= error
+    shift = flat(mean(moved, c)) - flat(mean(xs, c))
+    least = -inside + np.sqrt(inside**2 + radius**2 - e**2)
+    assert abs(np.linalg.norm(shift) - least) <= error * (1 + radius / inside)
+    changed = like(shift, avoid)
+    if name == "mask":
+        np.testing.assert_allclose([*changed["b"], *changed["k"].ravel()], 0, atol=error)
+    elif name == "rank":
+        for leaf in (changed["w"], *changed["s"], changed["k"].reshape(4, 3)):
+            assert np.linalg.svd(np.asarray(leaf), compute_uv=False)[1] <= error
+    else:
+        limit = 3 if name == "sparse" else 100
+        assert np.sum(np.abs(shift) > error) <= limit
+    return None
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (3, 7), (2, 4, 3), (2, 2, 3)])
-@given(data=st.data())
-def test_harden_flattens_within_the_spaces_at_the_same_norm(shape, data):  # (ii L11)
-    edit = data.draw(matrices(shape))
-    flat_edit = jax.jit(negative.harden)(edit)
-    stack = np.asarray(edit, np.float64).reshape(-1, *shape[-2:])
-    flats = np.asarray(flat_edit, np.float64).reshape(-1, *shape[-2:])
-    for before, after in zip(stack, flats, strict=True):
-        norm = np.linalg.norm(before)
-        u, values, vt = np.linalg.svd(before, full_matrices=False)
-        kept = values > max(before.shape) * UNIT * values[0]
-        assume(not (~kept & (values > UNIT / 8 * values[0])).any())
-        assume(not (kept & (values < 1e3 * UNIT * values[0])).any())
-        k = kept.sum()
-        smallest = values[kept][-1] / values[0]
-        wanted = norm / np.sqrt(k) * u[:, kept] @ vt[kept]
-        np.testing.assert_allclose(after, wanted, atol=64 * UNIT * norm / smallest)
-        assert abs(np.linalg.norm(after) - norm) <= 64 * UNIT * norm
-        level = np.linalg.svd(after, compute_uv=False)
-        for r in range(k + 1):
-            tail = np.sqrt(np.sum(level[r:] ** 2))
-            assert abs(tail - norm * np.sqrt(1 - r / k)) <= 64 * np.sqrt(k) * UNIT * norm
-            assert tail >= np.sqrt(np.sum(values[r:] ** 2)) - 64 * np.sqrt(k) * UNIT * norm
-    again = jax.jit(negative.harden)(flat_edit)
-    assert_close(again, flat_edit, units=64, scale=float(np.linalg.norm(stack)))
+def test_a_larger_rank_leaves_by_a_shorter_edit_and_full_rank_straight_out():  # (ii L8)
+    rng = np.random.default_rng(0)
+    x, y, avoid = (jnp.asarray(rng.normal(size=(5, 4)), FLOAT) for _ in range(3))
+    far = float(distance(mean([x, y]), avoid))
+    lengths = []
+    for rank in (1, 2, 3, 4, 9):
+        moved = negative.exit_ball([x, y], (1, 1), avoid, 2 * far, cone=cone.Rank(rank))
+        shift = np.asarray(mean(moved), np.float64) - np.asarray(mean([x, y]), np.float64)
+        values = np.linalg.svd(shift, compute_uv=False)
+        assert (values[rank:] <= 64 * 2 * UNIT * size(*moved)).all()
+        lengths.append(np.linalg.norm(shift))
+    assert all(a > b for a, b in itertools.pairwise(lengths[:4]))
+    assert abs(lengths[3] - far) <= 256 * UNIT * size(x, y, avoid)
+    assert abs(lengths[4] - lengths[3]) <= 256 * UNIT * size(x, y, avoid)
+    straight = negative.exit_ball([x, y], (1, 1), avoid, 2 * far)
+    assert_close(moved, straight, units=256, scale=size(x, y, avoid))
 
 
-def test_harden_leaves_vectors_and_zeros_alone(refuses):
-    edit = {"b": jnp.ones(3), "s": jnp.ones(()), "z": jnp.zeros((2, 3)), "e": jnp.ones((0, 2))}
-    assert_close(negative.harden(edit), edit, units=0)
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 4)), FLOAT)
-    wanted = negative.harden(kernel.reshape(12, 4)).reshape(2, 2, 3, 4)
-    assert_close(negative.harden(kernel), wanted)
-    for rtol in (0, 1, -1.0):
-        with refuses(ValueError, match="rtol must be between 0 and 1"):
-            negative.harden(edit, rtol=rtol)
-    with refuses(ValueError, match=r"leaf \['b'\] of edit holds NaN"):
-        negative.harden({"b": jnp.array([jnp.nan])})
-    with refuses(ValueError, match="reshape it to two or three dimensions"):
-        negative.harden(jnp.ones((1, 1, 1, 1, 2, 2)))
-
-
-def test_harden_leaves_out_what_is_below_rtol():
-    edit = jnp.diag(jnp.array([1.0, 0.5, 1e-3]))
-    flat_edit = negative.harden(edit, rtol=1e-2)
-    level = np.sqrt(1.25 + 1e-6) / np.sqrt(2)
-    np.testing.assert_allclose(flat_edit, np.diag([level, level, 0]), atol=1e-6)
+def test_a_cone_that_says_nothing_of_the_way_out_is_refused():  # e_K = 0 < e
+    xs = [jnp.asarray([3.0, 0.0], FLOAT), jnp.asarray([1.0, 0.0], FLOAT)]
+    zero = jnp.zeros(2, FLOAT)
+    across = cone.Mask(jnp.asarray([False, True]))
+    for kind in (across, cone.Rank(0), cone.Sparse(0)):
+        with pytest.raises(ValueError, match=r"2 from avoid, 0 of it in .* give a larger cone"):
+            negative.exit_ball(xs, (1, 1), zero, 9.0, cone=kind)
+        leaving = jax.jit(lambda x, kind=kind: negative.exit_ball(x, (1, 1), zero, 9.0, cone=kind))
+        assert is_nan(leaving(xs))
+        assert_close(negative.exit_ball(xs, (1, 1), zero, 1.0, cone=kind), xs, units=0)
+    with pytest.raises(ValueError, match="direction excludes cone"):
+        negative.exit_ball(xs, (1, 1), zero, 9.0, cone=cone.Rank(1), direction=xs[0])
+    with pytest.raises(ValueError, match="allow needs a direction"):
+        negative.exit_ball(xs, (1, 1), zero, 9.0, cone=cone.Rank(1), allow=[None, None])
+    with pytest.raises(ValueError, match="no way out is distinguished: give a direction"):
+        negative.exit_ball(xs, (1, 1), mean(xs), 9.0, cone=cone.Rank(1))

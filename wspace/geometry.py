@@ -230,7 +230,7 @@ def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return x / c
 
 
-def _split(x: Weights, basis: Sequence[Weights]) -> tuple[list[Any], Weights]:
+def components(x: Weights, basis: Sequence[Weights]) -> tuple[list[Any], Weights]:
     """The coefficients of `x` in an orthonormal basis, and what is orthogonal to the basis."""
     coefficients: list[Any] = [0.0] * len(basis)
     for _ in range(2):
@@ -252,7 +252,7 @@ def _gram_schmidt(
     basis: list[Weights] = []
     columns = []
     for i, x in enumerate(directions):
-        coefficients, rest = _split(x, basis)
+        coefficients, rest = components(x, basis)
         size, left = tree.norm(x), tree.norm(rest)
         undefined = 0.0
         if dependent is not None:
@@ -403,7 +403,7 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
             "those before it: leave out points that repeat, are dependent or are not finite"
         ),
     )
-    projections, beyond = _split(edge, basis)
+    projections, beyond = components(edge, basis)
     solution: list[Scalar] = []
     for i in reversed(range(len(edges))):
         known = sum(c * column[i] for c, column in zip(solution, columns[i + 1 :], strict=True))
@@ -463,7 +463,7 @@ def principal_angles(
     q, _ = _gram_schmidt(wide[len(left) :], _dependent("right"))
     if len(p) < len(q):
         p, q = q, p
-    products, rests = zip(*(_split(x, p) for x in q), strict=True)
+    products, rests = zip(*(components(x, p) for x in q), strict=True)
     _, columns = _gram_schmidt(rests, None)
     zero = jnp.zeros_like(columns[0][0])
     triangle = [column + [zero] * (len(q) - len(column)) for column in columns]

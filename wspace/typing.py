@@ -1,10 +1,10 @@
 """The types that signatures speak in."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Real
 
 __all__ = [
     "Allow",
@@ -15,6 +15,7 @@ __all__ = [
     "Path",
     "Scalar",
     "ScalarLike",
+    "Solution",
     "Weights",
     "WeightsLike",
 ]
@@ -53,3 +54,20 @@ Path: TypeAlias = Callable[[ScalarLike], Weights]
 
 Loss: TypeAlias = Callable[[WeightsLike], Scalar]
 """A scalar function of the weights."""
+
+
+class Solution(NamedTuple):
+    """What an iteration found, and how good it is.
+
+    Attributes:
+        weights: The weights found.
+        residual: How far they are from solving the problem, relative to its size; the function
+            says in what measure.
+        steps: The number of steps taken.
+        converged: Whether the residual is as small as was asked for.
+    """
+
+    weights: PyTree
+    residual: Scalar
+    steps: Int[Array, ""]
+    converged: Bool[Array, ""]

@@ -147,7 +147,7 @@ class Decomposition(NamedTuple):
 
     def refit(self, values: Array, rank: int | None = None) -> LowRank:
         """Factors of equal norm with other singular values, `rank` of them at most."""
-        root = jnp.sqrt(values[..., None, :rank])
+        root = safe_sqrt(values[..., None, :rank])
         sides = self.left[..., :rank] * root, self.right[..., :rank] * root
         left, right = (
             side if frame is None else matmul(frame, side)

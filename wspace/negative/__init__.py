@@ -9,18 +9,23 @@ without touching the points it came from ([`offset`][wspace.negative.offset]).
 A margin certifies a distance, not safety.
 """
 
-from wspace.negative.allowance import free_inputs
+from wspace.negative.allowance import damped_inputs, free_inputs
 from wspace.negative.homothety import guide, remove_member, repel, strength_of
+from wspace.negative.hull import guard_hull
+from wspace.negative.normal import guard_normal
 from wspace.negative.offset import Route, curve, gate, offset, rank_to_reach, route
 from wspace.negative.retarget import exit_ball, retarget
-from wspace.negative.spread import harden
+from wspace.negative.spread import harden, split_rank
 
 __all__ = [
     "Route",
     "curve",
+    "damped_inputs",
     "exit_ball",
     "free_inputs",
     "gate",
+    "guard_hull",
+    "guard_normal",
     "guide",
     "harden",
     "offset",
@@ -29,5 +34,6 @@ __all__ = [
     "repel",
     "retarget",
     "route",
+    "split_rank",
     "strength_of",
 ]

@@ -18,7 +18,7 @@ from wspace import _checks, lowrank, tree
 from wspace._numerics import matmul, placed_like, replicated
 from wspace.typing import Allow, Scalar, ScalarLike, Weights
 
-__all__ = ["free_inputs"]
+__all__ = ["damped_inputs", "free_inputs"]
 
 
 class Allowed(NamedTuple):
@@ -40,6 +40,13 @@ class Allowed(NamedTuple):
         # Through the root, so that rounding keeps to the allowed space.
         inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
         return placed_like((self.scale * matmul(self.root, inner)).reshape(x.shape), x)
+
+    def square(self, x: Array) -> Scalar:
+        r"""$\langle x, P x \rangle$, never negative."""
+        if self.root is None:
+            return self.scale * tree.vdot(x, x)
+        inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
+        return self.scale * tree.vdot(inner, inner)
 
 
 def without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
@@ -168,6 +175,57 @@ def free_inputs(
         [arXiv:2103.09762](https://arxiv.org/abs/2103.09762), section 4.
     """
     rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+    values, vectors = _spectrum(activations)
+    least = jnp.asarray(rtol).astype(values.dtype) * values[:1]
+    used = (values >= least) & (values > 0)
+    return _less(jnp.where(used, 1, 0 * (values + least)), vectors)
+
+
+def damped_inputs(
+    activations: Float[Array | np.ndarray, "n d"], *, damping: ScalarLike
+) -> Float[Array, "d d"]:
+    r"""Inverse metric in which an input costs the more to change, the more its data use it.
+
+    $$
+    P = \Bigl(I + \frac{X^\top X}{\delta\, \sigma_1^2}\Bigr)^{-1}
+      = I - \sum_i \frac{\sigma_i^2}{\sigma_i^2 + \delta\, \sigma_1^2}\, v_i v_i^\top
+    $$
+
+    The soft form of [`free_inputs`][wspace.negative.free_inputs], an entry of `allow`: an edit
+    $P L$ of the matrix is charged $\lVert dW \rVert^2 + \lVert X\, dW \rVert^2 / (\delta
+    \sigma_1^2)$, its own size and that of what it does to these data, and $\lVert X P L \rVert \le
+    \tfrac12 \sqrt\delta\, \sigma_1 \lVert L \rVert$. Small damping spares the data and large
+    damping the weights; a sweep over it draws the curve of damage against margin.
+
+    Args:
+        activations: The inputs $X$ of the layer, one a row, `(n, d)`.
+        damping: The number $\delta > 0$, relative to the largest eigenvalue of $X^\top X$.
+
+    Returns:
+        The symmetric positive definite matrix $P$, `(d, d)`, in at least float32; the identity for
+            activations that are all zero.
+
+    Raises:
+        ValueError: If `activations` is not a matrix or holds NaN or an infinity (NaN if traced), or
+            `damping` is known and not positive.
+        TypeError: If `activations` is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> negative.damped_inputs(jnp.array([[2.0, 0.0]]), damping=1.0)
+        Array([[0.5, 0. ],
+               [0. , 1. ]], dtype=float32)
+    """
+    damping = _checks.scalar("damping", damping, lambda x: x > 0, "finite and positive")
+    values, vectors = _spectrum(activations)
+    share = (values / jnp.where(values[:1] > 0, values[:1], 1)) ** 2
+    delta = jnp.asarray(damping).astype(values.dtype)
+    return _less(share / (share + delta), vectors)
+
+
+def _spectrum(activations: Array | np.ndarray) -> tuple[Array, Array]:
+    """Singular values of activations and their right singular vectors, one a row."""
     _checks.floating_leaves(activations=activations)
     if activations.ndim != 2:
         raise ValueError(
@@ -176,9 +234,13 @@ def free_inputs(
     _checks.finite(activations=activations)
     x = replicated(tree.upcast(activations))
     if not x.size:
-        return jnp.eye(x.shape[1], dtype=x.dtype)
+        return jnp.zeros(0, x.dtype), jnp.zeros((0, x.shape[1]), x.dtype)
     _, values, vectors = jnp.linalg.svd(x, full_matrices=False)
-    used = (values >= jnp.asarray(rtol).astype(x.dtype) * values[0]) & (values > 0)
-    kept = jnp.where(used[:, None], vectors, 0)
-    projector = jnp.eye(x.shape[1], dtype=x.dtype) - matmul(kept.T, kept)
-    return jnp.where(jnp.isnan(values[0] + rtol), jnp.nan, (projector + projector.T) / 2)
+    return values, vectors
+
+
+def _less(shares: Float[Array, " k"], vectors: Float[Array, "k d"]) -> Float[Array, "d d"]:
+    """The identity less given shares of the projectors on some orthonormal rows."""
+    taken = matmul(vectors.T, shares[:, None] * vectors)
+    result = jnp.eye(vectors.shape[-1], dtype=vectors.dtype) - taken
+    return (result + result.T) / 2

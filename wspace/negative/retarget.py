@@ -26,6 +26,7 @@ from jaxtyping import Array
 from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
 from wspace._numerics import matmul, placed_like, replicated
+from wspace.cone.cones import Cone, project
 from wspace.negative.allowance import Allowed, allowances, moved_by, without_rounding
 from wspace.negative.sources import finite_length, sources
 from wspace.typing import Allow, Coefficients, ScalarLike, Weights, WeightsLike
@@ -156,13 +157,14 @@ def exit_ball(
     avoid: WeightsLike,
     radius: ScalarLike,
     *,
+    cone: Cone | None = None,
     costs: Coefficients | None = None,
     direction: WeightsLike | None = None,
     allow: Allow | None = None,
 ) -> list[Weights]:
     r"""Moves points so that their average leaves a ball around a point to avoid.
 
-    With $E = M - b$, and $g$ the direction or $E$ itself,
+    With $E = M - b$, and $g$ the direction, or the part $P_K E$ of $E$ in the cone, or $E$ itself,
 
     $$
     dx_i = t\,\frac{a_i}{c_i} P_i\, g, \qquad
@@ -172,8 +174,16 @@ def exit_ball(
     If $\lVert E \rVert \ge \rho$ already, the points come back unchanged, direction or not.
     Without a direction the average moves straight out to $b + \rho\, E / \lVert E \rVert$, the
     least shift there is, at the least cost $(\rho - \lVert E \rVert)^2 / \sum_j a_j^2 / c_j$.
-    With one, it moves along $S g$ until it meets the sphere, which is
-    [`retarget`][wspace.negative.retarget] to $M + t\, S g$. Doing it twice changes nothing.
+    In a cone the average moves by the least edit of the cone that gets out,
+    [`cone.exit`][wspace.cone.exit], of norm
+    $-\lVert P_K E \rVert + \sqrt{\lVert P_K E \rVert^2 + \rho^2 - \lVert E \rVert^2}$: every point
+    moves by a multiple of one edit in the cone. With a direction, it moves along $S g$ until it
+    meets the sphere, which is [`retarget`][wspace.negative.retarget] to $M + t\, S g$. Doing it
+    twice changes nothing.
+
+    The cost is the least where the cone is a subspace or a mask. Of a cone of low rank it is the
+    least among edits that share their factors: the points could move by different edits of rank
+    $r$, whose sum is of higher rank ([`split_rank`][wspace.negative.split_rank]).
 
     The average *at these coefficients* is kept away, and no other. A margin certifies a
     distance, not safety.
@@ -183,6 +193,8 @@ def exit_ball(
         coefficients: The $a_i$, one a point, of any sign; divided by their sum.
         avoid: The center $b$ of the ball, of the same layout.
         radius: Its radius $\rho > 0$.
+        cone: The edits that the shift of the average may be, such as
+            [`cone.Rank(4)`][wspace.cone.Rank]; any if not given. Excludes a direction.
         costs: The $c_i > 0$, one a point; equal if not given.
         direction: The direction $g$ to move the average in, such as the gradient of its loss.
             Needed where the average *is* the point to avoid, and with `allow`.
@@ -193,13 +205,15 @@ def exit_ball(
 
     Raises:
         ValueError: If the average is within $64\,\varepsilon \sum_i |a_i| \lVert x_i \rVert$ of
-            `avoid`, where no way out is distinguished, and there is no direction; if the
+            `avoid`, where no way out is distinguished, and there is no direction; if $E$ is
+            orthogonal to the cone, $\lVert P_K E \rVert \le 64\,\varepsilon \lVert E \rVert$; if
+            the
             direction is zero or `allow` leaves nothing of it, $\lVert S g \rVert \le
             64\,\varepsilon \lVert S \rVert \lVert g \rVert$; if the radius is not positive or below
-            the same rounding of the points; if `allow` is given without a direction. Where these
-            are traced the result is NaN. Also for the arguments that
-            [`retarget`][wspace.negative.retarget] refuses.
-        TypeError: If a leaf is not floating-point.
+            the same rounding of the points; if `allow` is given without a direction, or a cone
+            with one. Where these are traced the result is NaN. Also for the arguments that
+            [`retarget`][wspace.negative.retarget] and [`cone.project`][wspace.cone.project] refuse.
+        TypeError: If a leaf is not floating-point, or `cone` is no cone.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -214,6 +228,11 @@ def exit_ball(
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **along)
     if allow is not None and direction is None:
         raise ValueError("allow needs a direction: give the direction to move the average in")
+    if cone is not None and direction is not None:
+        raise ValueError(
+            "direction excludes cone, since the average moves along it: give one of the two, such "
+            "as the direction cone.project(cone, direction).edit"
+        )
     radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
     others = [avoid, *along.values()]
     wide, (center, *given), a, c, mean, size = sources(points, others, coefficients, costs)
@@ -240,6 +259,18 @@ def exit_ball(
                 "out is distinguished: give a direction"
             ),
         )
+    outside = distance >= radius
+    if cone is not None:
+        nothing = jax.tree.map(jnp.zeros_like, apart)
+        way = lowrank.apply(nothing, project(cone, apart).edit)
+        part = tree.norm(way)
+        undefined += _checks.refuse(
+            ~outside & ~(part > 64 * jnp.finfo(part.dtype).eps * distance),
+            lambda: (
+                f"the average is {distance:.3g} from avoid, {part:.3g} of it in {cone}: no edit of "
+                "the cone is distinguished as the way out; give a larger cone, or a direction"
+            ),
+        )
     speed = tree.norm(way)
     if given:
         finite_length(speed, points, **along)
@@ -255,7 +286,6 @@ def exit_ball(
     moved = tree.combine(share, moves)
     step = tree.norm(moved)
     largest = sum(w * p for w, p in zip(share, sizes, strict=True))
-    outside = distance >= radius
     undefined += _checks.refuse(
         ~outside & ~(step > 64 * jnp.finfo(step.dtype).eps * largest * speed),
         lambda: (
@@ -266,7 +296,8 @@ def exit_ball(
     # The positive root t of ||E + t S g|| = radius, in units of S g.
     gap = jnp.where(outside, 1, (radius - distance) * (radius + distance))
     slope = tree.vdot(apart, moved) / jnp.where(step == 0, 1, step)
-    reach = jnp.sqrt(slope**2 + gap) - slope
+    root = jnp.sqrt(slope**2 + gap)
+    reach = jnp.where(slope > 0, gap / (root + jnp.abs(slope)), root - slope)
     t = jnp.where(outside, 0, reach / jnp.where(step == 0, 1, step)) + undefined
     return [
         tree.combine((1, t * k), (x, move))

@@ -1,0 +1,114 @@
+"""Laws of `wspace.negative.allowance`: free_inputs and damped_inputs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.helpers import is_nan
+from tests.strategies import FLOAT
+from wspace import negative
+
+UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
+
+
+@given(seed=st.integers(0, 2**16), n=st.sampled_from([3, 6, 20]), rtol=st.sampled_from([1e-3, 0.3]))
+def test_free_inputs_is_the_projector_onto_what_the_data_hardly_use(seed, n, rtol):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 6)) * 10.0 ** -np.arange(6)
+    x = jnp.asarray(x @ np.linalg.qr(rng.normal(size=(6, 6)))[0], FLOAT)
+    p = np.asarray(negative.free_inputs(x, rtol=rtol), np.float64)
+    values, vectors = np.linalg.svd(np.asarray(x, np.float64))[1:]
+    values = np.pad(values, (0, 6 - len(values)))
+    assume(min(abs(values / values[0] / rtol - 1)) > 1e-2)
+    free = vectors[values < rtol * values[0]]
+    gaps = np.diff(values[::-1])[max(len(free) - 1, 0)] / values[0] if len(free) < 6 else 1
+    np.testing.assert_array_equal(p, p.T)
+    np.testing.assert_allclose(p @ p, p, atol=64 * UNIT)
+    assert round(np.trace(p)) == len(free)
+    np.testing.assert_allclose(p, free.T @ free, atol=256 * UNIT / gaps)
+    edit = rng.normal(size=(6, 4))
+    outputs = np.linalg.norm(np.asarray(x, np.float64) @ p @ edit)
+    assert outputs <= (rtol + 64 * UNIT) * values[0] * np.linalg.norm(edit)
+
+
+def test_degenerate_activations(refuses):
+    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((3, 2)), rtol=0.1), np.eye(2))
+    np.testing.assert_array_equal(negative.free_inputs(jnp.zeros((0, 2)), rtol=0.1), np.eye(2))
+    for rtol in (0, 1, -0.1, 2.0, float("nan")):
+        with refuses(ValueError, match="rtol must be between 0 and 1"):
+            negative.free_inputs(jnp.ones((3, 2)), rtol=rtol)
+    with refuses(ValueError, match=r"activations must be a matrix \(n, d\)"):
+        negative.free_inputs(jnp.ones(3), rtol=0.1)
+    with refuses(ValueError, match="of activations holds NaN"):
+        negative.free_inputs(jnp.full((2, 2), jnp.nan), rtol=0.1)
+    with refuses(TypeError, match="of activations has dtype int32"):
+        negative.free_inputs(jnp.ones((2, 2), jnp.int32), rtol=0.1)
+    assert is_nan(jax.jit(lambda t: negative.free_inputs(jnp.eye(2), rtol=t))(1.5))
+
+
+# damped_inputs
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.sampled_from([3, 6, 20]),
+    damping=st.sampled_from([1e-4, 0.1, 10.0]),
+)
+def test_damped_inputs_is_the_inverse_of_the_metric(seed, n, damping):
+    rng = np.random.default_rng(seed)
+    given_x = jnp.asarray(rng.normal(size=(n, 6)) * 10.0 ** -np.arange(6) * 8, FLOAT)
+    p = np.asarray(negative.damped_inputs(given_x, damping=damping), np.float64)
+    x = np.asarray(given_x, np.float64)
+    top = np.linalg.norm(x, 2)
+    wanted = np.linalg.inv(np.eye(6) + x.T @ x / (damping * top**2))
+    np.testing.assert_array_equal(p, p.T)
+    np.testing.assert_allclose(p, wanted, atol=64 * UNIT)
+    edit = rng.normal(size=(6, 4))
+    size = top * np.linalg.norm(edit)
+    assert np.linalg.norm(x @ p @ edit) <= (np.sqrt(damping) / 2 + 64 * UNIT) * size
+    scaled = negative.damped_inputs(8 * given_x, damping=damping)
+    np.testing.assert_allclose(scaled, p, atol=8 * UNIT)
+
+
+def test_damping_goes_from_the_free_inputs_to_all_inputs(refuses):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), FLOAT)
+    spared = negative.damped_inputs(x, damping=1e-12)
+    np.testing.assert_allclose(spared, negative.free_inputs(x, rtol=1e-3), atol=1e-4)
+    np.testing.assert_allclose(negative.damped_inputs(x, damping=1e12), np.eye(6), atol=1e-6)
+    for zero in (jnp.zeros((3, 2)), jnp.zeros((0, 2))):
+        np.testing.assert_array_equal(negative.damped_inputs(zero, damping=0.1), np.eye(2))
+    for damping in (0, -1.0, float("nan")):
+        with refuses(ValueError, match="damping must be finite and positive"):
+            negative.damped_inputs(x, damping=damping)
+    with refuses(ValueError, match=r"activations must be a matrix \(n, d\)"):
+        negative.damped_inputs(jnp.ones(3), damping=0.1)
+    with refuses(ValueError, match="of activations holds NaN"):
+        negative.damped_inputs(jnp.full((2, 2), jnp.nan), damping=0.1)
+    assert is_nan(jax.jit(lambda d: negative.damped_inputs(jnp.eye(2), damping=d))(-1.0))
+
+
+def test_less_damping_spares_the_data_more_and_moves_the_weights_more():
+    # The curve of damage against margin: the same shift of the average, at several dampings.
+    rng = np.random.default_rng(0)
+    spectrum = np.diag(4.0 ** -np.arange(6))
+    inputs = [rng.normal(size=(20, 6)) @ spectrum @ rng.normal(size=(6, 6)) for _ in "ac"]
+    inputs = [x / np.linalg.norm(x, 2) for x in inputs]
+    xs = [{"w": jnp.asarray(rng.normal(size=(6, 3)), FLOAT)} for _ in inputs]
+    target = {"w": jnp.asarray(rng.normal(size=(6, 3)), FLOAT)}
+    damage, moves = [], []
+    for damping in (1e-3, 1e-2, 1e-1, 1.0, 1e3):
+        metrics = [negative.damped_inputs(jnp.asarray(x, FLOAT), damping=damping) for x in inputs]
+        allow = [{"w": p} for p in metrics]
+        moved = negative.retarget(xs, (0.5, 0.5), target, allow=allow)
+        edits = [np.asarray(y["w"] - x["w"], np.float64) for x, y in zip(xs, moved, strict=True)]
+        seen = [np.linalg.norm(x @ e) ** 2 for x, e in zip(inputs, edits, strict=True)]
+        damage.append(sum(seen))
+        moves.append(sum(np.linalg.norm(e) ** 2 for e in edits))
+    slack = 1 + 1e3 * UNIT
+    assert all(a <= b * slack for a, b in itertools.pairwise(damage))
+    assert all(a * slack >= b for a, b in itertools.pairwise(moves))
+    assert damage[0] < 0.5 * damage[-1]

@@ -1,0 +1,212 @@
+"""Laws of `wspace.negative.spread`: harden and split_rank.
+
+Numbers such as (ii L11) are those of the laws in the docs page on the negative weight.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import assert_close, is_nan, size
+from tests.strategies import FLOAT, matrices
+from wspace import lowrank, negative, tree
+from wspace.lowrank import LowRank
+
+UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 7), (2, 4, 3), (2, 2, 3)])
+@given(data=st.data())
+def test_harden_flattens_within_the_spaces_at_the_same_norm(shape, data):  # (ii L11)
+    edit = data.draw(matrices(shape))
+    flat_edit = jax.jit(negative.harden)(edit)
+    stack = np.asarray(edit, np.float64).reshape(-1, *shape[-2:])
+    flats = np.asarray(flat_edit, np.float64).reshape(-1, *shape[-2:])
+    for before, after in zip(stack, flats, strict=True):
+        norm = np.linalg.norm(before)
+        u, values, vt = np.linalg.svd(before, full_matrices=False)
+        kept = values > max(before.shape) * UNIT * values[0]
+        assume(not (~kept & (values > UNIT / 8 * values[0])).any())
+        assume(not (kept & (values < 1e3 * UNIT * values[0])).any())
+        k = kept.sum()
+        smallest = values[kept][-1] / values[0]
+        wanted = norm / np.sqrt(k) * u[:, kept] @ vt[kept]
+        np.testing.assert_allclose(after, wanted, atol=64 * UNIT * norm / smallest)
+        assert abs(np.linalg.norm(after) - norm) <= 64 * UNIT * norm
+        level = np.linalg.svd(after, compute_uv=False)
+        for r in range(k + 1):
+            tail = np.sqrt(np.sum(level[r:] ** 2))
+            assert abs(tail - norm * np.sqrt(1 - r / k)) <= 64 * np.sqrt(k) * UNIT * norm
+            assert tail >= np.sqrt(np.sum(values[r:] ** 2)) - 64 * np.sqrt(k) * UNIT * norm
+    again = jax.jit(negative.harden)(flat_edit)
+    assert_close(again, flat_edit, units=64, scale=float(np.linalg.norm(stack)))
+
+
+def test_harden_leaves_vectors_and_zeros_alone(refuses):
+    edit = {"b": jnp.ones(3), "s": jnp.ones(()), "z": jnp.zeros((2, 3)), "e": jnp.ones((0, 2))}
+    assert_close(negative.harden(edit), edit, units=0)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 4)), FLOAT)
+    wanted = negative.harden(kernel.reshape(12, 4)).reshape(2, 2, 3, 4)
+    assert_close(negative.harden(kernel), wanted)
+    for rtol in (0, 1, -1.0):
+        with refuses(ValueError, match="rtol must be between 0 and 1"):
+            negative.harden(edit, rtol=rtol)
+    with refuses(ValueError, match=r"leaf \['b'\] of edit holds NaN"):
+        negative.harden({"b": jnp.array([jnp.nan])})
+    with refuses(ValueError, match="reshape it to two or three dimensions"):
+        negative.harden(jnp.ones((1, 1, 1, 1, 2, 2)))
+
+
+def test_harden_leaves_out_what_is_below_rtol():
+    edit = jnp.diag(jnp.array([1.0, 0.5, 1e-3]))
+    flat_edit = negative.harden(edit, rtol=1e-2)
+    level = np.sqrt(1.25 + 1e-6) / np.sqrt(2)
+    np.testing.assert_allclose(flat_edit, np.diag([level, level, 0]), atol=1e-6)
+
+
+# split_rank
+
+SPLITS = [
+    ((0.5, 0.5), (2, 1), None),
+    ((0.7, -0.2, 0.5), (1, 2, 1), (1.0, 4.0, 0.5)),
+    ((1.0, 3.0), (1, 2), None),
+]
+
+
+@st.composite
+def shifts(draw, rank):
+    """Shifts with matrices, stacks and convolutions of rank at most `rank`, and a vector."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    scale = draw(st.sampled_from([2.0**-20, 1.0, 2.0**20]))
+    spectrum = draw(st.sampled_from([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [5.0, 0.5, 0.0], [0.0] * 3]))
+
+    def matrix(*shape):
+        *stack, m, n = shape
+        left = np.linalg.qr(rng.normal(size=(*stack, m, rank)))[0]
+        right = np.linalg.qr(rng.normal(size=(*stack, n, rank)))[0]
+        values = scale * np.array(spectrum[:rank])
+        return jnp.asarray((left * values) @ np.swapaxes(right, -1, -2), FLOAT)
+
+    return {
+        "w": matrix(6, 4),
+        "s": matrix(2, 4, 3),
+        "k": matrix(6, 4).reshape(3, 1, 2, 4),
+        "b": jnp.asarray(scale * rng.normal(size=3), FLOAT),
+        "e": jnp.zeros((0, 2), FLOAT),
+    }
+
+
+def dense(shift, edits):
+    zero = jax.tree.map(jnp.zeros_like, shift)
+    return [lowrank.apply(zero, edit) for edit in edits]
+
+
+def ranks_of(edit, least):
+    matrices = edit["w"], edit["s"], edit["k"].reshape(6, 4)
+    values = [np.linalg.svd(np.asarray(m, np.float64), compute_uv=False) for m in matrices]
+    return [np.max(np.sum(v > least, axis=-1)) for v in values]
+
+
+@pytest.mark.parametrize(("a", "ranks", "costs"), SPLITS)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_ranks_that_add_up_split_a_shift_over_the_points(a, ranks, costs, data):  # (ii L12)
+    shift = data.draw(shifts(min(sum(ranks), 3)))
+    edits = negative.split_rank(shift, a, ranks, costs=costs, rtol=2.0**-16)
+    parts = dense(shift, edits)
+    norm = size(shift)
+    share = np.array(a) / np.sum(a)
+    error = (
+        64 * np.sqrt(4) * UNIT * sum(abs(w) * size(p) for w, p in zip(share, parts, strict=True))
+    )
+    landed = tree.combine(list(map(float, share)), parts)
+    assert size(tree.combine((1, -1), (landed, shift))) <= error
+    for edit, part, r in zip(edits, parts, ranks, strict=True):
+        assert max(ranks_of(part, 1e3 * UNIT * norm)) <= r
+        assert edit["w"].rank == min(r, 4)
+        assert edit["s"].rank == min(r, 3)
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_ranks_of_the_whole_shift_are_retarget(data):  # (ii L12, ii L2)
+    a, costs, shift = (0.7, -0.2, 0.5), (1.0, 4.0, 0.5), data.draw(shifts(3))
+    zero = jax.tree.map(jnp.zeros_like, shift)
+    wanted = negative.retarget([zero] * 3, a, shift, costs=costs)
+    got = dense(shift, negative.split_rank(shift, a, (9, 9, 9), costs=costs, rtol=2.0**-16))
+    assert_close(got, wanted, units=256, scale=size(*wanted))
+
+
+def test_dealing_the_triples_out_otherwise_costs_more():
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(5, 3)))
+    p, _ = np.linalg.qr(rng.normal(size=(4, 3)))
+    values = np.array([4.0, 2.0, 1.0])
+    shift = jnp.asarray(q * values @ p.T, FLOAT)
+    a, c, ranks = np.array([0.2, 0.8]), np.array([1.0, 2.0]), (1, 2)
+    edits = dense(shift, negative.split_rank(shift, tuple(a), ranks, costs=tuple(c)))
+    cost = sum(k * size(e) ** 2 for k, e in zip(c, edits, strict=True))
+    worth = a**2 / c
+    others = [
+        sum(values[j] ** 2 / worth[i] for j, i in enumerate(owner))
+        for owner in itertools.permutations([0, 1, 1])
+    ]
+    assert abs(cost - min(others)) <= 1e3 * UNIT * cost
+    assert max(others) > 1.5 * cost
+
+
+def test_a_shift_of_twice_the_rank_is_made_by_two_points_of_that_rank():
+    # Why the cost of exit_ball in a cone of low rank is least only among edits sharing factors.
+    shift = jnp.diag(jnp.asarray([2.0, 1.0], FLOAT))
+    edits = dense(shift, negative.split_rank(shift, (0.5, 0.5), (1, 1)))
+    for edit in edits:
+        assert np.linalg.matrix_rank(np.asarray(edit)) == 1
+    assert_close(tree.combine((0.5, 0.5), edits), shift)
+
+
+def test_more_rank_than_the_points_have_is_refused(refuses):
+    shift = {"w": jnp.diag(jnp.asarray([3.0, 4.0, 5.0], FLOAT)), "b": jnp.ones(2, FLOAT)}
+    words = r"leaf \['w'\] of shift has rank 3, .* sum to 2: 3 of the shift would be left"
+    with pytest.raises(ValueError, match=words):
+        negative.split_rank(shift, (0.5, 0.5), (1, 1))
+    with pytest.raises(ValueError, match=r"sum to 1: 5 of the shift"):
+        negative.split_rank(shift, (1.0, 0.0), (1, 7))  # the second cannot move the average
+    with pytest.raises(ValueError, match=r"leaf \['b'\] of shift has rank 1, .* sum to 0"):
+        negative.split_rank({"b": shift["b"]}, (0.5, 0.5), (0, 0))
+    split = jax.jit(lambda x: dense(x, negative.split_rank(x, (0.5, 0.5), (1, 1))))
+    assert is_nan([x["w"] for x in split(shift)])
+    with refuses(ValueError, match=r"ranks\[1\] must be at least 0"):
+        negative.split_rank(shift, (0.5, 0.5), (3, -1))
+    with refuses(ValueError, match="ranks has 1 numbers for 2 coefficients"):
+        negative.split_rank(shift, (0.5, 0.5), (3,))
+    with refuses(ValueError, match="make it differ from zero"):
+        negative.split_rank(shift, (1, -1), (3, 3))
+    with refuses(ValueError, match="costs must be positive"):
+        negative.split_rank(shift, (1, 1), (3, 3), costs=(1, 0))
+    with refuses(ValueError, match="rtol must be between 0 and 1"):
+        negative.split_rank(shift, (1, 1), (3, 3), rtol=2.0)
+    with refuses(ValueError, match=r"leaf \['w'\] of shift holds NaN"):
+        negative.split_rank({"w": jnp.full((2, 2), jnp.nan)}, (1, 1), (3, 3))
+    with refuses(TypeError, match="ranks.0. must be a plain integer"):
+        negative.split_rank(shift, (1, 1), (1.5, 3))
+
+
+def test_rank_below_rtol_is_rounding_and_left_out():
+    shift = jnp.diag(jnp.asarray([1.0, 0.5, 1e-4], FLOAT))
+    edits = dense(shift, negative.split_rank(shift, (0.5, 0.5), (1, 1), rtol=1e-3))
+    landed = tree.combine((0.5, 0.5), edits)
+    np.testing.assert_allclose(landed, np.diag([1.0, 0.5, 0.0]), atol=8 * UNIT)
+
+
+def test_factors_are_split_without_their_product():
+    shift = LowRank(
+        jnp.asarray([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], FLOAT), jnp.eye(2, dtype=FLOAT)
+    )
+    edits = negative.split_rank(shift, (0.5, 0.5), (1, 1))
+    landed = tree.combine((0.5, 0.5), [lowrank.materialize(e) for e in edits])
+    assert_close(landed, lowrank.materialize(shift), units=16)

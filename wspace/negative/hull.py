@@ -1,0 +1,241 @@
+r"""Guards that hold at every average of the points, whatever the coefficients.
+
+Points beyond a hyperplane average beyond it. With $h_i = \langle x_i - b, n \rangle$, the heights
+of the points over the point to avoid along a unit normal $n$, any coefficients that sum to one give
+
+$$
+\Bigl\lVert \sum_i t_i x_i - b \Bigr\rVert \ge \sum_i t_i h_i
+$$
+
+which is at least $\rho$ for convex coefficients if every $h_i$ is, and for coefficients of any
+sign if all $h_i$ are one number of at least $\rho$.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Bool, Float
+
+from wspace import _checks, tree
+from wspace.negative.allowance import Allowed, allowances, moved_by
+from wspace.negative.nearest import Mode, nearest_average, rounding_of
+from wspace.negative.sources import finite_length
+from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+
+__all__ = ["guard_hull"]
+
+
+class Heights(NamedTuple):
+    """What a normal asks of each point: to rise by `needs`; rising by one costs `1 / reaches`."""
+
+    heights: Float[Array, " k"]
+    reaches: Float[Array, " k"]
+    needs: Float[Array, " k"]
+
+    def cost(self, costs: Float[Array, " k"]) -> Scalar:
+        reaches = jnp.where(self.reaches == 0, 1, self.reaches)
+        return jnp.sum(costs * self.needs**2 / reaches)
+
+
+def heights_of(
+    gaps: Sequence[Weights],
+    normal: Weights,
+    radius: Scalar,
+    mode: Mode,
+    costs: Float[Array, " k"],
+    allowed: list[list[Allowed]] | None,
+) -> Heights:
+    heights = jnp.stack([tree.vdot(x, normal) for x in gaps])
+    if allowed is None:
+        reaches = jnp.ones_like(heights)
+    else:
+        leaves = jax.tree.leaves(normal)
+        squares = [[p.square(x) for p, x in zip(row, leaves, strict=True)] for row in allowed]
+        zero = jnp.zeros((), heights.dtype)
+        reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares])
+    if mode == "convex":
+        needs = jnp.where(heights < radius, radius - heights, 0)
+    else:
+        stiff = costs / jnp.where(reaches == 0, 1, reaches)
+        middle = jnp.sum(stiff * heights) / jnp.sum(stiff)
+        needs = jnp.where(middle < radius, radius, middle) - heights
+    return Heights(heights, reaches, needs + 0 * radius)
+
+
+class Guard(NamedTuple):
+    """The arguments of a guard of the hull, checked, in the dtype of arithmetic."""
+
+    points: list[Weights]
+    center: Weights
+    gaps: list[Weights]
+    radius: Scalar
+    costs: Float[Array, " k"]
+    allowed: list[list[Allowed]] | None
+    normal: Weights
+    undefined: Scalar | float
+
+
+def checked_guard(
+    points: Sequence[WeightsLike],
+    avoid: WeightsLike,
+    radius: ScalarLike,
+    name: str,
+    normal: WeightsLike | None,
+    mode: Mode,
+    costs: Coefficients | None,
+    allow: Allow | None,
+) -> Guard:
+    if mode not in ("convex", "affine"):
+        raise ValueError(f"mode must be 'convex' or 'affine', got {mode!r}")
+    given = {} if normal is None else {name: normal}
+    _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
+    radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
+    c = _checks.positive("costs", costs, len(points))
+    trees = tree.widened(*points, avoid, *given.values())
+    wide, center = trees[: len(points)], trees[len(points)]
+    gaps = [tree.combine((1, -1), (x, center)) for x in wide]
+    rounding = rounding_of(wide, center)
+    finite_length(rounding, points, avoid=avoid)
+    radius = jnp.asarray(radius).astype(rounding.dtype)
+    undefined = _checks.refuse(
+        ~(radius > rounding),
+        lambda: (
+            f"radius {radius:.3g} is below the rounding of the points, {rounding:.3g}: "
+            "no average of them can be placed that finely"
+        ),
+    )
+    if normal is None:
+        nearest = nearest_average(wide, center, mode)
+        unit = nearest.normal
+        where = "convex hull" if mode == "convex" else "affine span"
+        undefined += _checks.refuse(
+            nearest.distance == 0,
+            lambda: (
+                f"avoid lies in the {where} of points, to their rounding {rounding:.3g}, so no "
+                f"side of it is distinguished: give {name}, such as the direction in which the "
+                "loss of an average rises"
+            ),
+        )
+    else:
+        length = tree.norm(trees[-1])
+        finite_length(length, points, **given)
+        undefined += _checks.refuse(
+            ~(length > 0), lambda: f"{name} is zero: give a direction to keep the points on"
+        )
+        unit = tree.combine((1 / jnp.where(length == 0, 1, length),), (trees[-1],))
+    allowed = None if allow is None else allowances(allow, wide)
+    weights = jnp.asarray(c).astype(rounding.dtype)
+    return Guard(wide, center, gaps, radius, weights, allowed, unit, undefined)
+
+
+def guard_hull(
+    points: Sequence[WeightsLike],
+    avoid: WeightsLike,
+    radius: ScalarLike,
+    *,
+    normal: WeightsLike | None = None,
+    mode: Mode = "convex",
+    costs: Coefficients | None = None,
+    allow: Allow | None = None,
+) -> list[Weights]:
+    r"""Moves points so that every average of them stays out of a ball around a point to avoid.
+
+    With the unit normal $n$ and the heights $h_i = \langle x_i - b, n \rangle$,
+
+    $$
+    dx_i = (h - h_i)_{(+)}\, \frac{P_i n}{\langle n, P_i n \rangle}, \qquad
+    h = \begin{cases}
+        \rho & \text{convex} \\
+        \max(\rho,\ \sum_i w_i h_i / \sum_i w_i), \quad w_i = c_i / \langle n, P_i n \rangle
+             & \text{affine}
+    \end{cases}
+    $$
+
+    Convex: every point rises to height $\rho$ at least (the difference is cut at zero), so that
+    no average with coefficients $t_i \ge 0$ is nearer than $\rho$. Affine: all points come to one
+    height, so that no average is, with coefficients of either sign. With `allow` both hold and
+    each point moves only where it may. Any normal guarantees this; only the cost
+    $\sum_i c_i (h - h_i)_{(+)}^2 / \langle n, P_i n \rangle$ depends on it, and for the normal
+    given no edits with the guarantee of its half-space cost less. The best normal is searched by
+    [`guard_normal`][wspace.negative.guard_normal].
+
+    Moving twice with one normal changes nothing, and the convex guard does not increase the
+    distance between points. Both hold, as every guard, up to the rounding of the moved points:
+    no average is nearer than $\rho - 64\,\varepsilon \max_i \lVert x_i' \rVert \sum_i |t_i|$. A
+    margin certifies a distance, not safety.
+
+    Args:
+        points: The $x_i$, trees of one layout, at least one.
+        avoid: The center $b$ of the ball, of the same layout.
+        radius: Its radius $\rho > 0$.
+        normal: The direction $n$, of any length, to keep the points on. If not given, that from
+            `avoid` to the nearest average of the points, convex or affine.
+        mode: `"convex"` for averages with coefficients of at least zero, `"affine"` for all.
+        costs: The $c_i > 0$, one a point; equal if not given. They decide the common height, so
+            a convex guard does not depend on them.
+        allow: Where each point may move, as in [`retarget`][wspace.negative.retarget].
+
+    Returns:
+        The moved points, each leaf in the dtype of that leaf of its point. A point that is high
+            enough for a convex guard comes back unchanged.
+
+    Raises:
+        ValueError: If `avoid` is one of the averages, to the rounding of the points, and there is
+            no normal; if the normal is zero; if a point has to rise but `allow` leaves nothing of
+            the normal, $\langle n, P_i n \rangle \le (64\,\varepsilon)^2 \lVert P_i \rVert$ (for an
+            affine guard if it leaves nothing at any point), which names the point and the leaf;
+            if the radius is not positive or below the rounding of the points. Where these are
+            traced the result is NaN. Also for an unknown mode, costs out of their domain, an
+            `allow` that does not fit, a known NaN or infinity, or trees of different layout.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> points = [jnp.array([1.0, 0.0]), jnp.array([1.0, 5.0])]
+        >>> negative.guard_hull(points, jnp.zeros(2), 3.0)
+        [Array([3., 0.], dtype=float32), Array([3., 5.], dtype=float32)]
+
+    References:
+        Half-spaces through the nearest point: S. Boyd, L. Vandenberghe, *Convex Optimization*,
+        2004, section 2.5.1. The nearest point of a hull: P. Wolfe, *Finding the nearest point in
+        a polytope*, Mathematical Programming 11, 1976.
+    """
+    points = _checks.listed("points", points)
+    guard = checked_guard(points, avoid, radius, "normal", normal, mode, costs, allow)
+    unit, allowed = guard.normal, guard.allowed
+    asked = heights_of(guard.gaps, unit, guard.radius, mode, guard.costs, allowed)
+    blocked = is_blocked(asked, allowed, mode)
+
+    def message() -> str:
+        i = int(jnp.argmax(blocked))
+        path, _ = max(tree_leaves_with_path(unit), key=lambda leaf: float(jnp.linalg.norm(leaf[1])))
+        return (
+            f"points[{i}] would have to rise by {asked.needs[i]:.3g} along normal, but allow[{i}] "
+            f"leaves nothing of it, the most of which is in leaf {keystr(path) or '(root)'}: "
+            "allow more there, or give another normal"
+        )
+
+    undefined = guard.undefined + _checks.refuse(jnp.any(blocked), message)
+    moves = [unit] * len(points) if allowed is None else [moved_by(row, unit) for row in allowed]
+    steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches) + undefined
+    return [
+        tree.combine((1, step), (x, move))
+        for step, x, move in zip(steps, points, moves, strict=True)
+    ]
+
+
+def is_blocked(
+    asked: Heights, allowed: list[list[Allowed]] | None, mode: Mode
+) -> Bool[Array, " k"]:
+    """Which points would have to move along a normal of which their allowance leaves nothing."""
+    if allowed is None:
+        return jnp.zeros(asked.needs.shape, bool)
+    zero = jnp.zeros((), asked.reaches.dtype)
+    sizes = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
+    least = (64 * jnp.finfo(asked.reaches.dtype).eps) ** 2 * jnp.stack(sizes)
+    return ~(asked.reaches > least) & ((asked.needs != 0) | (mode == "affine"))

@@ -1,0 +1,127 @@
+"""The nearest of all averages of some points to another point."""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from wspace import geometry, tree
+from wspace.typing import Scalar, Weights
+
+Mode: TypeAlias = Literal["convex", "affine"]
+
+
+class Nearest(NamedTuple):
+    """How near the averages of points come to another point, and from which side.
+
+    `distance` is that of the nearest average and `normal` the unit vector to it, zero where the
+    distance is below the rounding of the points. No average is nearer than `bound`.
+    """
+
+    normal: Weights
+    distance: Scalar
+    bound: Scalar
+
+
+def nearest_average(points: Sequence[Weights], center: Weights, mode: Mode) -> Nearest:
+    """The nearest of all convex or of all affine averages of points in one dtype."""
+    basis, columns = _frame(points, center)
+    if mode == "affine":
+        foot = jnp.where(jnp.arange(len(points)) == len(points) - 1, columns[:, 0], 0)
+    else:
+        active = _active_set(jax.lax.stop_gradient(columns))
+        foot = _times(columns, _foot(columns, active))
+    distance = tree.norm(foot)
+    apart = distance > rounding_of(points, center)
+    unit = jnp.where(apart, foot / jnp.where(apart, distance, 1), 0)
+    heights = _times(columns.T, unit)
+    bound = jnp.where(apart, jnp.maximum(jnp.min(heights), 0), 0)
+    return Nearest(tree.combine(list(unit), basis), jnp.where(apart, distance, 0), bound)
+
+
+def rounding_of(points: Sequence[Weights], center: Weights) -> Scalar:
+    """The distance below which averages of the points and the center are not told apart."""
+    sizes = [tree.norm(x) for x in (*points, center)]
+    largest = functools.reduce(jnp.maximum, sizes)
+    return 64 * jnp.finfo(largest.dtype).eps * largest
+
+
+def _frame(points: Sequence[Weights], center: Weights) -> tuple[list[Weights], Float[Array, "k k"]]:
+    """An orthonormal basis, and the points as seen from the center in it, one a column.
+
+    All but the last vector span the differences of the points; one that is dependent is zero.
+    """
+    start, *others = points
+    rounding = rounding_of(points, center)
+    basis: list[Weights] = []
+    columns = []
+    for x, origin in (*((x, start) for x in others), (start, center)):
+        along, rest = geometry.components(tree.combine((1, -1), (x, origin)), basis)
+        left = tree.norm(rest)
+        kept = left > rounding
+        basis.append(tree.combine((jnp.where(kept, 1 / jnp.where(kept, left, 1), 0),), (rest,)))
+        left = jnp.where(kept, left, 0)
+        padding = [jnp.zeros_like(left)] * (len(others) - len(along))
+        columns.append(jnp.stack([*along, left, *padding]))
+    *edges, first = columns
+    return basis, jnp.stack([first, *(first + edge for edge in edges)], axis=-1)
+
+
+def _times(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
+    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _foot(columns: Float[Array, "k k"], active: Bool[Array, " k"]) -> Float[Array, " k"]:
+    """Affine coefficients of the point nearest to zero of the span of the active columns."""
+    count = columns.shape[-1]
+    is_first = jnp.arange(count) == jnp.argmax(active)
+    others = active & ~is_first
+    first = _times(columns, jnp.where(is_first, 1, 0).astype(columns.dtype))
+    edges = jnp.where(others, columns - first[:, None], 0)
+    # A unit row for every column that takes no part makes the least squares problem regular.
+    system = jnp.concatenate([edges, jnp.diag(jnp.where(others, 0, 1).astype(columns.dtype))])
+    q, r = jnp.linalg.qr(system)
+    right = -_times(q[:count].T, first)
+    solution = jax.scipy.linalg.solve_triangular(r, right[:, None])[:, 0]
+    return jnp.where(is_first, 1 - jnp.sum(jnp.where(is_first, 0, solution)), solution)
+
+
+@jax.jit
+def _active_set(columns: Float[Array, "k k"]) -> Bool[Array, " k"]:
+    """The columns whose convex combination is nearest to zero, by Wolfe's method."""
+    count = columns.shape[-1]
+    indices = jnp.arange(count)
+    norms = jnp.sqrt(jnp.sum(columns**2, axis=0))
+    unit = 16 * count * jnp.finfo(columns.dtype).eps * jnp.max(norms)
+
+    def unfinished(state):
+        *_, done, steps = state
+        return ~done & (steps < 16 * (count + 1))
+
+    def step(state):
+        coefficients, active, _, steps = state
+        foot = _foot(columns, active)
+        inside = jnp.all(~active | (foot > 0))
+        # Inside, the column that points back the most comes in; else the first to vanish goes.
+        nearest = _times(columns, foot)
+        heights = _times(columns.T, nearest)
+        lowest = jnp.argmin(jnp.where(active, jnp.inf, heights))
+        size = jnp.sum(nearest**2)
+        better = ~active[lowest] & (size - heights[lowest] > unit * jnp.sqrt(size))
+        shrink = active & (foot <= 0)
+        drop = jnp.where(shrink, coefficients - foot, 1)
+        ratios = jnp.where(shrink, coefficients / drop, jnp.inf)
+        vanishing = jnp.argmin(ratios)
+        part = jnp.where(inside, 1, jnp.minimum(ratios[vanishing], 1))
+        coefficients = coefficients + part * (foot - coefficients)
+        active = jnp.where(
+            inside, active | (better & (indices == lowest)), active & (indices != vanishing)
+        )
+        return jnp.where(active, coefficients, 0), active, inside & ~better, steps + 1
+
+    start = indices == jnp.argmin(norms)
+    state = (start.astype(columns.dtype), start, jnp.asarray(False), jnp.int32(0))
+    return jax.lax.while_loop(unfinished, step, state)[1]

@@ -1,0 +1,146 @@
+"""The search for the cheapest guard of a hull."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from wspace import _checks, tree
+from wspace.negative.hull import checked_guard, heights_of, is_blocked
+from wspace.negative.nearest import Mode
+from wspace.typing import Allow, Coefficients, ScalarLike, Solution, WeightsLike
+
+__all__ = ["guard_normal"]
+
+
+def guard_normal(
+    points: Sequence[WeightsLike],
+    avoid: WeightsLike,
+    radius: ScalarLike,
+    *,
+    mode: Mode = "convex",
+    costs: Coefficients | None = None,
+    allow: Allow | None = None,
+    start: WeightsLike | None = None,
+    steps: int = 500,
+    rtol: ScalarLike = 1e-4,
+) -> Solution:
+    r"""The normal for which a guard of the hull costs least.
+
+    $$
+    \min_{\lVert n \rVert = 1} f(n), \qquad
+    f(n) = \sum_i c_i \frac{(h - h_i)_{(+)}^2}{\langle n, P_i n \rangle}
+    $$
+
+    with $h$ and $h_i$ as in [`guard_hull`][wspace.negative.guard_hull], by gradient descent on
+    the sphere with Barzilai-Borwein steps, none of which raises the cost. Whatever comes out, a
+    guard along it holds: only its cost is searched.
+
+    Without `allow` the cost is convex in $n$ on the unit *ball*, so a stationary normal with
+    $\sum_i c_i (h - h_i)_{(+)} h_i \ge 0$ is the cheapest of all, and only such a one counts as
+    converged. If `avoid` is the mean of the points by cost, such as the average that is to be
+    kept away, the cheapest normals are those orthogonal to the differences of the points, and
+    all of them cost the same: start from a direction that is no combination of the differences,
+    such as the gradient of the average's loss. With `allow` a converged normal is stationary.
+    A search has no derivatives; those of the guard along the normal found exist.
+
+    Args:
+        points: The $x_i$, trees of one layout, at least one.
+        avoid: The center $b$ of the ball, of the same layout.
+        radius: Its radius $\rho > 0$.
+        mode: `"convex"` or `"affine"`, as in [`guard_hull`][wspace.negative.guard_hull].
+        costs: The $c_i > 0$, one a point; equal if not given.
+        allow: Where each point may move, as in [`retarget`][wspace.negative.retarget].
+        start: The direction to start from, of any length; if not given, the normal that
+            [`guard_hull`][wspace.negative.guard_hull] takes by default.
+        steps: The largest number of steps.
+        rtol: The residual to reach.
+
+    Returns:
+        A [`Solution`][wspace.typing.Solution] with the unit normal as `weights`, in at least
+            float32; as `residual` the norm of the gradient along the sphere, over $2 \rho \sqrt{f
+            \sum_i c_i}$, and zero where the cost is; the `steps` taken; and whether it `converged`.
+
+    Raises:
+        ValueError: As [`guard_hull`][wspace.negative.guard_hull] does, with `start` in place of
+            the normal; if `steps` is negative or `rtol` known and not positive.
+        TypeError: If a leaf is not floating-point, or `steps` is not an integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> points = [jnp.array([1.0, 0.0]), jnp.array([1.0, 5.0])]
+        >>> solution = negative.guard_normal(points, jnp.zeros(2), 3.0)
+        >>> bool(solution.converged)
+        True
+
+    References:
+        J. Barzilai, J. Borwein, *Two-Point Step Size Gradient Methods*, IMA Journal of Numerical
+        Analysis 8, 1988.
+    """
+    points = _checks.listed("points", points)
+    steps = _checks.rank(steps, "steps")
+    rtol = _checks.scalar("rtol", rtol, lambda x: x > 0, "finite and positive")
+    guard = checked_guard(points, avoid, radius, "start", start, mode, costs, allow)
+    asked = heights_of(guard.gaps, guard.normal, guard.radius, mode, guard.costs, guard.allowed)
+    undefined = guard.undefined + _checks.refuse(
+        jnp.any(is_blocked(asked, guard.allowed, mode)),
+        lambda: "allow leaves nothing of start at a point that would have to rise: give another",
+    )
+    normal, residual, taken, converged = _descend(
+        guard.gaps, guard.normal, guard.radius, guard.costs, guard.allowed, rtol, mode, steps
+    )
+    return Solution(
+        tree.combine((1 + undefined,), (normal,)), residual + undefined, taken, converged
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "steps"))
+def _descend(gaps, start, radius, costs, allowed, rtol, mode, steps):
+    def cost(normal):
+        return heights_of(gaps, normal, radius, mode, costs, allowed).cost(costs)
+
+    def onto_sphere(x):
+        return tree.combine((1 / tree.norm(x),), (x,))
+
+    def scale_of(value):
+        return 2 * radius * jnp.sqrt(value * jnp.sum(costs))
+
+    def measured(normal):
+        value, gradient = jax.value_and_grad(lambda x: cost(onto_sphere(x)))(normal)
+        scale = scale_of(value)
+        return value, gradient, tree.norm(gradient) / jnp.where(scale > 0, scale, 1)
+
+    def unfinished(state):
+        _, _, _, residual, _, taken = state
+        return (residual > rtol) & (taken < steps)
+
+    def step(state):
+        normal, value, gradient, _, length, taken = state
+        moved = onto_sphere(tree.combine((1, -length), (normal, gradient)))
+        other = measured(moved)
+        slope = tree.vdot(gradient, gradient)
+        slack = rounding * scale_of(value)
+        good = other[0] <= value - 1e-4 * length * slope + slack
+        s = tree.combine((1, -1), (moved, normal))
+        y = tree.combine((1, -1), (other[1], gradient))
+        curvature = tree.vdot(s, y)
+        secant = tree.vdot(s, s) / jnp.where(curvature > 0, curvature, 1)
+        longer = jnp.where(curvature > 0, secant, 4 * length)
+        length = jnp.where(good, longer, length / 4)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (moved, *other), state[:4])
+        return (*kept, length, taken + 1)
+
+    # The heights round at the size of the gaps, and the cost with them.
+    sizes = functools.reduce(jnp.maximum, [tree.norm(x) for x in gaps])
+    rounding = 4 * jnp.finfo(radius.dtype).eps * (1 + sizes / radius)
+    value, gradient, residual = measured(start)
+    steep = tree.norm(gradient)
+    length = 0.1 / jnp.where(steep > 0, steep, 1)
+    state = (start, value, gradient, residual, length, jnp.int32(0))
+    normal, _, _, residual, _, taken = jax.lax.while_loop(unfinished, step, state)
+    asked = heights_of(gaps, normal, radius, mode, costs, allowed)
+    outward = 2 * jnp.sum(costs * asked.needs * asked.heights)
+    least = outward >= -rtol * scale_of(asked.cost(costs)) if allowed is None else True
+    return normal, residual, taken, (residual <= rtol) & least
