@@ -1,6 +1,7 @@
 """Scalar functions that stay accurate, with their derivatives, where textbook forms fail."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +76,52 @@ def placed_like(x: Float[Array, "*s"], like: Array) -> Float[Array, "*s"]:
 def _placed(x: Array, spec: jax.P) -> Array:
     sharding = jax.typeof(x).sharding
     return x if sharding.spec == spec else jax.reshard(x, jax.NamedSharding(sharding.mesh, spec))
+
+
+@jax.custom_jvp
+def rows_within(
+    x: Float[Array, "k n"], a: Float[Array, "m n"], cut: Float[Array, ""]
+) -> Float[Array, "k n"]:
+    """The rows of `x` projected onto the span of the rows of `a` with singular values above cut."""
+    if 0 in a.shape:
+        return jnp.zeros_like(x)
+    _, values, vt = jnp.linalg.svd(a, full_matrices=False)
+    vt = jnp.where((values <= cut)[:, None], 0, vt)  # NaN stays
+    return matmul(matmul(x, vt.T), vt)
+
+
+# The derivatives of singular vectors do not exist where singular values repeat, as those of
+# orthonormal directions do; these do: G. Golub, V. Pereyra, SIAM J. Numer. Anal. 10, 1973.
+@rows_within.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, a, cut), (dx, da, _) = primals, tangents
+    inverse = pseudo_inverse(a, cut)
+    inside = rows_within(x, a, cut)
+    turn = matmul(matmul(x, inverse), da)
+    back = matmul(matmul(x - inside, da.T), inverse.T)
+    # Not by `rows_within`: JAX differentiates through a custom rule what depends on a tangent.
+    return inside, matmul(matmul(dx - turn, inverse), a) + turn + back
+
+
+@jax.custom_jvp
+def pseudo_inverse(a: Float[Array, "m n"], cut: Float[Array, ""]) -> Float[Array, "n m"]:
+    """The pseudo-inverse, singular values up to the cut taken as zero."""
+    if 0 in a.shape:
+        return jnp.zeros_like(a.T)
+    u, values, vt = jnp.linalg.svd(a, full_matrices=False)
+    inverses = jnp.where(values <= cut, 0, 1 / jnp.where(values <= cut, 1, values))
+    return matmul(vt.T, inverses[:, None] * u.T)
+
+
+@pseudo_inverse.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, cut), (da, _) = primals, tangents
+    p = pseudo_inverse(a, cut)
+    left, right = matmul(matmul(p, p.T), da.T), matmul(da.T, matmul(p.T, p))
+    return p, (
+        left
+        - matmul(matmul(left, a), p)
+        + right
+        - matmul(p, matmul(a, right))
+        - matmul(matmul(p, da), p)
+    )

@@ -226,7 +226,8 @@ def _inside(basis: Sequence[PyTree], edit: PyTree) -> PyTree:
     _checks.same_layout(edit=edit, **_checks.each("basis", basis))
     gram = geometry.gram(basis)
     off = jnp.max(jnp.abs(gram - jnp.eye(len(basis), dtype=gram.dtype)))
-    unit = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(basis)), default=0.0)
+    dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(basis)]
+    unit = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
     undefined = _checks.refuse(
         ~(off <= 64 * unit),
         lambda: (

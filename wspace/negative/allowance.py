@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import matmul, placed_like, replicated
@@ -55,10 +55,12 @@ def without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
     return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
 
 
-def _leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
-    if not isinstance(entry, int | float) and not _checks.is_weight(entry):
+def leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
+    """Where one leaf may move."""
+    number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
+    if not number and not _checks.is_weight(entry):
         raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
-    if jnp.shape(entry) == ():
+    if number:
         scale = _checks.scalar(where, entry, lambda p: p >= 0, "finite and at least 0")
         return Allowed(jnp.asarray(scale).astype(leaf.dtype))
     if leaf.ndim < 2:
@@ -101,31 +103,33 @@ def _leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
     return Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows)))
 
 
+def allowance(entries: PyTree | None, point: Weights, name: str) -> list[Allowed]:
+    """Per leaf, where one point may move."""
+    structure = jax.tree.structure(point)
+    if entries is None:
+        entries = structure.unflatten([1.0] * structure.num_leaves)
+    if jax.tree.structure(entries) != structure:
+        raise ValueError(
+            f"{name} must be a tree like the weights, with 1.0, 0.0 or a matrix at each leaf: got "
+            f"{jax.tree.structure(entries)} for {structure}"
+        )
+    return [
+        leaf_allowance(entry, leaf, f"{name} at leaf {keystr(path) or '(root)'}")
+        for entry, (path, leaf) in zip(
+            jax.tree.leaves(entries), tree_leaves_with_path(point), strict=True
+        )
+    ]
+
+
 def allowances(allow: Allow, points: Sequence[Weights]) -> list[list[Allowed]]:
     """Per point and leaf, where it may move."""
-    structure = jax.tree.structure(points[0])
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
             f"weights or None, got {jax.tree.structure(allow)}"
         )
-    rows = []
-    for i, (entries, point) in enumerate(zip(allow, points, strict=True)):
-        if entries is None:
-            entries = structure.unflatten([1.0] * structure.num_leaves)
-        if jax.tree.structure(entries) != structure:
-            raise ValueError(
-                f"allow[{i}] must be a tree like the weights, with 1.0, 0.0 or a matrix at each "
-                f"leaf: got {jax.tree.structure(entries)} for {structure}"
-            )
-        leaves = tree_leaves_with_path(point)
-        rows.append(
-            [
-                _leaf_allowance(entry, leaf, f"allow[{i}] at leaf {keystr(path) or '(root)'}")
-                for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True)
-            ]
-        )
-    return rows
+    pairs = enumerate(zip(allow, points, strict=True))
+    return [allowance(entries, point, f"allow[{i}]") for i, (entries, point) in pairs]
 
 
 def moved_by(allowed: Sequence[Allowed], x: Weights) -> Weights:

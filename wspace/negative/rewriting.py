@@ -1,0 +1,120 @@
+"""Writing new values into a matrix, beside those that it is to keep."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from wspace import _checks, tree
+from wspace._numerics import (
+    matmul,
+    placed_like,
+    pseudo_inverse,
+    replicated,
+    rows_within,
+    safe_sqrt,
+)
+from wspace.typing import ScalarLike
+
+__all__ = ["rewrite"]
+
+
+def rewrite(
+    matrix: Float[Array | np.ndarray, "m n"],
+    keys: Float[Array | np.ndarray, "k m"],
+    values: Float[Array | np.ndarray, "k n"],
+    *,
+    keep: Float[Array | np.ndarray, "l m"] | None = None,
+    ridge: ScalarLike = 0.0,
+) -> Float[Array, "m n"]:
+    r"""Makes a matrix take given values at some keys, and keep those that it has at others.
+
+    With keys as rows of $K$, values as rows of $Y$, and $P = I - K_0^+ K_0$ for the rows of `keep`,
+
+    $$
+    W' = W + P K^\top \bigl(K P K^\top + \lambda I\bigr)^{-1} (Y - K W)
+    $$
+
+    At $\lambda = 0$, $K W' = Y$ and $K_0 W' = K_0 W$, at the least $\lVert W' - W \rVert$ of all
+    that do both. The edit has the rank of the keys at most. With a ridge, $K_0 W' = K_0 W$
+    still, and the values are approached: $\lVert K\,dW - R \rVert^2 + \lambda \lVert dW
+    \rVert^2$, $R = Y - K W$, is the least of all edits that keep.
+
+    Args:
+        matrix: The matrix $W$, `(in, out)`, of `x @ W`.
+        keys: The inputs $K$, one a row, `(k, in)`.
+        values: The outputs $Y$ that they are to have, `(k, out)`.
+        keep: Inputs $K_0$ whose outputs must not change, one a row, `(n, in)`; none if not given.
+            If they span all inputs no edit is left: of many inputs keep those that matter.
+        ridge: The $\lambda \ge 0$, in units of squared keys.
+
+    Returns:
+        The matrix $W'$, in the dtype of `matrix`. Derivatives exist where the rank of keys and of
+            `keep` does not change; that by the ridge is $0$ at $0$.
+
+    Raises:
+        ValueError: If there is no ridge and the keys cannot take the values, since some depend on
+            others or on `keep`: if what is out of reach exceeds $\sqrt\varepsilon$ of $R$ and
+            the rounding of its terms, $64\,\varepsilon\,(\lVert Y \rVert + \lVert K \rVert \lVert W
+            \rVert)$ (NaN if traced). Also if the shapes do not fit, the ridge is known and not at
+            least 0, or a known value is NaN or infinite.
+        TypeError: If an array is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> w = jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.float32)
+        >>> keys, keep = jnp.array([[1.0, 1.0]]), jnp.array([[0.0, 1.0]])
+        >>> new = negative.rewrite(w, keys, jnp.array([[8.0, 9.0]]), keep=keep)
+        >>> new.round()  # the rows add up to the values, and the second is what it was
+        Array([[5., 5.],
+               [3., 4.]], dtype=float32)
+
+    References:
+        J. Fang et al., *AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models*,
+        ICLR 2025, [arXiv:2410.02355](https://arxiv.org/abs/2410.02355). Here the system is as
+        large as the keys are many, not as they are long.
+    """
+    ridge = _checks.scalar("ridge", ridge, lambda r: r >= 0, "finite and at least 0")
+    arrays = {"matrix": matrix, "keys": keys, "values": values}
+    arrays |= {} if keep is None else {"keep": keep}
+    _checks.floating_leaves(**arrays)
+    shapes = {name: x.shape for name, x in arrays.items()}
+    if not (
+        all(len(shape) == 2 for shape in shapes.values())
+        and (matrix.shape[0], keys.shape[0]) == (keys.shape[1], values.shape[0])
+        and matrix.shape[1] == values.shape[1]
+        and (keep is None or keep.shape[1] == matrix.shape[0])
+    ):
+        raise ValueError(
+            "matrix must be (in, out), keys (k, in), values (k, out) and keep (n, in), "
+            f"got {shapes}"
+        )
+    _checks.finite(**arrays)
+    w, k, y, *kept = (replicated(x) for x in tree.widened(*arrays.values()))
+    ridge = jnp.asarray(ridge).astype(w.dtype)
+    rounding = 64 * jnp.finfo(w.dtype).eps
+
+    def free(rows: Float[Array, "_ m"]) -> Float[Array, "_ m"]:
+        for x in kept:
+            rows = rows - rows_within(rows, x, rounding * jnp.linalg.norm(x))
+        return rows
+
+    wanted = y - matmul(k, w)
+    # With A = (K P, sqrt(ridge) I) it is A^+ = A^T (A A^T)^-1 without its lower rows: unlike the
+    # normal equations it squares nothing.
+    damped = jnp.concatenate([free(k), safe_sqrt(ridge) * jnp.eye(len(k), dtype=k.dtype)], axis=1)
+    inverse = pseudo_inverse(damped, rounding * jnp.linalg.norm(k))[: len(w)]
+    edit = matmul(free(inverse.T).T, wanted)
+    missing = jnp.linalg.norm(matmul(k, edit) - wanted, axis=1)
+    lost, whole = jnp.linalg.norm(missing), jnp.linalg.norm(wanted)
+    terms = jnp.linalg.norm(y) + jnp.linalg.norm(k) * jnp.linalg.norm(w)
+    undefined = _checks.refuse(
+        (ridge == 0) & ~(lost <= jnp.finfo(w.dtype).eps ** 0.5 * whole + rounding * terms),
+        lambda: (
+            f"keys cannot take the values: of a change of norm {whole:.3g}, {lost:.3g} is out of "
+            f"reach, most of it ({jnp.max(missing):.3g}) at keys[{jnp.argmax(missing)}], which "
+            "depends on other keys or on keep: leave it out, keep less, or give a ridge"
+        ),
+    )
+    new = (w + edit + undefined).astype(arrays["matrix"].dtype)
+    return placed_like(new, jnp.asarray(matrix))

@@ -1,0 +1,408 @@
+r"""Removing a subspace.
+
+What is removed is a linear function of the weights, so points attenuated or erased alike
+average to their average attenuated or erased. All is exact but for rounding; where the
+question is badly conditioned the rounding grows by the *amplification* $1 / \sin\alpha$, with
+$\alpha$ the smallest angle between what has to change and what must not.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Float, PyTree
+
+from wspace import _checks, geometry, lowrank, tree
+from wspace._numerics import matmul, placed_like, pseudo_inverse, replicated, rows_within
+from wspace.negative.allowance import leaf_allowance
+from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+
+__all__ = ["Sides", "attenuate", "erase_keeping"]
+
+Mode: TypeAlias = Literal["orthogonal", "oblique"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    r"""A subspace of weights, by leaf: of the inputs of `x @ W`, of its outputs, or of both.
+
+    $$
+    P X = Q_L Q_L^\top\, X\, Q_R Q_R^\top
+    $$
+
+    Each side is a tree like the weights with, at each leaf, `1.0` (all of it), `0.0` (nothing, so
+    that the leaf stays), or an orthonormal matrix, whose columns span a part of that side. A
+    convolution is the matrix that [`as_matrix`][wspace.lowrank.as_matrix] makes of it; for a
+    stack of matrices give one for all, or a stack. A vector or a scalar is `1.0` or `0.0`.
+
+    Args:
+        rows: The $Q_L$, `(in, k)`; all of every leaf if not given.
+        columns: The $Q_R$, `(out, k)`; all of every leaf if not given.
+    """
+
+    rows: PyTree | None = None
+    columns: PyTree | None = None
+
+
+def _unit(basis: Sequence[WeightsLike]) -> float:
+    """Machine epsilon of the coarsest leaf."""
+    dtypes = [jnp.asarray(q).dtype for q in jax.tree.leaves(basis)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+def _orthonormal(gram: Float[Array, "... k k"], unit: float, name: str) -> Scalar | float:
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    off = jnp.max(jnp.abs(gram - eye), initial=0)
+    return _checks.refuse(
+        ~(off <= 64 * unit),
+        lambda: (
+            f"{name} is not orthonormal: its inner products are off by up to {off:.3g}: "
+            "orthonormalize it first, trees by geometry.orthonormalize, columns by jnp.linalg.qr"
+        ),
+    )
+
+
+def _entries(name: str, entries: PyTree, point: Weights) -> Iterator[tuple[Any, Array, str]]:
+    """Per leaf what a tree like the weights says of it, the leaf, and how errors call the place."""
+    if jax.tree.structure(entries) != jax.tree.structure(point):
+        raise ValueError(
+            f"{name} must be a tree like the weights, with a number or a matrix at each leaf: "
+            f"got {jax.tree.structure(entries)} for {jax.tree.structure(point)}"
+        )
+    leaves = tree_leaves_with_path(point)
+    for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True):
+        yield entry, leaf, f"{name} at leaf {keystr(path) or '(root)'}"
+
+
+def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
+    """What of one side of a leaf is in the subspace: 1, 0 or an orthonormal matrix."""
+    number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
+    if not number and not _checks.is_weight(entry):
+        raise TypeError(
+            f"{where} is {entry!r}: give 1.0 (all), 0.0 (nothing) or an orthonormal matrix"
+        )
+    if number:
+        whole = _checks.scalar(where, entry, lambda p: (p == 0) | (p == 1), "1 (all) or 0 (none)")
+        return jnp.asarray(whole).astype(leaf.dtype)
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
+            "give 1.0 (all of it) or 0.0 (nothing)"
+        )
+    *stack, rows, columns = lowrank.as_matrix(leaf).shape
+    size = (rows, columns)[axis]
+    if entry.shape[:-1] not in ((size,), (*stack, size)):
+        raise ValueError(
+            f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: its columns are "
+            f"directions of axis {axis} of the leaf's matrix, so it must be ({size}, k)"
+        )
+    given = replicated(jnp.asarray(entry))
+    q = given.astype(leaf.dtype)
+    unit = max(float(jnp.finfo(x.dtype).eps) for x in (given, leaf))
+    return q + _orthonormal(matmul(jnp.swapaxes(q, -1, -2), q), unit, where)
+
+
+def _sided_part(sides: Sides, x: Weights) -> Weights:
+    if sides.rows is None and sides.columns is None:
+        raise ValueError("basis has neither rows nor columns: give at least one of them")
+    leaves, structure = jax.tree.flatten(x)
+    every = structure.unflatten([1.0] * len(leaves))
+    left, right = (
+        [_side(*entry, axis) for entry in _entries(name, every if side is None else side, x)]
+        for axis, (name, side) in enumerate(
+            [("basis.rows", sides.rows), ("basis.columns", sides.columns)]
+        )
+    )
+    return structure.unflatten(map(_sided, leaves, left, right))
+
+
+def _sided(x: Array, left: Array, right: Array) -> Array:
+    if left.ndim == right.ndim == 0:
+        return left * right * x
+    part = lowrank.as_matrix(x)
+    part = left * part if left.ndim == 0 else _spanned(left, part)
+    part = jnp.swapaxes(part, -1, -2)
+    part = right * part if right.ndim == 0 else _spanned(right, part)
+    return placed_like(jnp.swapaxes(part, -1, -2).reshape(x.shape), x)
+
+
+def _spanned(q: Float[Array, "... m k"], x: Float[Array, "... m n"]) -> Float[Array, "... m n"]:
+    return matmul(q, matmul(jnp.swapaxes(q, -1, -2), x))
+
+
+def attenuate(
+    point: WeightsLike,
+    basis: Sequence[WeightsLike] | Sides,
+    gain: ScalarLike,
+    *,
+    center: WeightsLike | None = None,
+) -> Weights:
+    r"""Scales the part of a point in a subspace.
+
+    $$
+    y = x - g\, P (x - c)
+    $$
+
+    Gain $1$ removes the part, $2$ reflects it, a negative gain amplifies it, $0$ changes nothing,
+    bit for bit. Gain $1$ is idempotent, gain $2$ its own inverse, and gains $g$ and then $h$ are
+    gain $g + h - g h$. With $\lVert y - c \rVert^2 = \lVert (I - P)(x - c) \rVert^2 + (1 - g)^2
+    \lVert P (x - c) \rVert^2$ the distance from $c$ never grows if and only if $0 \le g \le 2$.
+    It commutes with averages, and depends on the span alone, not on the basis.
+
+    Weight orthogonalization, or *direction removal*, is gain $1$ with a `columns` of one column
+    $d$: no output of `x @ W` has a part along $d$ any more.
+
+    Args:
+        point: The weights $x$.
+        basis: What spans the subspace: orthonormal trees of the layout of `point`, such as
+            [`orthonormalize`][wspace.geometry.orthonormalize] returns, where $P$ acts on all
+            weights as one vector; or [`Sides`][wspace.negative.Sides], where it acts leaf by leaf.
+        gain: The gain $g$, any real number.
+        center: The weights $c$ that stay where they are; zero if not given.
+
+    Returns:
+        The weights $y$, each leaf in the dtype of that leaf of `point`.
+
+    Raises:
+        ValueError: If the basis is empty or not orthonormal, its inner products off by more than
+            $64\,\varepsilon$ of its own dtype (NaN if traced); if a side does not fit its leaf,
+            is a number other than 0 and 1, or neither side is given; if a known value is NaN or
+            infinite, or the trees differ in layout.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative, tree
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.float32)
+        >>> negative.attenuate(x, negative.Sides(columns=jnp.array([[0.0], [1.0]])), 1.0)
+        Array([[1., 0.],
+               [3., 0.]], dtype=float32)
+        >>> negative.attenuate(x, [x / tree.norm(x)], 2.0).round()
+        Array([[-1., -2.],
+               [-3., -4.]], dtype=float32)
+
+    References:
+        S. Ravfogel et al., *Null It Out: Guarding Protected Attributes by Iterative Nullspace
+        Projection*, ACL 2020, [arXiv:2004.07667](https://arxiv.org/abs/2004.07667).
+    """
+    gain = _checks.scalar("gain", gain)
+    trees = {"point": point} | ({} if center is None else {"center": center})
+    vectors = [] if isinstance(basis, Sides) else _checks.listed("basis", basis)
+    _checks.same_layout(**trees, **_checks.each("basis", vectors))
+    _checks.finite(**trees)
+    wide = tree.widened(*trees.values(), *vectors)
+    away, vectors = tree.combine((1, -1)[: len(trees)], wide[: len(trees)]), wide[len(trees) :]
+    undefined = 0.0
+    if isinstance(basis, Sides):
+        part = _sided_part(basis, away)
+    else:
+        undefined = _orthonormal(geometry.gram(vectors), _unit(basis), "basis")
+        part = geometry.project(away, vectors)
+    return tree.combine((1, undefined - _checks.floating(gain)), (point, part))
+
+
+def _coordinates(
+    directions: Sequence[Weights],
+) -> tuple[list[Weights], Float[Array, "k k"]]:
+    """Orthonormal trees, and the directions in unit length as rows of coordinates in them.
+
+    What is left of a direction that the ones before it make up is rounding, and its tree is zero.
+    """
+    basis: list[Weights] = []
+    rows = []
+    for x in directions:
+        size = tree.norm(x)
+        unit = tree.combine((1 / jnp.where(size == 0, 1, size),), (x,))
+        coefficients, rest = geometry.components(unit, basis)
+        left = tree.norm(rest)
+        nothing = left <= 64 * jnp.finfo(left.dtype).eps
+        inverse = jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, left))
+        basis.append(tree.combine((inverse,), (rest,)))
+        left = jnp.where(nothing, 0, left)
+        zeros = [jnp.zeros_like(left)] * (len(directions) - len(basis))
+        rows.append(jnp.stack([*coefficients, left, *zeros]))
+    return basis, jnp.stack(rows)
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def _erased(
+    x: Float[Array, "1 m"],
+    erase: Float[Array, "p m"],
+    keep: Float[Array, "q m"],
+    cut: Scalar,
+    mode: Mode,
+) -> tuple[Float[Array, "1 m"], Scalar, Scalar]:
+    """What to take away, the least sine of erase against keep, and the share that stays."""
+    rounding = 64 * jnp.finfo(x.dtype).eps  # of directions, which have unit length
+    span = rows_within(jnp.eye(x.shape[1], dtype=x.dtype), erase, rounding)
+    outside = span - rows_within(span, keep, rounding)
+    removed = (
+        matmul(x, pseudo_inverse(outside, cut).T)
+        if mode == "oblique"
+        else rows_within(x, outside, cut)
+    )
+    removed -= rows_within(removed, keep, rounding)
+    sines = jnp.linalg.svd(outside, compute_uv=False)
+    rank = jnp.round(jnp.trace(span))
+    sine = jnp.min(jnp.where(jnp.arange(len(sines), dtype=x.dtype) < rank, sines, 1))
+    whole, left = (tree.norm(matmul(y, span)) for y in (x, x - removed))
+    share = left / jnp.where(whole == 0, 1, whole)
+    return removed, *jax.lax.stop_gradient((sine, share))
+
+
+def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Array]]:
+    r"""Per leaf the $F$ with $H^{-1} = F F^\top$, and its inverse: numbers or matrices."""
+    factors = []
+    for entry, leaf, where in _entries("inverse_metric", inverse_metric, point):
+        scale, root = leaf_allowance(entry, leaf, where)
+        squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
+        least = scale * jnp.min(squares, initial=1)
+        scale += _checks.refuse(
+            ~(least > 0),
+            lambda where=where: (
+                f"{where} is not positive definite: a metric has no directions that are free: "
+                "add a small multiple of the identity"
+            ),
+        )
+        size = jnp.sqrt(scale)
+        # Columns of the root are orthogonal.
+        factors.append(
+            (size, 1 / size)
+            if root is None
+            else (size * root, jnp.swapaxes(root / squares[..., None, :], -1, -2) / size)
+        )
+    return factors
+
+
+def _times(factors: Sequence[Array], x: Weights) -> Weights:
+    leaves, structure = jax.tree.flatten(x)
+    return structure.unflatten(
+        f * leaf
+        if f.ndim == 0
+        else placed_like(matmul(f, lowrank.as_matrix(leaf)).reshape(leaf.shape), leaf)
+        for f, leaf in zip(factors, leaves, strict=True)
+    )
+
+
+def erase_keeping(
+    point: WeightsLike,
+    erase: Sequence[WeightsLike],
+    keep: Sequence[WeightsLike],
+    *,
+    mode: Mode = "orthogonal",
+    inverse_metric: PyTree | None = None,
+    rtol: ScalarLike | None = None,
+) -> Weights:
+    r"""Erases what a point has along some directions, and keeps what it has along others.
+
+    With the directions as columns of $U$ and $K$, and $V = (I - P_K)\, U$,
+
+    $$
+    y = x - P_V\, x \quad\text{(orthogonal)}, \qquad
+    y = x - V (V^\top V)^{-1} U^\top x \quad\text{(oblique)}
+    $$
+
+    | mode | $K^\top y$ | $U^\top y$ | change |
+    |---|---|---|---|
+    | `"orthogonal"` | $K^\top x$ | $0$ only if $U \perp K$ | never longer than $x$ |
+    | `"oblique"` | $K^\top x$ | $0$ | the least of all that do both |
+
+    The oblique change is up to $1 / \sin\alpha$ times as long as $x$, with $\alpha$ the smallest
+    angle between the spans of $U$ and $K$. Both are linear in $x$ and idempotent, and depend on
+    the two spans alone; if $U \perp K$ both are [`attenuate`][wspace.negative.attenuate] at gain
+    $1$. What the oblique one erases and keeps is off by rounding times $1 / \sin\alpha$, the rest
+    by rounding times $1 / \sin^2\alpha$.
+
+    In a metric $H$, given by its inverse, what changes is the least in $\langle dx, H\, dx
+    \rangle$: with $H^{-1} = F F^\top$, $\tilde U = F^\top U$, $\tilde K = F^\top K$ and
+    $\tilde V = (I - P_{\tilde K})\, \tilde U$ the oblique one is
+
+    $$
+    y = x - F\, \tilde V (\tilde V^\top \tilde V)^{-1}\, U^\top x
+    $$
+
+    and the orthogonal one projects onto the span of $F \tilde V$, orthogonally in $H$. Without
+    `keep` both are $x - H^{-1} U (U^\top H^{-1} U)^{-1} U^\top x$. With $x$ a centered
+    representation, $H^{-1} = \Sigma_{xx}$ and $U = \Sigma_{xx}^{-1} \Sigma_{xz}$ this is LEACE,
+    which leaves no linear trace of $z$ in $x$ at the least mean square change in any metric.
+
+    Args:
+        point: The weights $x$.
+        erase: The directions $U$, trees of the layout of `point`, at least one, of any length.
+            Those that are zero, or that others make up, add nothing.
+        keep: The directions $K$, of the same layout, possibly none.
+        mode: `"orthogonal"` or `"oblique"`.
+        inverse_metric: $H^{-1}$, a tree like the weights with, at each leaf, a positive number or
+            a symmetric positive definite matrix that acts on axis 0 of the leaf's matrix, as
+            `(in, in)` does on `x @ W`; the identity if not given. Rounding grows by the square
+            root of its condition number.
+        rtol: Directions in the span of `erase` whose sine against `keep` is at most this, between
+            0 and 1, count as kept and are not erased; $\sqrt\varepsilon$ if not given, and then
+            the oblique mode refuses them.
+
+    Returns:
+        The weights $y$, each leaf in the dtype of that leaf of `point`. Derivatives exist where
+            `rtol` leaves out nothing but what is wholly within the span of `keep`.
+
+    Raises:
+        ValueError: If the mode is oblique without `rtol`, and a direction in the span of `erase` is
+            within that of `keep`, to a sine of $\sqrt\varepsilon$ (NaN if traced): it cannot be
+            both erased and kept. Also if the mode is unknown, `rtol` is known and not between
+            0 and 1, `inverse_metric` is not symmetric positive definite or does not fit, there is
+            nothing to erase, a known value is NaN or infinite, or the trees differ in layout.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> x = jnp.array([3.0, 3.0, 3.0], jnp.float32)
+        >>> erase, keep = [jnp.array([1.0, 1.0, 0.0])], [jnp.array([0.0, 1.0, 1.0])]
+        >>> negative.erase_keeping(x, erase, keep).round()
+        Array([1., 2., 4.], dtype=float32)
+        >>> negative.erase_keeping(x, erase, keep, mode="oblique").round()
+        Array([-1.,  1.,  5.], dtype=float32)
+
+    References:
+        N. Belrose et al., *LEACE: Perfect linear concept erasure in closed form*, NeurIPS 2023,
+        [arXiv:2306.03819](https://arxiv.org/abs/2306.03819). T. Greville, *Solutions of the matrix
+        equation XAX = X, and relations between oblique and orthogonal projectors*, SIAM Journal
+        on Applied Mathematics 26, 1974.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if rtol is not None:
+        rtol = _checks.scalar("rtol", rtol, lambda t: (t > 0) & (t < 1), "between 0 and 1")
+    erase = _checks.listed("erase", erase)
+    keep = _checks.listed("keep", keep) if len(keep) else []
+    trees = {"point": point, **_checks.each("erase", erase), **_checks.each("keep", keep)}
+    _checks.same_layout(**trees)
+    _checks.finite(**trees)
+    white, *directions = tree.widened(point, *keep, *erase)
+    factors = None if inverse_metric is None else _whitening(inverse_metric, white)
+    if factors is not None:
+        white = _times([inverse for _, inverse in factors], white)
+        across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
+        directions = [_times(across, x) for x in directions]
+    basis, rows = _coordinates(directions)
+    x = jnp.stack([tree.vdot(q, white) for q in basis])[None]
+    cut = jnp.asarray(jnp.finfo(x.dtype).eps ** 0.5 if rtol is None else rtol).astype(x.dtype)
+    removed, sine, share = _erased(x, rows[len(keep) :], rows[: len(keep)], cut, mode)
+    undefined = _checks.refuse(
+        mode == "oblique" and rtol is None and ~(sine > cut),
+        lambda: (
+            f"erase has a direction within the span of keep, to a sine of {sine:.3g}, which cannot "
+            f"be both erased and kept; without it {share:.3g} of what point has along erase would "
+            "stay: leave out that direction, give rtol to have it left out, or use "
+            'mode="orthogonal"'
+        ),
+    )
+    undefined += 0 * cut  # NaN where rtol is out of its domain
+    change = tree.combine(list(removed[0] + undefined), basis)
+    if factors is not None:
+        change = _times([f for f, _ in factors], change)
+    return tree.combine((1, -1), (point, change))
