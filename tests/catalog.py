@@ -37,6 +37,45 @@ def inside(x, y):
     return cone.project(cone.Subspace([tree.combine((1 / tree.norm(y),), (y,))]), x)
 
 
+def sides():
+    """A subspace of the layout of `test_transforms`, by sides."""
+    half = jnp.eye(8, 3, dtype=jnp.float32)
+    turned = jnp.asarray([[0.6], [0.8], [0.0]], jnp.float32)
+    return negative.Sides(
+        rows={"w": jnp.eye(16, 5, dtype=jnp.float32), "b": [1.0, 0.0], "s": half, "k": 1.0},
+        columns={"w": jnp.eye(4, 2), "b": [1.0, 1.0], "s": 1.0, "k": turned},
+    )
+
+
+def metric():
+    """The inverse of a metric for the layout of `test_transforms`."""
+    spread = jnp.diag(jnp.arange(1.0, 9))
+    return {"w": jnp.eye(16) + 1, "b": [2.0, 1.0], "s": spread, "k": 0.5}
+
+
+def rewritten(x):
+    """A matrix with two of its own columns as keys, and the others as keys to keep."""
+    keys = jnp.swapaxes(x["w"], 0, 1)
+    return [negative.rewrite(x["w"], keys[:2], jnp.eye(2, 4), keep=keys[2:])]
+
+
+def says(x):
+    """A readout: a number that depends on every entry of a tree, not linearly."""
+    return tree.vdot(x, jax.tree.map(jnp.tanh, x))
+
+
+def halved(x):
+    """A chain of two layers, and edits of them."""
+    half = x["w"] / 2
+    return [x["w"], x["w"].T], [half, half.T]
+
+
+def audited(x, y, avoid):
+    """Figures of an audit."""
+    report = negative.audit([x, y], (0.6, 0.4), avoid, 12.0)
+    return [report.margin, report.tail_curve, report.leafwise_curve, report.segment_distance]
+
+
 CATALOG = {
     "average.mean": (3, lambda *points: average.mean(points, (1.0, 0.7, -0.3))),
     "cone.entry": (1, lambda x: cone.entry(cone.PooledRank(3), x, 13.0).norm),
@@ -97,7 +136,23 @@ CATALOG = {
     ),
     "lowrank.vdot": (2, lowrank.vdot),
     "lowrank.vdot, factored": (2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
+    "negative.attenuate": (
+        3,
+        lambda x, y, c: negative.attenuate(
+            x, geometry.orthonormalize([tree.upcast(y)]), 1.3, center=c
+        ),
+    ),
+    "negative.attenuate, Sides": (2, lambda x, c: negative.attenuate(x, sides(), 1.3, center=c)),
+    "negative.audit": (3, audited),
+    "negative.chain_bound": (1, lambda x: negative.chain_bound(*halved(x))),
     "negative.curve": (2, negative.curve),
+    "negative.erase_keeping": (3, lambda x, u, k: negative.erase_keeping(x, [u], [k])),
+    "negative.erase_keeping, oblique": (
+        3,
+        lambda x, u, k: negative.erase_keeping(
+            x, [u], [k], mode="oblique", inverse_metric=metric()
+        ),
+    ),
     "negative.exit_ball": (
         3,
         lambda x, y, avoid: negative.exit_ball([x, y], (0.6, 0.4), avoid, 40.0, costs=(1.0, 2.0)),
@@ -130,11 +185,20 @@ CATALOG = {
         lambda x, y, avoid: negative.guard_normal([x, y], avoid, 40.0, steps=2).weights,
     ),
     "negative.guide": (3, lambda x, y, z: negative.guide(x, y, z, 1.5)),
+    "negative.guide_perpendicular": (
+        3,
+        lambda x, y, z: negative.guide_perpendicular(x, y, z, 1.5, 0.7),
+    ),
     "negative.harden": (1, negative.harden),
+    "negative.linear_bound": (
+        1,
+        lambda x: negative.linear_bound(says, x, cone.Sparse(9), 2.0, curvature=1.0)[::2],
+    ),
     "negative.offset": (2, lambda x, y: lowrank.apply(x, negative.offset(x, y, 1).factors)),
     "negative.rank_to_reach": (2, lambda x, y: negative.rank_to_reach(x, y, 4.0)),
     "negative.remove_member": (2, lambda x, y: negative.remove_member(x, y, 0.3)),
     "negative.repel": (2, lambda x, y: negative.repel(x, y, 0.7)),
+    "negative.repel, allow": (2, lambda x, y: negative.repel(x, y, 0.7, allow=allow()[0])),
     "negative.retarget": (
         3,
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, costs=(1.0, 2.0)),
@@ -143,7 +207,12 @@ CATALOG = {
         3,
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, allow=allow()),
     ),
+    "negative.rewrite": (1, rewritten),
     "negative.route": (2, lambda x, y: negative.route(x, {"y": y}, 2, radius=1.0)),
+    "negative.size_to_change": (
+        1,
+        lambda x: negative.size_to_change(says, x, cone.PooledRank(3), 2.0, curvature=1.0),
+    ),
     "negative.split_rank": (
         1,
         lambda x: [lowrank.apply(x, edit) for edit in negative.split_rank(x, (0.3, 0.7), (16, 16))],
@@ -188,7 +257,11 @@ NOT_ON_TREES = {
     "lowrank.rank_for": "acts on singular values; laws in test_truncation.py",
     "lowrank.materialize": "acts on factors; laws in test_lowrank.py",
     "lowrank.to_lora": "acts on factors; laws in test_lora.py",
+    "negative.Audit": "a record",
+    "negative.LeafAudit": "a record",
+    "negative.OutputBound": "a record",
     "negative.Route": "a record",
+    "negative.Sides": "a record",
     "negative.damped_inputs": "acts on activations; laws in test_allowance.py",
     "negative.free_inputs": "acts on activations; laws in test_allowance.py",
     "negative.strength_of": "acts on a number; laws in test_homothety.py",

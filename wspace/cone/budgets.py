@@ -116,7 +116,7 @@ def nuclear_entry(displacement: PyTree, radius: ScalarLike) -> Move:
     finite_edit(displacement=displacement)
 
     def over(spectra: Spectra) -> Spectra:
-        t = _threshold(spectra, radius)
+        t = threshold(spectra, radius)
         return [_positive(s - t.astype(s.dtype)) for s in spectra]
 
     edit, _, taken = refitted(displacement, over)
@@ -168,7 +168,7 @@ def spectral_entry(displacement: PyTree, radius: ScalarLike) -> SpectralMove:
     return SpectralMove(lowrank.scale(-1, edit), jnp.max(pooled(taken), initial=0), rank)
 
 
-def _threshold(spectra: Spectra, radius: ScalarLike) -> Scalar:
+def threshold(spectra: Spectra, radius: ScalarLike) -> Scalar:
     r"""The $t$ with $\sum_i \min(\sigma_i, t)^2 = \rho^2$, the largest $\sigma$ if all is inside.
 
     With $j$ values above $t$ it is $j t^2 + \sum_{i > j} \sigma_i^2$.

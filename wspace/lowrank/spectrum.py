@@ -137,7 +137,7 @@ def stable_rank(x: Leaf | LowRank) -> Float[Array, "..."]:
         functional analysis*, Journal of the ACM 54, 2007,
         [arXiv:math/0503442](https://arxiv.org/abs/math/0503442).
     """
-    return jnp.sum(_shares(singular_values(x)) ** 2, axis=-1)
+    return stable_rank_of(singular_values(x))
 
 
 def effective_rank(x: Leaf | LowRank) -> Float[Array, "..."]:
@@ -171,7 +171,17 @@ def effective_rank(x: Leaf | LowRank) -> Float[Array, "..."]:
         O. Roy, M. Vetterli, *The effective rank: A measure of effective dimensionality*,
         EUSIPCO 2007.
     """
-    shares = _shares(singular_values(x))
+    return effective_rank_of(singular_values(x))
+
+
+def stable_rank_of(values: Float[Array, "... k"]) -> Float[Array, "..."]:
+    """The stable rank, from the singular values."""
+    return jnp.sum(_shares(values) ** 2, axis=-1)
+
+
+def effective_rank_of(values: Float[Array, "... k"]) -> Float[Array, "..."]:
+    """The effective rank, from the singular values."""
+    shares = _shares(values)
     total = jnp.sum(shares, axis=-1, keepdims=True)
     p = shares / jnp.where(total == 0, 1, total)
     entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0, 1, p)), axis=-1)

@@ -10,30 +10,47 @@ A margin certifies a distance, not safety.
 """
 
 from wspace.negative.allowance import damped_inputs, free_inputs
-from wspace.negative.homothety import guide, remove_member, repel, strength_of
+from wspace.negative.audit import audit
+from wspace.negative.bounds import OutputBound, chain_bound, linear_bound, size_to_change
+from wspace.negative.homothety import guide, guide_perpendicular, remove_member, repel, strength_of
 from wspace.negative.hull import guard_hull
 from wspace.negative.normal import guard_normal
 from wspace.negative.offset import Route, curve, gate, offset, rank_to_reach, route
+from wspace.negative.report import Audit, LeafAudit
 from wspace.negative.retarget import exit_ball, retarget
+from wspace.negative.rewriting import rewrite
 from wspace.negative.spread import harden, split_rank
+from wspace.negative.subspace import Sides, attenuate, erase_keeping
 
 __all__ = [
+    "Audit",
+    "LeafAudit",
+    "OutputBound",
     "Route",
+    "Sides",
+    "attenuate",
+    "audit",
+    "chain_bound",
     "curve",
     "damped_inputs",
+    "erase_keeping",
     "exit_ball",
     "free_inputs",
     "gate",
     "guard_hull",
     "guard_normal",
     "guide",
+    "guide_perpendicular",
     "harden",
+    "linear_bound",
     "offset",
     "rank_to_reach",
     "remove_member",
     "repel",
     "retarget",
+    "rewrite",
     "route",
+    "size_to_change",
     "split_rank",
     "strength_of",
 ]

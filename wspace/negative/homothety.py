@@ -10,12 +10,14 @@ $$
 
 from collections.abc import Sequence
 
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
+from wspace.negative.allowance import allowance, moved_by
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
-__all__ = ["guide", "remove_member", "repel", "strength_of"]
+__all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_of"]
 
 
 @tree.elementwise
@@ -24,11 +26,14 @@ def _extrapolated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return base + s * (positive - negative)
 
 
-def repel(point: WeightsLike, avoid: WeightsLike, strength: ScalarLike) -> Weights:
+def repel(
+    point: WeightsLike, avoid: WeightsLike, strength: ScalarLike, *, allow: PyTree | None = None
+) -> Weights:
     r"""Moves a point away from another, along the line through both.
 
     $$
-    y = x + s\,(x - b)
+    y = x + s\,(x - b), \qquad \text{or} \quad y = x + s\, P (x - b) \quad
+    \text{where only the range of } P \text{ is allowed}
     $$
 
     The distance scales, $\lVert y - b \rVert = |1 + s|\,\lVert x - b \rVert$, and the maps form a
@@ -39,18 +44,29 @@ def repel(point: WeightsLike, avoid: WeightsLike, strength: ScalarLike) -> Weigh
     Averages: points repelled from $b$ average to their average repelled from $b$. Repelling
     points from *their own average* therefore leaves the average where it is.
 
+    With a projector $P$ the same holds of what may move, and the rest stays:
+    $(I - P)\, y = (I - P)\, x$ and $\lVert y - b \rVert^2 = \lVert (I - P)(x - b) \rVert^2
+    + (1 + s)^2\, \lVert P (x - b) \rVert^2$. A frozen leaf comes back bit for bit.
+
     Args:
         point: The weights $x$.
         avoid: The weights $b$ to move away from, of the same layout.
         strength: The strength $s$, any real number; of a negative weight,
             [`strength_of`][wspace.negative.strength_of] it.
+        allow: Where the point may move; everywhere if not given. A tree like the weights with,
+            at each leaf, `1.0` (free), `0.0` (frozen), or for a matrix `x @ W` a projector
+            `(in, in)` onto the inputs whose rows may change, such as
+            [`free_inputs`][wspace.negative.free_inputs] gives, or another symmetric positive
+            semidefinite matrix: one entry of the `allow` of
+            [`retarget`][wspace.negative.retarget].
 
     Returns:
         The weights $y$, each leaf in the dtype of that leaf of `point`.
 
     Raises:
-        ValueError: If the trees differ in structure or in a leaf's shape, or `strength` is
-            known and not finite.
+        ValueError: If the trees differ in structure or in a leaf's shape, `strength` is known and
+            not finite, or an entry of `allow` is not symmetric positive semidefinite (NaN if
+            traced) or does not fit its leaf.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -58,13 +74,23 @@ def repel(point: WeightsLike, avoid: WeightsLike, strength: ScalarLike) -> Weigh
         >>> from wspace import negative
         >>> negative.repel({"w": jnp.array([1.0, 2.0])}, {"w": jnp.zeros(2)}, 0.5)
         {'w': Array([1.5, 3. ], dtype=float32)}
+        >>> point = {"w": jnp.array([1.0]), "b": jnp.array([2.0])}
+        >>> avoid = {"w": jnp.array([0.0]), "b": jnp.array([0.0])}
+        >>> moved = negative.repel(point, avoid, 0.5, allow={"w": 1.0, "b": 0.0})
+        >>> moved["w"].tolist(), moved["b"].tolist()
+        ([1.5], [2.0])
 
     References:
         The map of task negation, G. Ilharco et al., *Editing Models with Task Arithmetic*,
         ICLR 2023, [arXiv:2212.04089](https://arxiv.org/abs/2212.04089), without a base.
     """
     _checks.same_layout(point=point, avoid=avoid)
-    return _extrapolated((_checks.scalar("strength", strength),), (point, point, avoid))
+    strength = _checks.scalar("strength", strength)
+    if allow is None:
+        return _extrapolated((strength,), (point, point, avoid))
+    wide = tree.widened(point, avoid)
+    allowed = allowance(allow, wide[0], "allow")
+    return tree.combine((1, strength), (point, moved_by(allowed, tree.combine((1, -1), wide))))
 
 
 def guide(
@@ -76,8 +102,17 @@ def guide(
     y = \theta + g\,(p - n)
     $$
 
-    Classifier-free guidance is `guide(n, p, n, g)`, or the same as `guide(p, p, n, g - 1)`; a
-    negative prompt takes the place of $n$. `repel(x, b, s)` is `guide(x, x, b, s)`.
+    The coefficients $1, g, -g$ sum to one, so the map is affine, and its uses are cases of it:
+
+    | map | formula | call |
+    |---|---|---|
+    | classifier-free guidance, native | $u + g\,(c - u)$ | `guide(u, c, u, g)` |
+    | the same, original, with $g = 1 + s$ | $c + s\,(c - u)$ | `guide(c, c, u, s)` |
+    | a negative prompt $n$ in place of $u$ | $n + g\,(c - n)$ | `guide(n, c, n, g)` |
+    | [`repel`][wspace.negative.repel] | $x + s\,(x - b)$ | `guide(x, x, b, s)` |
+
+    A negative takes away from the positive whatever the two have in common;
+    [`guide_perpendicular`][wspace.negative.guide_perpendicular] leaves that.
 
     Args:
         base: The weights $\theta$.
@@ -105,6 +140,73 @@ def guide(
     """
     _checks.same_layout(base=base, positive=positive, negative=negative)
     return _extrapolated((_checks.scalar("scale", scale),), (base, positive, negative))
+
+
+@tree.elementwise
+def _perpendicular(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (g, w, share), (base, positive, negative) = scalars, arrays
+    p, n = positive - base, negative - base
+    return base + g * (p - w * (n - share * p))
+
+
+def guide_perpendicular(
+    base: WeightsLike,
+    positive: WeightsLike,
+    negative: WeightsLike,
+    scale: ScalarLike,
+    weight: ScalarLike,
+) -> Weights:
+    r"""Guides by a positive, and away from what of a negative is perpendicular to it.
+
+    $$
+    y = u + g\,\Bigl( d_p - w \Bigl( d_n
+        - \frac{\langle d_n, d_p \rangle}{\lVert d_p \rVert^2}\, d_p \Bigr) \Bigr),
+    \qquad d_p = p - u, \quad d_n = n - u
+    $$
+
+    The negative takes nothing away from the positive: $\langle y - u, d_p \rangle =
+    g\, \lVert d_p \rVert^2$ for every $w$. At $w = 0$, or for $d_n$ parallel to $d_p$, this is
+    `guide(u, p, u, g)`, classifier-free guidance. Where that and a plain negative prompt are
+    affine maps, the same for all points, this one holds a projection, which depends on $d_p$; it
+    commutes with translations, rotations and scalings of all. In $n$ it is affine, so several
+    negatives are one: $u + \sum_i w_i\,(n_i - u)$ with weight $1$.
+
+    Args:
+        base: The weights $u$, such as the unconditional ones.
+        positive: The weights $p$ to move towards, of the same layout. If they are `base`, there is
+            nothing to be perpendicular to: $y = u - g\,w\,d_n$.
+        negative: The weights $n$ to move away from, of the same layout.
+        scale: The scale $g$, any real number.
+        weight: The size $w$ of the negative weight, any real number: positive moves away from
+            `negative`, the sign opposite to that of a negative prompt's weight.
+
+    Returns:
+        The weights $y$, each leaf in the dtype of that leaf of `base`.
+
+    Raises:
+        ValueError: If the trees differ in structure or in a leaf's shape, or `scale` or `weight`
+            is known and not finite.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import negative
+        >>> p, n = jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])
+        >>> negative.guide_perpendicular(jnp.zeros(2), p, n, 2.0, 0.5).tolist()
+        [2.0, -1.0]
+
+    References:
+        M. Armandpour et al., *Re-imagine the Negative Prompt Algorithm: Transform 2D Diffusion
+        into 3D, alleviate Janus problem and Beyond*, 2023,
+        [arXiv:2304.04968](https://arxiv.org/abs/2304.04968).
+    """
+    _checks.same_layout(base=base, positive=positive, negative=negative)
+    g, w = _checks.scalar("scale", scale), _checks.scalar("weight", weight)
+    u, p, n = tree.widened(base, positive, negative)
+    p, n = (tree.combine((1, -1), (x, u)) for x in (p, n))
+    square = tree.vdot(p, p)
+    share = tree.vdot(n, p) / jnp.where(square == 0, 1, square)
+    return _perpendicular((g, w, share), (base, positive, negative))
 
 
 def remove_member(average: WeightsLike, member: WeightsLike, coefficient: ScalarLike) -> Weights:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from wspace import geometry, tree
+from wspace.cone.spectra import ratio
 from wspace.typing import Scalar, Weights
 
 Mode: TypeAlias = Literal["convex", "affine"]
@@ -28,18 +29,25 @@ class Nearest(NamedTuple):
 
 def nearest_average(points: Sequence[Weights], center: Weights, mode: Mode) -> Nearest:
     """The nearest of all convex or of all affine averages of points in one dtype."""
-    basis, columns = _frame(points, center)
+    basis, columns = seen_from(points, center)
+    foot, distance = nearest_in(columns, rounding_of(points, center), mode)
+    unit = ratio(foot, distance)
+    return Nearest(tree.combine(list(unit), basis), distance, jnp.min(_times(columns.T, unit)))
+
+
+def nearest_in(
+    columns: Float[Array, "k k"], rounding: Scalar, mode: Mode
+) -> tuple[Float[Array, " k"], Scalar]:
+    """The average nearest to zero of points that are columns, and its norm; 0 up to `rounding`."""
     if mode == "affine":
-        foot = jnp.where(jnp.arange(len(points)) == len(points) - 1, columns[:, 0], 0)
+        is_last = jnp.arange(columns.shape[-1]) == columns.shape[-1] - 1
+        foot = jnp.where(is_last, columns[:, 0], 0)
     else:
         active = _active_set(jax.lax.stop_gradient(columns))
         foot = _times(columns, _foot(columns, active))
     distance = tree.norm(foot)
-    apart = distance > rounding_of(points, center)
-    unit = jnp.where(apart, foot / jnp.where(apart, distance, 1), 0)
-    heights = _times(columns.T, unit)
-    bound = jnp.where(apart, jnp.maximum(jnp.min(heights), 0), 0)
-    return Nearest(tree.combine(list(unit), basis), jnp.where(apart, distance, 0), bound)
+    within = distance <= rounding
+    return jnp.where(within, 0, foot), jnp.where(within, 0, distance)
 
 
 def rounding_of(points: Sequence[Weights], center: Weights) -> Scalar:
@@ -49,7 +57,9 @@ def rounding_of(points: Sequence[Weights], center: Weights) -> Scalar:
     return 64 * jnp.finfo(largest.dtype).eps * largest
 
 
-def _frame(points: Sequence[Weights], center: Weights) -> tuple[list[Weights], Float[Array, "k k"]]:
+def seen_from(
+    points: Sequence[Weights], center: Weights
+) -> tuple[list[Weights], Float[Array, "k k"]]:
     """An orthonormal basis, and the points as seen from the center in it, one a column.
 
     All but the last vector span the differences of the points; one that is dependent is zero.

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from wspace import _checks, geometry, lowrank
+from wspace import _checks, geometry, lowrank, tree
 from wspace._numerics import safe_sqrt
+from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
 from wspace.lowrank.truncation import displacement, truncate_leaves
@@ -115,8 +116,12 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
         >>> negative.curve(jnp.zeros((2, 2)), jnp.array([[4.0, 0.0], [0.0, 3.0]]))
         Array([5., 3., 0.], dtype=float32)
     """
-    gap = displacement(average=average, target=target)
-    tails = [tail_curve(lowrank.singular_values(x)) for x in jax.tree.leaves(gap)]
+    return curve_of(spectra_of(displacement(average=average, target=target)))
+
+
+def curve_of(spectra: Spectra) -> Float[Array, " ranks"]:
+    """Distance left after rank 0, 1, 2, ... in every matrix, from the singular values."""
+    tails = tree.widened([tail_curve(x) for x in spectra])[0]
     length = max((x.size for x in tails), default=1)
     squares = [jnp.pad(x, (0, length - x.size)) for x in tails] or [jnp.zeros(length)]
     return safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
@@ -154,10 +159,11 @@ def rank_to_reach(average: WeightsLike, target: WeightsLike, radius: ScalarLike)
         Array(1, dtype=int32)
     """
     radius = _checks.scalar("radius", radius, lambda x: x >= 0, "finite and at least 0")
-    return _first_within(curve(average, target), radius)
+    return first_within(curve(average, target), radius)
 
 
-def _first_within(distances: Float[Array, " ranks"], radius: ScalarLike) -> Int[Array, ""]:
+def first_within(distances: Float[Array, " ranks"], radius: ScalarLike) -> Int[Array, ""]:
+    """How many of the descending distances are above a radius; -1 where one of them is NaN."""
     radius = jnp.asarray(radius).astype(distances.dtype)
     defined = ~jnp.isnan(distances[0] + radius)
     return jnp.where(defined, jnp.sum(distances > radius, dtype=jnp.int32), jnp.int32(-1))
@@ -203,7 +209,7 @@ def route(
     _checks.same_layout(average=average, **{f"targets[{name!r}]": x for name, x in targets.items()})
     curves = {name: curve(average, target) for name, target in targets.items()}
     return {
-        name: Route(distances[min(rank, distances.size - 1)], _first_within(distances, radius))
+        name: Route(distances[min(rank, distances.size - 1)], first_within(distances, radius))
         for name, distances in curves.items()
     }
 
