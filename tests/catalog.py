@@ -31,10 +31,10 @@ def masked(x):
     return {"w": x["w"] > 0, "b": [True, False], "s": True, "k": x["k"] > 0}
 
 
-def inside(x, y):
-    """The projection of one tree on the span of another."""
-    y = tree.upcast(y)
-    return cone.project(cone.Subspace([tree.combine((1 / tree.norm(y),), (y,))]), x)
+def directed(x):
+    """A tree of unit length."""
+    x = tree.upcast(x)
+    return tree.combine((1 / tree.norm(x),), (x,))
 
 
 def sides():
@@ -70,10 +70,9 @@ def halved(x):
     return [x["w"], x["w"].T], [half, half.T]
 
 
-def audited(x, y, avoid):
-    """Figures of an audit."""
-    report = negative.audit([x, y], (0.6, 0.4), avoid, 12.0)
-    return [report.margin, report.tail_curve, report.leafwise_curve, report.segment_distance]
+def split(x):
+    """The parts of one matrix that two points take, added to it."""
+    return [lowrank.apply(x["w"], e) for e in negative.split_rank(x["w"], (0.3, 0.7), (4, 4))]
 
 
 CATALOG = {
@@ -83,7 +82,7 @@ CATALOG = {
     "cone.nuclear_entry": (1, lambda x: cone.nuclear_entry(x, 9.0).norm),
     "cone.project": (1, lambda x: cone.project(cone.Sparse(9), x).edit),
     "cone.project, Mask": (1, lambda x: cone.project(cone.Mask(masked(x)), x).edit),
-    "cone.project, Subspace": (2, lambda x, y: inside(x, y).edit),
+    "cone.project, Subspace": (2, lambda x, y: cone.project(cone.Subspace([directed(y)]), x).edit),
     "cone.project_capped": (1, lambda x: cone.project_capped(x, 2, 3.0).tail),
     "cone.reach": (1, lambda x: cone.reach(cone.PooledRank(3), x, 2.0)),
     "cone.spectral_entry": (1, lambda x: cone.spectral_entry(x, 3.0)[1:]),
@@ -138,12 +137,9 @@ CATALOG = {
     "lowrank.vdot, factored": (2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
     "negative.attenuate": (
         3,
-        lambda x, y, c: negative.attenuate(
-            x, geometry.orthonormalize([tree.upcast(y)]), 1.3, center=c
-        ),
+        lambda x, y, c: negative.attenuate(x, [directed(y)], 1.3, center=c),
     ),
     "negative.attenuate, Sides": (2, lambda x, c: negative.attenuate(x, sides(), 1.3, center=c)),
-    "negative.audit": (3, audited),
     "negative.chain_bound": (1, lambda x: negative.chain_bound(*halved(x))),
     "negative.curve": (2, negative.curve),
     "negative.erase_keeping": (3, lambda x, u, k: negative.erase_keeping(x, [u], [k])),
@@ -167,7 +163,7 @@ CATALOG = {
     "negative.exit_ball, cone": (
         3,
         lambda x, y, avoid: negative.exit_ball(
-            [x, y], (0.6, 0.4), avoid, 40.0, cone=cone.PooledRank(3)
+            [x, y], (0.6, 0.4), avoid, 40.0, cone=cone.Sparse(30)
         ),
     ),
     "negative.guard_hull": (
@@ -192,7 +188,7 @@ CATALOG = {
     "negative.harden": (1, negative.harden),
     "negative.linear_bound": (
         1,
-        lambda x: negative.linear_bound(says, x, cone.Sparse(9), 2.0, curvature=1.0)[::2],
+        lambda x: negative.linear_bound(says, x, cone.Mask(masked(x)), 2.0, curvature=1.0)[::2],
     ),
     "negative.offset": (2, lambda x, y: lowrank.apply(x, negative.offset(x, y, 1).factors)),
     "negative.rank_to_reach": (2, lambda x, y: negative.rank_to_reach(x, y, 4.0)),
@@ -213,10 +209,7 @@ CATALOG = {
         1,
         lambda x: negative.size_to_change(says, x, cone.PooledRank(3), 2.0, curvature=1.0),
     ),
-    "negative.split_rank": (
-        1,
-        lambda x: [lowrank.apply(x, edit) for edit in negative.split_rank(x, (0.3, 0.7), (16, 16))],
-    ),
+    "negative.split_rank": (1, split),
     "perturb.filter_normalize": (2, perturb.filter_normalize),
     "perturb.gaussian": (1, lambda like: perturb.gaussian(jax.random.key(0), like)),
     "perturb.gaussian, norm": (1, lambda like: perturb.gaussian(jax.random.key(0), like, norm=2.0)),
@@ -258,6 +251,7 @@ NOT_ON_TREES = {
     "lowrank.materialize": "acts on factors; laws in test_lowrank.py",
     "lowrank.to_lora": "acts on factors; laws in test_lora.py",
     "negative.Audit": "a record",
+    "negative.audit": "a report; transformations in test_audit.py",
     "negative.LeafAudit": "a record",
     "negative.OutputBound": "a record",
     "negative.Route": "a record",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, coefficients, matrices, points, weights
@@ -463,3 +464,59 @@ def test_what_is_undefined_is_nan_where_traced():
         assert is_nan([report.margin, report.frobenius_budget, report.spectral_budget])
         assert is_nan([report.nuclear_budget, report.efficiency])
         assert report.rank_needed == report.pooled_rank_needed == report.ceiling == -1
+
+
+# Transformations, on a small tree: a report has many figures to compile
+
+
+def figures(x, y, avoid):
+    report = negative.audit([x, y], (0.6, 0.4), avoid, 2.0)
+    names = ("margin", "tail_curve", "spectral_budget", "nuclear_budget", "segment_distance")
+    figures_ = [getattr(report, name) for name in (*names, "line_distance")]
+    return [*figures_, report.frobenius_budget[-1]]
+
+
+def small(dtype=FLOAT, batch=()):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 3), "b": (8,)}
+    return [{k: jnp.asarray(rng.normal(size=(*batch, *s)), dtype) for k, s in shapes.items()}
+            for _ in range(3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, jnp.bfloat16])
+def test_a_report_under_jit_is_that_in_eager_code(dtype):
+    assert_close(jax.jit(figures)(*small(dtype)), figures(*small(dtype)), units=256)
+
+
+def test_reports_are_mapped_over_stacked_trees():
+    batch = small(batch=(3,))
+    rows = [figures(*jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(3)]
+    looped = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+    assert_close(jax.vmap(figures)(*batch), looped, units=256)
+
+
+def test_sharded_points_are_audited_where_they_lie():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(lambda x: jax.device_put(x, jax.P("x")), small())
+        got = jax.jit(figures)(*spread)
+    got = jax.tree.map(np.asarray, (got, figures(*spread)))
+    wanted = jax.tree.map(np.asarray, figures(*small()))
+    for figures_ in got:
+        for a, b in zip(figures_, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=256 * UNIT * 10)
+
+
+def test_figures_have_the_derivatives_of_finite_differences():
+    with jax.enable_x64(True):
+        x, y, avoid = small(jnp.float64)
+        smooth = jax.jit(lambda x: [f for f in figures(x, y, avoid) if f.ndim == 0])
+        check_grads(smooth, (x,), order=1, modes=["rev"], rtol=1e-4)
+
+
+def test_integer_leaves_and_other_layouts_are_refused_by_path(refuses):
+    x, y, avoid = small()
+    with refuses(TypeError, match=r"leaf \['w'\] of avoid has dtype int32.*tree.partition"):
+        negative.audit([x, y], (1, 1), avoid | {"w": jnp.ones((8, 3), jnp.int32)}, 1.0)
+    with refuses(ValueError, match=r"leaf \['w'\] has shape \(8, 3\) in .*, \(3, 8\) in avoid"):
+        negative.audit([x, y], (1, 1), avoid | {"w": jnp.ones((3, 8))}, 1.0)
