@@ -259,6 +259,7 @@ NOT_ON_TREES = {
     "negative.damped_inputs": "acts on activations; laws in test_allowance.py",
     "negative.free_inputs": "acts on activations; laws in test_allowance.py",
     "negative.strength_of": "acts on a number; laws in test_homothety.py",
+    "plot.audit": "draws; tests in test_plot.py",
     "tree.elementwise": "acts on a formula; tree.combine is one",
     "tree.join": "moves leaves; laws in test_tree.py",
     "tree.partition": "moves leaves; laws in test_tree.py",

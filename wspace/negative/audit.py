@@ -104,7 +104,7 @@ def audit(
     spectra = spectra_of(apart)
     leaves = _leaf_audits(apart, spectra, radius, _inputs_of(activations, apart))
     del mean, apart  # each as large as a point, and so are the directions below
-    _, columns = seen_from(wide, center)
+    columns = seen_from(wide, center)[1]
     rounding = rounding_of(wide, center)
     realigned = None
     if moved:

@@ -69,15 +69,23 @@ def seen_from(
     basis: list[Weights] = []
     columns = []
     for x, origin in (*((x, start) for x in others), (start, center)):
-        along, rest = geometry.components(tree.combine((1, -1), (x, origin)), basis)
-        left = tree.norm(rest)
-        kept = left > rounding
-        basis.append(tree.combine((jnp.where(kept, 1 / jnp.where(kept, left, 1), 0),), (rest,)))
-        left = jnp.where(kept, left, 0)
+        along, left, direction = _next(x, origin, basis, rounding)
+        basis.append(direction)
         padding = [jnp.zeros_like(left)] * (len(others) - len(along))
         columns.append(jnp.stack([*along, left, *padding]))
     *edges, first = columns
     return basis, jnp.stack([first, *(first + edge for edge in edges)], axis=-1)
+
+
+def _next(
+    x: Weights, origin: Weights, basis: Sequence[Weights], rounding: Scalar
+) -> tuple[list[Scalar], Scalar, Weights]:
+    """A difference: what it has along the basis, the length of the rest, and its direction."""
+    along, rest = geometry.components(tree.combine((1, -1), (x, origin)), basis)
+    left = tree.norm(rest)
+    kept = left > rounding
+    inverse = jnp.where(kept, 1 / jnp.where(kept, left, 1), 0)
+    return along, jnp.where(kept, left, 0), tree.combine((inverse,), (rest,))
 
 
 def _times(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,8 @@ def _table(report: Audit) -> str:
     unseen = [leaf.path for leaf in report.leaves if leaf.data_tail is None]
     if unseen:
         missing.append(f"data-aware tails of {len(unseen)} of {len(report.leaves)} leaves")
-    lines.append("Not audited: " + "; ".join(missing) + ".")
+    left_out = "Not audited: " + "; ".join(missing) + "."
+    lines += textwrap.wrap(left_out, 98, subsequent_indent="  ")
     lines.append("A margin certifies a distance, not safety.")
     return "\n".join(lines)
 
