@@ -1,4 +1,10 @@
-"""Laws of `wspace.negative.offset`: offset, curve, rank_to_reach, route, gate."""
+"""Laws of `wspace.negative.offset`: offset, curve, rank_to_reach, route, gate.
+
+Numbers such as (iv L1) are those of the laws in the docs page on the negative weight. Edits are
+compared as products, never by their factors, which are not unique (iv L11).
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close, eps, is_nan, size, vector
 from tests.strategies import FLOAT, matrices, scales, weights
-from wspace import average, geometry, lowrank, negative, tree
+from wspace import average, cone, geometry, lowrank, negative, tree
 
 distance, curve = jax.jit(geometry.distance), jax.jit(negative.curve)
 LAYOUT = {"w": (5, 4), "b": (3,), "s": (2, 3, 2), "k": (2, 1, 2, 3), "e": (0, 2), "c": ()}
@@ -145,6 +151,43 @@ def test_a_guard_of_rank_q_is_undone_by_rank_q(seed, rank):  # (iv L9)
     assert negative.rank_to_reach(point, target, radius) == rank
 
 
+@given(seed=st.integers(0, 2**16), rank=st.integers(1, 3))
+def test_factors_are_balanced_and_any_gauge_is_the_same_edit(seed, rank):  # (iv L5)
+    rng = np.random.default_rng(seed)
+    start, target = (jnp.asarray(rng.normal(size=(5, 4)), FLOAT) for _ in range(2))
+    u, v = (np.asarray(x, np.float64) for x in jax.tree.leaves(offset(start, target, rank).factors))
+    assert abs(np.linalg.norm(u) - np.linalg.norm(v)) <= 64 * 2 * UNIT * np.linalg.norm(u)
+    q, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
+    gauge = q * rng.uniform(0.5, 2, size=rank)
+    other = lowrank.LowRank(
+        jnp.asarray(u @ gauge, FLOAT), jnp.asarray(v @ np.linalg.inv(gauge).T, FLOAT)
+    )
+    landed = lowrank.apply(start, offset(start, target, rank).factors)
+    assert_close(lowrank.apply(start, other), landed, units=64 * 2 * 4, scale=size(start, target))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def pooled_tail(gap, rank):
+    return cone.project(cone.PooledRank(rank), gap).tail
+
+
+@given(seed=st.integers(0, 2**16), total=st.integers(0, 8))
+def test_no_split_of_a_pooled_rank_over_the_leaves_comes_nearer(seed, total):  # (iv L10)
+    rng = np.random.default_rng(seed)
+    gap = {"w": rng.normal(size=(5, 4)), "k": 2 * rng.normal(size=(4, 3)), "b": rng.normal(size=3)}
+    gap = {k: jnp.asarray(v, FLOAT) for k, v in gap.items()}
+    best = float(pooled_tail(gap, total))
+    values = [np.linalg.svd(np.asarray(gap[k], np.float64), compute_uv=False) for k in "wk"]
+    values.append(np.array([np.linalg.norm(gap["b"])]))
+    splits = [(i, j, total - i - j) for i in range(total + 1) for j in range(total + 1 - i)]
+    tails = [
+        np.sqrt(sum(np.sum(s[r:] ** 2) for s, r in zip(values, split, strict=True)))
+        for split in splits
+    ]
+    error = 64 * 2 * UNIT * size(gap)
+    assert abs(best - min(tails)) <= error
+
+
 @given(journey=journeys())
 def test_rank_to_reach_is_where_the_curve_meets_the_radius(journey):
     distances = np.asarray(curve(*journey))
@@ -167,7 +210,7 @@ def test_route_reads_the_curves(journey, rank):
 
 
 @given(x=weights(LAYOUT), far=st.sampled_from([0.0, 0.5, 2.0]))
-def test_the_gate_opens_within_the_radius_alone(x, far):
+def test_the_gate_opens_within_the_radius_alone(x, far):  # (iv L12)
     where = x | {"c": x["c"] + far}
     edit = jax.tree.map(jnp.ones_like, x)
     got = jax.jit(negative.gate)(x, where, edit, 1.0)
