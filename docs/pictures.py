@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from wspace import average, cone, geometry, negative
+from wspace import average, cone, geometry, negative, plot
 
 INK, FAINT, MOVED, AVOIDED = "#222222", "#8a8a8a", "#0072b2", "#c8501e"
 STYLE = {
@@ -36,7 +36,14 @@ RADIUS = 1.4
 
 def main(folder: pathlib.Path = pathlib.Path(__file__).parent / "assets") -> None:
     """Writes every picture of the docs into a folder."""
-    pictures = {"negative-weight": plane, "curve": ranks, "low-rank": lemma}
+    pictures = {
+        "negative-weight": plane,
+        "curve": ranks,
+        "low-rank": lemma,
+        "hull": hull,
+        "damage": damage,
+        "audit": audited,
+    }
     for name, draw in pictures.items():
         with mpl.rc_context(mpl.rcParamsDefault), mpl.rc_context(STYLE):
             figure = draw()
@@ -218,6 +225,107 @@ def reach_by_rank(axes: Axes) -> None:
         ylim=(0, 1.03),
     )
     axes.set_title("reach", family="DejaVu Sans Mono", fontsize=12, pad=4)
+
+
+def hull() -> plt.Figure:
+    """Two points whose mean leaves a ball, all of whose averages do, and all of whose line does."""
+    a, c, p = (np.array(x, np.float32) for x in ((-2.2, 1.3), (1.6, 0.1), (0, 0)))
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
+    guards = {
+        "exit_ball": (negative.exit_ball([a, c], (0.5, 0.5), p, RADIUS), "one average"),
+        "guard_hull": (negative.guard_hull([a, c], p, RADIUS), "every convex average"),
+        'mode="affine"': (
+            negative.guard_hull([a, c], p, RADIUS, mode="affine", normal=np.float32([-0.25, 1])),
+            "coefficients of any sign",
+        ),
+    }
+    style = {"arrowstyle": "-|>", "color": MOVED, "lw": 0.9, "mutation_scale": 8}
+    for axes, (name, (moved, words)) in zip(panels, guards.items(), strict=True):
+        axes.set(xlim=(-3.1, 2.9), ylim=(-1.6, 2.4), aspect="equal")
+        axes.axis("off")
+        avoided(axes, p, RADIUS)
+        axes.plot(*np.array([a, c]).T, color=INK, lw=1.1)
+        ends = np.array(moved)
+        line = np.array([ends[0] + t * (ends[1] - ends[0]) for t in (-0.4, 1.4)])
+        axes.plot(*line.T, color=MOVED, lw=0.9, ls=(0, (3, 3)))
+        axes.plot(*ends.T, color=MOVED, lw=1.6)
+        for start, end in zip((a, c), moved, strict=True):
+            axes.annotate("", end, start, arrowprops=style | {"shrinkA": 3, "shrinkB": 3})
+            axes.plot(*start, "o", color=INK, ms=5)
+            axes.plot(*end, "o", color=MOVED, ms=5)
+        above, below = (-6, 7), (-8, -18)
+        down = moved[0][1] < a[1]
+        label(axes, a, "$A$", above if down else below, INK)
+        label(axes, c, "$C$", below, INK)
+        label(axes, moved[0], "$A'$", below if down else above, MOVED)
+        label(axes, moved[1], "$C'$", above, MOVED)
+        caption(axes, name, words)
+    return figure
+
+
+def damage() -> plt.Figure:
+    """What moving costs the outputs on own data, against the margin that the move gives."""
+    rng = np.random.default_rng(0)
+    spectrum = np.diag(1.5 ** -np.arange(32.0))
+    inputs = [rng.standard_normal((200, 32)) @ spectrum @ basis(rng, 32) for _ in range(2)]
+    direction = rng.standard_normal((32, 8))
+    plain = [direction / np.linalg.norm(direction)] * 2
+
+    def figures(moves: Sequence) -> tuple[float, float]:
+        size = np.sqrt(sum(np.sum(m**2) for m in moves))
+        seen = np.sqrt(sum(np.sum((x @ m) ** 2) for x, m in zip(inputs, moves, strict=True)))
+        return seen / size, np.linalg.norm(sum(moves) / 2) / size
+
+    most_damage, most = figures(plain)
+    dampings = np.logspace(-9, 2, 45)
+    curve = []
+    for damping in dampings:
+        metrics = [
+            np.asarray(negative.damped_inputs(jnp.asarray(x, jnp.float32), damping=damping))
+            for x in inputs
+        ]
+        curve.append(figures([metric @ direction for metric in metrics]))
+    curve = np.array(curve) / (most_damage, most)
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.3), layout="constrained")
+    axes.plot(*curve.T, color=MOVED, lw=1.6)
+    axes.plot(1, 1, "o", color=INK, ms=6)
+    axes.annotate("free to move", (1, 1), (8, -20), textcoords="offset points", ha="right")
+    for damping in (1e-8, 1e-6, 1e-4):
+        at = curve[np.argmin(np.abs(np.log(dampings / damping)))]
+        axes.plot(*at, "o", color=MOVED, ms=5)
+        text = rf"$\delta = 10^{{{round(np.log10(damping))}}}$"
+        axes.annotate(text, at, (8, -10), textcoords="offset points", color=MOVED, fontsize=12)
+    axes.set(
+        xlabel="damage: change of the outputs on own data, as a share",
+        ylabel="margin per unit moved, as a share",
+        xscale="log",
+        xlim=(None, 1.6),
+        ylim=(0, 1.08),
+    )
+    return figure
+
+
+def basis(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A random orthogonal matrix."""
+    return np.linalg.qr(rng.standard_normal((size, size)))[0]
+
+
+def audited() -> plt.Figure:
+    """An audit of a small guard, as the library draws it."""
+    rng = np.random.default_rng(0)
+
+    def weights(scale: float) -> dict:
+        falling = 0.8 ** np.arange(24.0)
+        return {
+            "hidden": np.float32(scale * rng.standard_normal((32, 24)) * falling),
+            "bias": np.float32(0.1 * scale * rng.standard_normal(24)),
+            "out": np.float32(0.5 * scale * rng.standard_normal((24, 10))),
+        }
+
+    a, c, avoid = weights(1), weights(1), weights(0.3)
+    report = negative.audit([a, c], (0.5, 0.5), avoid, 6.3)
+    return plot.audit(report)
 
 
 if __name__ == "__main__":
