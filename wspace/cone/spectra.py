@@ -85,6 +85,6 @@ def norm_and_tail(spectra: Spectra, kept: Spectra) -> tuple[Scalar, Scalar]:
     return tree.norm(kept), tree.norm(left)
 
 
-def ratio(x: Scalar, y: Scalar) -> Scalar:
+def ratio(x: Float[Array, "*m"], y: Float[Array, "*n"]) -> Array:
     """A quotient, the numerator where the denominator is zero."""
     return x / jnp.where(y == 0, 1, y)
