@@ -2,6 +2,10 @@
 
 import os
 
+# One thread a worker for the small matrices of the tests: more of them starve each other. It is
+# read when the library is loaded, so before jax is.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import pytest
@@ -16,6 +20,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first draw slow and later ones fast, so a deadline measures nothing.
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, database=None, max_examples=40
+)
+hypothesis.settings.register_profile(
+    "some", deadline=None, derandomize=True, database=None, max_examples=15
 )
 hypothesis.settings.register_profile(
     "few", deadline=None, derandomize=True, database=None, max_examples=5

@@ -50,6 +50,63 @@ def test_degenerate_activations(refuses):
     assert is_nan(jax.jit(lambda t: negative.free_inputs(jnp.eye(2), rtol=t))(1.5))
 
 
+def test_a_value_on_the_threshold_counts_as_used():
+    x = jnp.diag(jnp.asarray([4.0, 2.0, 1.0], FLOAT))
+    for rtol, free in ((0.5, [0, 0, 1]), (0.51, [0, 1, 1]), (0.25, [0, 0, 0])):
+        np.testing.assert_allclose(negative.free_inputs(x, rtol=rtol), np.diag(free), atol=UNIT)
+
+
+# What is a matrix to move in
+
+POINT = {"w": jnp.zeros((3, 2), FLOAT)}
+GOAL = {"w": jnp.ones((3, 2), FLOAT)}
+
+
+def retargeted(metric):
+    return negative.retarget([POINT], (1,), GOAL, allow=[{"w": metric}])
+
+
+def test_asymmetry_and_negative_eigenvalues_are_refused_beyond_rounding_alone(refuses):
+    eye = jnp.eye(3, dtype=FLOAT)
+    for times, bad in ((16, False), (256, True)):
+        skew = eye.at[0, 1].set(times * UNIT)
+        if bad:
+            with refuses(ValueError, match="is not symmetric, by"):
+                retargeted(skew)
+        else:
+            np.testing.assert_allclose(retargeted(skew)[0]["w"], GOAL["w"], atol=64 * UNIT)
+    goal = {"w": GOAL["w"].at[2].set(0)}
+    for times, bad in ((16, False), (512, True)):
+        least = eye.at[2, 2].set(-times * UNIT)
+        if bad:
+            with refuses(ValueError, match="has the eigenvalue -.* beside 1"):
+                negative.retarget([POINT], (1,), goal, allow=[{"w": least}])
+        else:
+            (moved,) = negative.retarget([POINT], (1,), goal, allow=[{"w": least}])
+            np.testing.assert_allclose(moved["w"], goal["w"], atol=64 * UNIT)
+
+
+def test_a_matrix_of_half_precision_is_as_definite_as_its_own_rounding():
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 2)))[0]
+    half = jnp.asarray(q @ q.T, jnp.bfloat16)
+    least = np.linalg.eigvalsh(np.asarray(half, np.float64))[0]
+    half = half if least < 0 else half - jnp.eye(3, dtype=jnp.bfloat16) / 64
+    least = np.linalg.eigvalsh(np.asarray(half, np.float64))[0]
+    assert least < -1e4 * np.finfo(np.float32).eps
+    direction = {"w": jnp.asarray(q @ np.ones((2, 2)), FLOAT)}
+    (moved,) = negative.exit_ball(
+        [POINT], (1,), POINT, 1.0, direction=direction, allow=[{"w": half}]
+    )
+    np.testing.assert_allclose(np.linalg.norm(moved["w"]), 1.0, rtol=64 * UNIT)
+
+
+def test_what_is_undefined_is_nan_where_traced():
+    eye = jnp.eye(3, dtype=FLOAT)
+    for bad in (-eye, eye.at[0, 1].set(1.0)):
+        assert is_nan(jax.jit(retargeted)(bad))
+    assert not is_nan(jax.jit(retargeted)(eye))
+
+
 # damped_inputs
 
 

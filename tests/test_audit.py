@@ -3,6 +3,7 @@
 Numbers such as (vi L1) are those of the laws in the docs page on the negative weight.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -326,6 +327,18 @@ def test_activations_weigh_the_displacement(seed):  # (vi L10)
     assert (np.asarray(data.data_tail) <= bound + error).all()
 
 
+def test_activations_of_a_convolution_are_patches():  # (vi L10)
+    rng = np.random.default_rng(0)
+    kernel, avoid = (jnp.asarray(rng.normal(size=(1, 2, 2, 3)), FLOAT) for _ in range(2))
+    x = rng.normal(size=(7, 4))
+    (leaf,) = negative.audit([kernel], (1,), avoid, 1.0, activations=jnp.asarray(x, FLOAT)).leaves
+    gap = np.asarray(kernel, np.float64) - np.asarray(avoid, np.float64)
+    values = np.linalg.svd(x @ gap.reshape(4, 3), compute_uv=False)
+    wanted = [np.linalg.norm(values[r:]) for r in range(4)]
+    error = ROOT * size(kernel, avoid) * np.linalg.norm(x, 2)
+    np.testing.assert_allclose(leaf.data_tail, wanted, atol=error)
+
+
 @settings(max_examples=15)
 @given(situation=situations(count=2))
 def test_moving_one_point_by_its_budget_lands_on_the_sphere(situation):  # (vi L11)
@@ -405,6 +418,56 @@ def test_the_table_says_what_was_audited_and_what_was_not():
     assert "no aligned points" not in text
 
 
+def test_the_table_gives_every_figure_at_its_name():
+    xs, avoid = story()
+    inputs = dict.fromkeys(xs[0]) | {"w": jnp.eye(5, dtype=FLOAT)}
+    report = negative.audit(xs, (0.5, 0.5), avoid, 1.0, activations=inputs, aligned=xs)
+    numbers = {
+        "radius": 2.0, "distance": 5.0, "margin": 3.0, "average_norm": 4.0, "spectral_budget": 1.25,
+        "nuclear_budget": 6.5, "efficiency": 0.75, "segment_distance": 2.5, "line_distance": 1.5,
+        "dtype_floor": 1e-3, "amplification": 1.75, "aligned_distance": 2.25,
+        "aligned_margin": 0.25, "tail_curve": np.arange(8.0, 0, -1),
+        "leafwise_curve": np.arange(5.0, 0, -1),
+        "frobenius_budget": [np.inf, 4.5, 3.0], "source_budgets": [6.0, 7.0],
+    }  # fmt: skip
+    ranks = {"rank_needed": 3, "pooled_rank_needed": 6, "ceiling": 4}
+    leaf = dataclasses.replace(
+        next(x for x in report.leaves if x.path == "['w']"),
+        distance=jnp.asarray(2.75, FLOAT), rank_needed=jnp.int32(0),
+        stable_rank=jnp.asarray(1.5, FLOAT), effective_rank=jnp.asarray(1.75, FLOAT),
+        data_tail=jnp.asarray([9.5, 8.5, 0.0], FLOAT),
+    )  # fmt: skip
+    stack = dataclasses.replace(
+        next(x for x in report.leaves if x.path == "['s']"),
+        distance=jnp.asarray(1.125, FLOAT), rank_needed=jnp.int32(-1),
+        stable_rank=jnp.asarray([1.25, 1.0], FLOAT), effective_rank=jnp.asarray([1.5, 2.0], FLOAT),
+    )  # fmt: skip
+    figures = {k: jnp.asarray(v, FLOAT) for k, v in numbers.items()}
+    figures |= {k: jnp.int32(v) for k, v in ranks.items()}
+    lines = str(dataclasses.replace(report, leaves=(leaf, stack), **figures)).splitlines()
+    assert lines[0] == "Audit of an average 5 away from the point to avoid, radius 2"
+    rows = {line[:34].strip(): line[34:] for line in lines[2:13]}
+    assert rows == {
+        "margin": "3",
+        "least edit back, any rank": "3, 0.75 of the average's norm",
+        "its least spectral norm": "1.25",
+        "its least nuclear norm": "6.5",
+        "rank needed in every matrix": "3 of 4 (ceiling 4, efficiency 0.75)",
+        "rank needed over all matrices": "6 of 7",
+        "nearest convex average": "2.5",
+        "nearest average of any sign": "1.5",
+        "least edit back of one point": "6, 7",
+        "rounding of the average": "0.001 (amplification 1.75)",
+        "margin after alignment": "0.25 (distance 2.25)",
+    }
+    cells = [line.split("  ") for line in lines[14:17]]
+    assert [[cell.strip() for cell in row if cell] for row in cells] == [
+        ["leaf", "matrix", "distance", "stable rank", "effective rank", "rank alone", "on data"],
+        ["['w']", "5 x 4", "2.75", "1.50", "1.75", "0", "9.5"],
+        ["['s']", "2 x 3 x 2", "1.125", "1.00 to 1.25", "1.50 to 2.00", "never", "-"],
+    ]
+
+
 def test_the_aligned_margin_is_that_of_the_aligned_average():
     x = {"in": jnp.asarray([[1.0, 0.0], [0.0, 3.0]], FLOAT)}
     swapped = {"in": x["in"][:, ::-1]}
@@ -421,6 +484,40 @@ def test_rounding_to_bfloat16_is_the_floor():
     assert wanted > 0
     np.testing.assert_allclose(float(report.dtype_floor), wanted)
     assert negative.audit([jnp.ones(2)], (1,), jnp.zeros(2), 0.5).dtype_floor == 0
+
+
+def test_the_aligned_average_has_the_coefficients_of_the_average():
+    a, c = jnp.asarray([8.0, 0.0], FLOAT), jnp.asarray([0.0, 24.0], FLOAT)
+    report = negative.audit([a, a], (3.0, 1.0), jnp.zeros(2, FLOAT), 1.0, aligned=[a, c])
+    assert (report.distance, report.margin) == (8, 7)
+    np.testing.assert_allclose(report.aligned_distance, 6 * np.sqrt(2), rtol=8 * UNIT)
+    np.testing.assert_allclose(report.aligned_margin, 6 * np.sqrt(2) - 1, rtol=8 * UNIT)
+
+
+def test_efficiency_is_the_rank_needed_over_the_ceiling():
+    x, zero = jnp.diag(jnp.asarray([8.0, 4.0, 1.0, 0.0], FLOAT)), jnp.zeros((4, 4), FLOAT)
+    report = negative.audit([x], (1,), zero, 3.0)  # 81 (1 - r/4) <= 9 from r = 4 on
+    assert (report.rank_needed, report.ceiling, report.efficiency) == (2, 4, 0.5)
+
+
+def test_the_floor_is_that_of_the_dtype_of_the_first_point():
+    x, zero = jnp.asarray([1.00390625, 3.0], jnp.float32), jnp.zeros(2, jnp.float32)
+    half = x.astype(jnp.bfloat16)
+    average_ = (float(x[0]) + float(half[0])) / 2
+    wanted = abs(average_ - float(jnp.asarray(average_, jnp.bfloat16)))
+    assert wanted > 0
+    assert negative.audit([half, x], (1, 1), zero, 0.5).dtype_floor == wanted
+    assert negative.audit([x, half], (1, 1), zero, 0.5).dtype_floor == 0
+
+
+def test_on_the_sphere_nothing_has_to_move():
+    x, zero = jnp.asarray([[3.0, 0.0], [0.0, 4.0]], FLOAT), jnp.zeros((2, 2), FLOAT)
+    report = negative.audit([x, 9 * x], (1, 0), zero, 5.0)
+    assert report.distance == report.radius
+    for name in ("margin", "rank_needed", "pooled_rank_needed", "ceiling", "efficiency"):
+        assert getattr(report, name) == 0
+    for name in ("frobenius_budget", "spectral_budget", "nuclear_budget", "source_budgets"):
+        assert not np.any(np.asarray(getattr(report, name)))
 
 
 def test_a_zero_displacement_and_a_zero_radius():
@@ -451,6 +548,14 @@ def test_a_zero_displacement_and_a_zero_radius():
         ({"activations": {"w": jnp.ones((3, 5))}}, r"has shape \(3, 5\) for a leaf of shape"),
         ({"activations": {"w": jnp.ones(2)}}, r"has shape \(2,\) for a leaf of shape"),
         ({"activations": {"w": jnp.full((1, 2), jnp.nan)}}, "activations at leaf .* holds NaN"),
+        (
+            {
+                "points": [{"w": jnp.ones((2, 2, 3))}],
+                "avoid": {"w": jnp.ones((2, 2, 3))},
+                "activations": {"w": jnp.ones((5, 2))},
+            },
+            r"for a leaf of shape \(2, 2, 3\): give the inputs of one matrix",
+        ),
     ],
 )
 def test_audit_refuses(options, words, refuses):

@@ -403,6 +403,41 @@ def test_displacements_without_entries():
     assert cone.spectral_entry({}, 1.0).rank == 0
 
 
+def test_what_is_on_the_sphere_or_just_in_reach_stays_or_gets_there():
+    x, zero = jnp.asarray([3.0, -9.0], FLOAT), jnp.zeros(2, FLOAT)
+    move = cone.entry(cone.Sparse(1), x, 3.0)  # the tail is the radius
+    np.testing.assert_allclose(move.norm, 9.0, rtol=8 * UNIT)
+    np.testing.assert_allclose(move.edit, [0.0, 9.0], rtol=8 * UNIT)
+    across = jnp.asarray([0.0, 4.0], FLOAT)  # of a cone that does not tell a way out
+    first, nothing = cone.Mask(jnp.asarray([True, False])), cone.Mask(False)
+    for k, y, radius in ((first, across, 4.0), (nothing, across, 4.0), (cone.Sparse(1), zero, 0.0)):
+        move = cone.exit(k, y, radius)
+        assert move.norm == 0
+        assert not np.any(move.edit)
+
+
+def test_a_way_out_is_distinguished_from_the_sine_of_rounding_on():
+    first = cone.Mask(jnp.asarray([True, False]))
+    x = jnp.asarray([256 * UNIT, 1.0], FLOAT)
+    move = cone.exit(first, x, 2.0)
+    np.testing.assert_allclose(move.edit, [np.sqrt(3), 0.0], rtol=512 * UNIT)
+    with pytest.raises(ValueError, match="no way out is distinguished"):
+        cone.exit(first, x.at[0].set(16 * UNIT), 2.0)
+
+
+def test_a_basis_is_as_orthonormal_as_its_dtype_says():
+    x = jnp.asarray([1.0, 2.0, 3.0], jnp.float32)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        unit = float(jnp.finfo(dtype).eps)
+        basis = [jnp.asarray([1.0, unit, 0.0], dtype), jnp.asarray([0.0, 1.0, unit], dtype)]
+        nearest = cone.project(cone.Subspace(basis), x)
+        np.testing.assert_allclose(nearest.edit, [1.0, 2.0, 0.0], atol=16 * unit)
+        for tilt in (128 * unit, -128 * unit):
+            tilted = [basis[0], jnp.asarray([tilt, 1.0, 0.0], dtype)]
+            with pytest.raises(ValueError, match="basis is not orthonormal"):
+                cone.project(cone.Subspace(tilted), x)
+
+
 def test_bad_arguments_are_refused(refuses):
     x = {"w": jnp.diag(jnp.array([3.0, 4.0])), "b": jnp.zeros(2)}
     tilted = [{"w": jnp.eye(2), "b": jnp.zeros(2)}]

@@ -320,6 +320,89 @@ def test_a_normal_that_allow_annihilates_is_refused_by_point_and_leaf():
         negative.guard_normal([x, x], zero, 9.0, start=normal, allow=[None, frozen])
 
 
+@pytest.mark.parametrize("high", [0.0, 9.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_metrics_and_numbers_decide_the_common_height_and_the_cost(mode, high):  # (ii L10)
+    rng = np.random.default_rng(0)
+    trees = [{"w": rng.normal(size=(4, 3)), "b": rng.normal(size=3)} for _ in range(4)]
+    normal, avoid, *xs = [jax.tree.map(lambda y: jnp.asarray(y, FLOAT), x) for x in trees]
+    xs = [tree.combine((1, high / size(normal)), (x, normal)) for x in xs]
+    metric = rng.normal(size=(4, 4))
+    metric = 0.05 * metric @ metric.T
+    allow = [{"w": jnp.asarray(metric, FLOAT), "b": 0.25}, {"w": 3.0, "b": 4}]
+    k, maps = np.array([1.0, 3.0]), [dense(p, x) for p, x in zip(allow, xs, strict=True)]
+    n = flat(normal) / np.linalg.norm(flat(normal))
+    reaches = np.array([n @ p @ n for p in maps])
+    heights = (rows(xs) - flat(avoid)) @ n
+    middle = np.average(heights, weights=k / reaches)
+    assert (middle > 2) == bool(high)
+    assert abs(middle - np.average(heights, weights=k)) > 0.01
+    common = max(middle, 2.0) if mode == "affine" else np.maximum(heights, 2.0)
+    moved = negative.guard_hull(
+        xs, avoid, 2.0, normal=normal, mode=mode, costs=tuple(k), allow=allow
+    )
+    error = 64 * UNIT * largest(*moved, *xs, avoid)
+    needs = common - heights
+    for x, y, p, need, reach in zip(xs, moved, maps, needs, reaches, strict=True):
+        atol = error * np.linalg.norm(p, 2) / reach
+        np.testing.assert_allclose(flat(y) - flat(x), need / reach * p @ n, atol=atol)
+    # The residual of no steps is that of the start, by finite differences of the cost.
+    options = {"mode": mode, "costs": tuple(k), "allow": allow, "start": normal, "steps": 0}
+    found = negative.guard_normal(xs, avoid, 2.0, **options)
+
+    def cost(z):
+        z = z / np.linalg.norm(z)
+        h, r = (rows(xs) - flat(avoid)) @ z, np.array([z @ p @ z for p in maps])
+        top = max(2.0, np.average(h, weights=k / r)) if mode == "affine" else np.maximum(h, 2.0)
+        return np.sum(k * (top - h) ** 2 / r)
+
+    steps = 1e-5 * np.eye(n.size)
+    slope = np.array([(cost(n + d) - cost(n - d)) / 2e-5 for d in steps])
+    wanted = np.linalg.norm(slope) / (2 * 2.0 * np.sqrt(cost(n) * k.sum())) if cost(n) else 0
+    np.testing.assert_allclose(found.residual, wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
+def test_a_normal_is_blocked_below_the_sine_of_rounding_whatever_the_metric(scale):
+    x, zero = jnp.asarray([[1.0], [0.0]], FLOAT), jnp.zeros((2, 1), FLOAT)
+    for sine, works in ((256 * UNIT, True), (16 * UNIT, False)):
+        normal = jnp.asarray([[sine], [1.0]], FLOAT)
+        allow = [scale * jnp.diag(jnp.asarray([1.0, 0.0], FLOAT))]
+        if works:
+            (y,) = negative.guard_hull([x], zero, 2.0, normal=normal, allow=allow)
+            np.testing.assert_allclose(y, [[2 / sine], [0.0]], rtol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=r"points\[0\] would have to rise"):
+                negative.guard_hull([x], zero, 2.0, normal=normal, allow=allow)
+        # Only an affine guard asks what allow leaves of a normal on which a point is high enough.
+        high = jnp.asarray([[0.0], [4.0]], FLOAT)
+        (y,) = negative.guard_hull([high], zero, 2.0, normal=normal, allow=allow)
+        assert_close(y, high, units=0)
+        affine = functools.partial(negative.guard_hull, normal=normal, allow=allow, mode="affine")
+        if works:
+            assert_close(affine([high], zero, 2.0), [high])
+        else:
+            with pytest.raises(ValueError, match=r"points\[0\] would have to rise"):
+                affine([high], zero, 2.0)
+
+
+def test_the_rounding_of_the_longest_point_and_of_the_center_is_the_least_radius():
+    far, one = jnp.asarray([1 / UNIT, 0.0], FLOAT), jnp.asarray([0.0, 1.0], FLOAT)
+    for xs, avoid in (([one, far], 2 * one), ([one, 2 * one], far)):
+        with pytest.raises(ValueError, match="radius 63 is below the rounding of the points, 64"):
+            negative.guard_hull(xs, avoid, 63.0, normal=one)
+        assert_guarded(negative.guard_hull(xs, avoid, 65.0, normal=one), avoid, 65.0, "convex")
+
+
+def test_points_apart_by_rounding_span_nothing():
+    # Of a line as short as rounding the direction is noise: no average is found far along it.
+    one = jnp.asarray([1.0, 1.0], FLOAT)
+    other = one + jnp.asarray([0.0, 8 * UNIT], FLOAT)
+    found = nearest([one, other], jnp.zeros(2, FLOAT), mode="affine")
+    np.testing.assert_allclose(found.distance, np.sqrt(2), rtol=64 * UNIT)
+    np.testing.assert_allclose(found.normal, np.sqrt([0.5, 0.5]), rtol=64 * UNIT)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -3,6 +3,7 @@
 Numbers such as (ii L1) are those of the laws in the docs page on the negative weight.
 """
 
+import functools
 import itertools
 
 import jax
@@ -304,6 +305,57 @@ def test_allow_everywhere_is_no_allow(data):
         assert_close(got, wanted, units=256, scale=scale)
 
 
+@pytest.mark.parametrize("as_matrix", [False, True])
+def test_numbers_and_multiples_of_the_identity_are_prices(as_matrix):
+    rng = np.random.default_rng(0)
+    xs = [{"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)} for _ in range(3)]
+    goal = {"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)}
+    a, k, p = np.array([0.5, -0.25, 0.75]), np.array([1.0, 0.25, 3.0]), np.array([0.25, 3.0, 2.0])
+    allow = [{"w": w * jnp.eye(4, dtype=FLOAT) if as_matrix else float(w)} for w in p]
+    weight = a / k * p / np.sum(a**2 / k * p)
+    shift = flat(goal) - sum(w * flat(x) for w, x in zip(a, xs, strict=True))
+    moved = negative.retarget(xs, tuple(a), goal, costs=tuple(k), allow=allow)
+    for edit, w in zip(edits(xs, moved), weight, strict=True):
+        np.testing.assert_allclose(edit, w * shift, atol=64 * UNIT * size(*xs, goal))
+    direction = like(shift, goal)
+    away = negative.exit_ball(
+        xs, tuple(a), mean(xs, tuple(a)), 9.0, direction=direction, costs=tuple(k), allow=allow
+    )
+    unit = shift / np.linalg.norm(shift)
+    for edit, w in zip(edits(xs, away), weight, strict=True):
+        np.testing.assert_allclose(edit, 9 * w * unit, atol=64 * UNIT * (size(*xs) + 9))
+
+
+def test_with_allow_a_point_without_a_coefficient_stays_bit_for_bit():  # (ii L5)
+    rng = np.random.default_rng(0)
+    xs = [{"w": jnp.asarray(1e-3 * rng.normal(size=(4, 3)), FLOAT)} for _ in range(3)]
+    goal = {"w": jnp.asarray(1e3 * rng.normal(size=(4, 3)), FLOAT)}
+    metrics = [(q := rng.normal(size=(4, 4))) @ q.T for _ in xs]
+    allow = [{"w": jnp.asarray(q, FLOAT)} for q in metrics]
+    moved = negative.retarget(xs, (0.5, 0.0, 0.5), goal, allow=allow)
+    assert_close(moved[1], xs[1], units=0)
+    assert distance(moved[0], xs[0]) > 1
+
+
+def test_what_is_out_of_reach_by_rounding_or_half_the_digits_is_not_missed():
+    one = {"w": jnp.ones((2, 2), FLOAT), "b": jnp.zeros(2, FLOAT)}
+    frozen = [{"w": 1.0, "b": 0.0}]
+    # The points are known to their own rounding, though it is all of the shift.
+    (y,) = negative.retarget([one], (1,), one | {"b": 16 * UNIT * jnp.ones(2, FLOAT)}, allow=frozen)
+    assert_close(y, one, units=0)
+    with pytest.raises(ValueError, match=r"all.w admits no edits .* in leaf \['b'\]"):
+        negative.retarget([one], (1,), one | {"b": 512 * UNIT * jnp.ones(2, FLOAT)}, allow=frozen)
+    zero = jax.tree.map(jnp.zeros_like, one)
+    for times, reached in ((0.5, True), (2, False)):
+        small = times * UNIT**0.5 * 2 / 2**0.5 * jnp.ones(2, FLOAT)  # beside a shift of norm 2
+        if reached:
+            (y,) = negative.retarget([zero], (1,), one | {"b": small}, allow=frozen)
+            assert_close(y, one)
+        else:
+            with pytest.raises(ValueError, match="out of reach"):
+                negative.retarget([zero], (1,), one | {"b": small}, allow=frozen)
+
+
 def test_a_keeping_guard_is_invisible_to_gram_weighted_merging():  # (ii L13)
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(5, 8)), rng.normal(size=(6, 8))]
@@ -515,6 +567,48 @@ def test_outside_the_ball_nothing_moves_whatever_the_direction():
             assert_close(leaving(radius=0.5, direction=direction), TWO, units=0)
 
 
+def test_on_the_sphere_nothing_moves_even_where_the_direction_leads_inward():
+    x, zero = jnp.asarray([3.0, 4.0], FLOAT), jnp.zeros(2, FLOAT)
+    for options in ({}, {"direction": -x}, {"cone": cone.Sparse(1)}):
+        moved = negative.exit_ball([x, x], (1, 1), zero, 5.0, **options)
+        assert_close(moved, [x, x], units=0)
+
+
+def test_a_short_way_out_keeps_its_digits():
+    # (rho - e)(rho + e) / (slope + root), where root - slope would cancel.
+    x, avoid = jnp.zeros(2, FLOAT), jnp.asarray([-3.0, 0.0], FLOAT)
+    radius = float(jnp.asarray(3 + UNIT**0.75, FLOAT))
+    for options in ({}, {"cone": cone.Sparse(1)}, {"direction": jnp.ones(2, FLOAT)}):
+        (y,) = negative.exit_ball([x], (1,), avoid, radius, **options)
+        way = np.ones(2) / np.sqrt(2) if "direction" in options else np.array([1.0, 0.0])
+        gap, slope = (radius - 3) * (radius + 3), 3 * way[0]
+        np.testing.assert_allclose(y, gap / (slope + np.sqrt(slope**2 + gap)) * way, rtol=64 * UNIT)
+
+
+def test_the_rounding_of_the_average_is_that_of_its_terms_of_either_sign(refuses):
+    big, zero = jnp.asarray([1.0, 0.0], FLOAT), jnp.zeros(2, FLOAT)
+    with refuses(ValueError, match="is below the rounding of the points"):
+        negative.exit_ball([big, big], (2, -1), zero, 150 * UNIT)  # 64 (2 + 1) roundings
+    with refuses(ValueError, match="no way out is distinguished"):
+        within = big + jnp.asarray([0.0, 150 * UNIT], FLOAT)
+        negative.exit_ball([big, big], (2, -1), within, 1.0)
+    near = big + jnp.asarray([0.0, 256 * UNIT], FLOAT)
+    moved = negative.exit_ball([big, big], (2, -1), near, 1.0)
+    assert abs(distance(mean(moved, (2, -1)), near) - 1) <= 256 * UNIT
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
+def test_a_direction_is_annihilated_below_the_sine_of_rounding_whatever_the_metric(scale):
+    x = jnp.zeros((2, 1), FLOAT)
+    line = scale * jnp.diag(jnp.asarray([1.0, 0.0], FLOAT))
+    for frozen in (0.0, jnp.zeros((2, 2), FLOAT)):  # which both have the norm zero
+        leave = functools.partial(negative.exit_ball, [x, x], (1, 1), x, 1.0, allow=[line, frozen])
+        moved = leave(direction=jnp.asarray([[256 * UNIT], [1.0]], FLOAT))
+        assert_close(moved, [jnp.asarray([[2.0], [0.0]], FLOAT), x], units=64)
+        with pytest.raises(ValueError, match="that allow does not annihilate"):
+            leave(direction=jnp.asarray([[16 * UNIT], [1.0]], FLOAT))
+
+
 def test_a_frozen_leaf_stays_bit_for_bit():
     moved = leave(direction=ONES, allow=[{"w": 1.0, "b": 0.0}] * 2)
     for x, y in zip(TWO, moved, strict=True):
@@ -617,3 +711,12 @@ def test_a_cone_that_says_nothing_of_the_way_out_is_refused():  # e_K = 0 < e
         negative.exit_ball(xs, (1, 1), zero, 9.0, cone=cone.Rank(1), allow=[None, None])
     with pytest.raises(ValueError, match="no way out is distinguished: give a direction"):
         negative.exit_ball(xs, (1, 1), mean(xs), 9.0, cone=cone.Rank(1))
+
+
+def test_a_displacement_is_in_the_cone_from_the_sine_of_rounding_on():  # e_K > 64 eps e
+    zero, first = jnp.zeros(2, FLOAT), cone.Mask(jnp.asarray([True, False]))
+    x = jnp.asarray([256 * UNIT, 1.0], FLOAT)
+    (y,) = negative.exit_ball([x], (1,), zero, 2.0, cone=first)
+    assert_close(y, jnp.asarray([np.sqrt(3), 1.0], FLOAT), units=64)
+    with pytest.raises(ValueError, match="give a larger cone, or a direction"):
+        negative.exit_ball([x.at[0].set(16 * UNIT)], (1,), zero, 2.0, cone=first)

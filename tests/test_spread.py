@@ -69,6 +69,27 @@ def test_harden_leaves_out_what_is_below_rtol():
     np.testing.assert_allclose(flat_edit, np.diag([level, level, 0]), atol=1e-6)
 
 
+def test_every_matrix_of_a_stack_is_cut_by_its_own_largest_value_and_what_is_on_the_cut_goes():
+    one = np.diag([4.0, 2.0, 1.0])
+    stack = jnp.asarray([one, 2.0**-12 * one], FLOAT)
+    for rtol, k in ((0.5, 1), (0.49, 2), (0.25, 2), (0.24, 3)):  # above the cut, not at it
+        level = np.sqrt(21 / k) * np.diag(np.arange(3) < k)
+        flat_edit = negative.harden(stack, rtol=rtol)
+        np.testing.assert_allclose(flat_edit[0], level, rtol=64 * UNIT)
+        np.testing.assert_allclose(flat_edit[1], 2.0**-12 * level, rtol=64 * UNIT)
+
+
+@pytest.mark.parametrize("shape", [(64, 2), (2, 64)])
+def test_by_default_what_is_left_out_is_rounding_of_the_longer_side(shape):
+    for ratio, k in ((16 * UNIT, 1), (256 * UNIT, 2)):
+        edit = jnp.zeros(shape, FLOAT).at[0, 0].set(1).at[1, 1].set(ratio)
+        values = np.linalg.svd(np.asarray(negative.harden(edit), np.float64), compute_uv=False)
+        np.testing.assert_allclose(values[:k], np.sqrt(1 / k), rtol=64 * UNIT)
+        np.testing.assert_array_equal(values[k:], 0)
+        (part,) = dense({"w": edit}, negative.split_rank({"w": edit}, (1,), (2,)))
+        np.testing.assert_array_equal(part["w"][1, 1] > 0, k == 2)
+
+
 # split_rank
 
 SPLITS = [
@@ -158,6 +179,45 @@ def test_dealing_the_triples_out_otherwise_costs_more():
     ]
     assert abs(cost - min(others)) <= 1e3 * UNIT * cost
     assert max(others) > 1.5 * cost
+
+
+@pytest.mark.parametrize(
+    ("a", "ranks", "costs"),
+    [
+        ((0.7, -0.2, 0.5), (2, 2, 1), (1.0, 0.01, 0.5)),
+        ((0.2, 0.9, -0.1), (1, 3, 2), (1.0, 4.0, 0.5)),
+        ((0.5, 0.0, 0.5), (2, 7, 3), (1.0, 1.0, 8.0)),
+        ((0.25, 0.75), (9, 1), (1.0, 2.0)),
+    ],
+)
+def test_each_point_takes_its_triples_of_every_matrix_in_turn(a, ranks, costs):  # (ii L12)
+    # In diagonal matrices the triples are the entries, so that the formula can be read off.
+    diagonals = np.array([[8.0, 4.0, 2.0, 1.0], [5.0, 3.0, 0.0, 0.0], [6e-4, 5e-4, 4e-4, 0.0]])
+    shift = jnp.asarray([np.diag(row) for row in diagonals], FLOAT)
+    worth, taken = np.array(a) ** 2 / np.array(costs), np.zeros((len(a), *diagonals.shape), bool)
+    for m, row in enumerate(diagonals):
+        k, start = np.count_nonzero(row), 0
+        for i in sorted(range(len(a)), key=lambda i: -worth[i]):
+            if a[i]:
+                taken[i, m, [(start + j) % k for j in range(min(ranks[i], k))]] = True
+                start += ranks[i]
+    total = np.sum(worth[:, None, None] * taken, axis=0)
+    edits = negative.split_rank(shift, a, ranks, costs=costs, rtol=1e-3)
+    for i, edit in enumerate(edits):
+        wanted = np.where(taken[i], a[i] / costs[i] / np.where(total, total, 1), 0) * diagonals
+        got = np.asarray(lowrank.materialize(edit), np.float64)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(x, np.diag(y), atol=64 * UNIT * abs(y).max())
+
+
+def test_what_is_on_the_cut_is_left_out_and_what_is_above_it_needs_a_rank():
+    shift = jnp.diag(jnp.asarray([4.0, 2.0, 1.0], FLOAT))
+    for rtol, k in ((0.5, 1), (0.25, 2)):
+        (edit,) = negative.split_rank(shift, (1,), (k,), rtol=rtol)
+        wanted = np.where(np.arange(3) < k, np.diag(shift), 0)
+        np.testing.assert_allclose(lowrank.materialize(edit), np.diag(wanted), atol=64 * UNIT * 4)
+        with pytest.raises(ValueError, match=f"has rank {k}, .* sum to {k - 1}"):
+            negative.split_rank(shift, (1,), (k - 1,), rtol=rtol)
 
 
 def test_a_shift_of_twice_the_rank_is_made_by_two_points_of_that_rank():

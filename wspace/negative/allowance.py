@@ -98,9 +98,9 @@ def leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
         ),
     )
     # The scale apart, so that the root shortens nothing but by choice.
-    scale = jnp.where(largest > 0, largest, 1) + undefined
-    root = vectors * jnp.sqrt(without_rounding(values) / scale)[..., None, :]
-    return Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows)))
+    unit = jnp.where(largest > 0, largest, 1)
+    root = vectors * jnp.sqrt(without_rounding(values) / unit)[..., None, :]
+    return Allowed(largest + undefined, jnp.broadcast_to(root, (*stack, rows, rows)))
 
 
 def allowance(entries: PyTree | None, point: Weights, name: str) -> list[Allowed]:

@@ -49,6 +49,7 @@ def heights_of(
     costs: Float[Array, " k"],
     allowed: list[list[Allowed]] | None,
 ) -> Heights:
+    """The heights of points, from their gaps to the center, and what a guard asks of them."""
     heights = jnp.stack([tree.vdot(x, normal) for x in gaps])
     if allowed is None:
         reaches = jnp.ones_like(heights)
@@ -89,6 +90,7 @@ def checked_guard(
     costs: Coefficients | None,
     allow: Allow | None,
 ) -> Guard:
+    """The arguments, refused where they are bad; errors call the direction by `name`."""
     if mode not in ("convex", "affine"):
         raise ValueError(f"mode must be 'convex' or 'affine', got {mode!r}")
     given = {} if normal is None else {name: normal}

@@ -34,8 +34,8 @@ def guard_normal(
     $$
 
     with $h$ and $h_i$ as in [`guard_hull`][wspace.negative.guard_hull], by gradient descent on
-    the sphere with Barzilai-Borwein steps, none of which raises the cost. Whatever comes out, a
-    guard along it holds: only its cost is searched.
+    the sphere with Barzilai-Borwein steps, none of which raises the cost but for rounding. Whatever
+    comes out, a guard along it holds: only its cost is searched.
 
     Without `allow` the cost is convex in $n$ on the unit *ball*, so a stationary normal with
     $\sum_i c_i (h - h_i)_{(+)} h_i \ge 0$ is the cheapest of all, and only such a one counts as

@@ -207,11 +207,10 @@ def exit_ball(
         ValueError: If the average is within $64\,\varepsilon \sum_i |a_i| \lVert x_i \rVert$ of
             `avoid`, where no way out is distinguished, and there is no direction; if $E$ is
             orthogonal to the cone, $\lVert P_K E \rVert \le 64\,\varepsilon \lVert E \rVert$; if
-            the
-            direction is zero or `allow` leaves nothing of it, $\lVert S g \rVert \le
-            64\,\varepsilon \lVert S \rVert \lVert g \rVert$; if the radius is not positive or below
-            the same rounding of the points; if `allow` is given without a direction, or a cone
-            with one. Where these are traced the result is NaN. Also for the arguments that
+            the direction is zero or `allow` leaves nothing of it, $\lVert S g \rVert \le
+            64\,\varepsilon \lVert S \rVert \lVert g \rVert$; if the radius is not positive or
+            below the same rounding of the points; if `allow` is given without a direction, or a
+            cone with one. Where these are traced the result is NaN. Also for the arguments that
             [`retarget`][wspace.negative.retarget] and [`cone.project`][wspace.cone.project] refuse.
         TypeError: If a leaf is not floating-point, or `cone` is no cone.
 
