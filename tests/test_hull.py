@@ -140,6 +140,13 @@ def test_equal_points_have_one_average():  # A = C
         assert_close(moved, [2 * x] * 3)
 
 
+def test_a_point_that_is_hardly_nearer_is_found_too():
+    xs = [jnp.asarray([0.1, 1.0], FLOAT), jnp.asarray([-0.1, 1.0], FLOAT)]
+    found = nearest(xs, jnp.zeros(2, FLOAT), mode="convex")
+    for distance in (found.distance, found.bound):
+        assert_close(distance, jnp.asarray(1.0, FLOAT), units=32)
+
+
 # guard_hull
 
 
@@ -510,6 +517,13 @@ def test_a_guard_that_costs_nothing_is_found_at_once_and_steps_are_counted(refus
         negative.guard_normal(xs, avoid, 3.0, steps=-1)
     with refuses(ValueError, match="rtol must be finite and positive"):
         negative.guard_normal(xs, avoid, 3.0, rtol=0.0)
+
+
+def test_a_normal_that_is_undefined_is_nan_where_traced():
+    xs, avoid = [jnp.ones(2, FLOAT), 2 * jnp.ones(2, FLOAT)], jnp.zeros(2, FLOAT)
+    for found in (guard_normal(xs, avoid, -1.0), guard_normal(xs, xs[0], 3.0)):
+        assert is_nan([found.weights, found.residual])
+        assert not found.converged
 
 
 def test_with_allow_the_normal_found_is_stationary_and_cheaper():
