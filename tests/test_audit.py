@@ -428,7 +428,7 @@ def test_the_table_gives_every_figure_at_its_name():
         "dtype_floor": 1e-3, "amplification": 1.75, "aligned_distance": 2.25,
         "aligned_margin": 0.25, "tail_curve": np.arange(8.0, 0, -1),
         "leafwise_curve": np.arange(5.0, 0, -1),
-        "frobenius_budget": [np.inf, 4.5, 3.0], "source_budgets": [6.0, 7.0],
+        "frobenius_budget": [np.inf] * 6 + [4.5, 3.0], "source_budgets": [6.0, 7.0],
     }  # fmt: skip
     ranks = {"rank_needed": 3, "pooled_rank_needed": 6, "ceiling": 4}
     leaf = dataclasses.replace(
