@@ -82,8 +82,8 @@ def test_every_figure_is_that_of_numpy(situation):  # (vi L1)
     np.testing.assert_allclose(report.leafwise_curve, leafwise, atol=error)
     sure = min(abs(tails - radius)) > error and min(abs(np.array(leafwise) - radius)) > error
     if sure:
-        assert report.pooled_rank_needed == np.sum(tails > radius)
-        assert report.rank_needed == np.sum(np.array(leafwise) > radius)
+        assert report.pooled_rank_needed == int(np.sum(tails > radius))
+        assert report.rank_needed == int(np.sum(np.array(leafwise) > radius))
         budgets = [entry(pool, r, radius) for r in range(len(pool) + 1)]
         assert ((report.frobenius_budget == np.inf) == (np.array(budgets) == np.inf)).all()
         for got, wanted in zip(report.frobenius_budget, budgets, strict=True):
@@ -98,7 +98,7 @@ def test_every_figure_is_that_of_numpy(situation):  # (vi L1)
         for r in range(5)
     ]
     if min(abs(np.array(flattest) - radius)) > error:
-        assert report.ceiling == np.sum(np.array(flattest) > radius)
+        assert report.ceiling == int(np.sum(np.array(flattest) > radius))
     assert abs(report.amplification - np.sum(abs(normalized(a)))) <= 8 * UNIT * report.amplification
     mean = sum(w * flat(x) for w, x in zip(normalized(a), xs, strict=True))
     assert abs(report.average_norm - np.linalg.norm(mean)) <= error
@@ -114,7 +114,7 @@ def test_every_figure_is_that_of_numpy(situation):  # (vi L1)
         rest = sum(np.sum(v**2) for k, v in values.items() if k != name)
         alone = np.sqrt([rest + np.sum(s[:, r:] ** 2) for r in range(s.shape[-1] + 1)])
         if min(abs(alone - radius)) > error:
-            wanted = np.sum(alone > radius)
+            wanted = int(np.sum(alone > radius))
             assert leaf.rank_needed == (-1 if wanted == len(alone) else wanted)
 
 

@@ -32,7 +32,7 @@ def test_an_audit_is_drawn_from_its_numbers():
         f"ceiling: {int(audited.ceiling)}",
     ]
     ranks, budgets = middle.lines[0].get_data()
-    assert ranks[0] == audited.pooled_rank_needed
+    assert ranks[0] == int(audited.pooled_rank_needed)
     np.testing.assert_array_equal(budgets, audited.frobenius_budget[int(ranks[0]) :])
     widths = [bar.get_width() for bar in right.patches]
     np.testing.assert_allclose(widths, [leaf.distance for leaf in audited.leaves])
