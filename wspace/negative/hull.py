@@ -70,8 +70,6 @@ def heights_of(
 class Guard(NamedTuple):
     """The arguments of a guard of the hull, checked, in the dtype of arithmetic."""
 
-    points: list[Weights]
-    center: Weights
     gaps: list[Weights]
     radius: Scalar
     costs: Float[Array, " k"]
@@ -131,7 +129,7 @@ def checked_guard(
         unit = tree.combine((1 / jnp.where(length == 0, 1, length),), (trees[-1],))
     allowed = None if allow is None else allowances(allow, wide)
     weights = jnp.asarray(c).astype(rounding.dtype)
-    return Guard(wide, center, gaps, radius, weights, allowed, unit, undefined)
+    return Guard(gaps, radius, weights, allowed, unit, undefined)
 
 
 def guard_hull(
