@@ -1,6 +1,7 @@
 """How the tests compare trees, and the oracle's view of them."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,3 +57,18 @@ def size(*trees):
 def is_nan(tree):
     """Whether every entry is NaN."""
     return all(bool(jnp.isnan(x).all()) for x in jax.tree.leaves(tree))
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def same_picture(kept, new):
+    """Asserts that two SVG files show the same, but for the last digits of their coordinates."""
+    kept, new = kept.read_text(), new.read_text()
+    if kept == new:
+        return
+    # Ids are hashes of coordinates.
+    kept, new = (re.sub(r"\b[a-z]+[0-9a-f]{10}\b", "id", text) for text in (kept, new))
+    assert NUMBER.sub("0", kept) == NUMBER.sub("0", new)
+    kept, new = (np.array(NUMBER.findall(text), float) for text in (kept, new))
+    np.testing.assert_allclose(new, kept, rtol=0, atol=0.01)

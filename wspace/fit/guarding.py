@@ -121,9 +121,10 @@ def guard(
     penalty most, to first order, as [`linear_bound`][wspace.negative.linear_bound] finds it: with
     [`cone.Rank(r)`][wspace.cone.Rank] the average is kept away under the worst low-rank edit, and
     with full rank this is sharpness-aware minimization. It is a constant for the derivatives. It
-    has the norm $d$ even where less would do: nearer to the center of a
-    [`hinge`][wspace.fit.hinge] than $d$ it leads past it, so start such a run outside, for instance
-    where [`exit_ball`][wspace.negative.exit_ball] leads.
+    has the norm $d$ even where less would do: a step that leads past what it aims at raises no
+    penalty, and then nothing is trained. So keep $d$ small, and with a
+    [`hinge`][wspace.fit.hinge] start farther from its center than $d$, for instance where
+    [`exit_ball`][wspace.negative.exit_ball] leads.
 
     With several rows of coefficients, or with a function that draws them anew at every step, the
     penalty is the mean over the rows: a guard of one average is none of another.
@@ -218,12 +219,10 @@ def guard(
     for i, (loss, x) in enumerate(zip(losses, wide, strict=True)):
         scalar_loss(f"losses[{i}]", loss, x, key)
     scalar_loss("away", penalty, wide[0], key)
-    rows, drawn = None, None
-    if callable(coefficients):
-        drawn: Any = coefficients
+    drawn: Any = coefficients if callable(coefficients) else None
+    rows = None if drawn else normalized(coefficients, len(points))
+    if drawn:
         jax.eval_shape(lambda key: normalized(drawn(key), len(points)), key)
-    else:
-        rows = normalized(coefficients, len(points))
     names = [*(f"losses[{i}]" for i in range(len(losses))), "away"]
     shares = [1.0] * len(losses) + [strength]
     found, history = minimized(
