@@ -1,35 +1,15 @@
-"""Draws the pictures of the docs: `python docs/pictures.py`, from the root of the repository."""
+"""Draws the pictures of the docs: `python -m docs.pictures`, from the root of the repository."""
 
 import pathlib
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from docs.examples.report import AVOIDED, FAINT, INK, MOVED, draw, styled
 from wspace import average, cone, geometry, negative, plot
-
-INK, FAINT, MOVED, AVOIDED = "#222222", "#8a8a8a", "#0072b2", "#c8501e"
-STYLE = {
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "mathtext.fontset": "cm",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "wspace",
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.color": FAINT,
-    "ytick.labelcolor": INK,
-}
 
 RADIUS = 1.4
 
@@ -44,11 +24,9 @@ def main(folder: pathlib.Path = pathlib.Path(__file__).parent / "assets") -> Non
         "damage": damage,
         "audit": audited,
     }
-    for name, draw in pictures.items():
-        with mpl.rc_context(mpl.rcParamsDefault), mpl.rc_context(STYLE):
-            figure = draw()
-            figure.savefig(folder / f"{name}.svg", metadata={"Creator": None, "Date": None})
-            plt.close(figure)
+    for name, picture in pictures.items():
+        with styled():
+            draw(picture(), folder / f"{name}.svg")
 
 
 def plane() -> plt.Figure:
