@@ -1,6 +1,8 @@
 """One configuration for every lane: strict promotion, eight CPU devices, repeatable draws."""
 
+import itertools
 import os
+import pathlib
 
 # One thread a worker for the small matrices of the tests: more of them starve each other. It is
 # read when the library is loaded, so before jax is.
@@ -41,3 +43,14 @@ def refuses(pytestconfig):
         return pytest.raises(error, match=match)
 
     return expect
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+ROOM = 25_000  # of the 65,530 memory maps that Linux gives a process by default
+ended = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drops compiled programs, some maps each, before there is no room for another one."""
+    if next(ended) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > ROOM:
+        jax.clear_caches()
