@@ -114,7 +114,7 @@ def trained(key: Array, pair: study.Pair, *, steps: int, rank: int | None = None
 
 
 def closed(key: Array, pair: study.Pair) -> dict[str, list[Weights]]:
-    """The guards that are formulas, all but one of which move the mean equally far."""
+    """The guards that are formulas; along a direction they move the mean equally far."""
     task, sources = pair.task, pair.sources
     middle = average.mean(sources)
     radius = SHIFT * tree.norm(middle)

@@ -28,6 +28,13 @@ class Away:
         loss: The penalty, a function of the weights, or of the weights and a key.
         least: Its lower bound; $-\infty$ if it has none.
         name: What errors call it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import fit
+        >>> away = fit.clipped(lambda w: jnp.sum(w**2), 4.0)
+        >>> away.name, away.least, float(away.loss(jnp.array([1.0])))
+        ('clipped', -4.0, -1.0)
     """
 
     loss: KeyedLoss
@@ -66,8 +73,8 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
         The penalty, with the lower bound $0$.
 
     Raises:
-        ValueError: If `radius` is known and not positive, `direction` is zero, or the trees differ
-            in layout.
+        ValueError: If `radius` is not positive or `direction` is zero (NaN if traced), or the trees
+            differ in layout.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -204,7 +211,8 @@ def npo(
         The penalty, with the lower bound $0$.
 
     Raises:
-        ValueError: If `beta` is known and not positive.
+        ValueError: If `beta` is not positive (NaN if traced).
+        TypeError: If a leaf of `reference` is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
