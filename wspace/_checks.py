@@ -6,7 +6,8 @@ is known, and elsewhere, under tracing, becomes NaN.
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -144,6 +145,35 @@ def floating(value: Any) -> Array:
     return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
 
 
+def share(name: str, value: Any) -> float:
+    """A share of entries above 0 and up to 1, known when tracing, since it counts entries."""
+    if value is None:
+        raise ValueError(f"{name} has no default with this preset: give it, above 0 and at most 1")
+    if is_traced(value):
+        raise TypeError(
+            f"{name} must be a plain number, since it decides how many entries stay, got a traced "
+            "one: close over it, or select by selection.top_mask, whose count may be traced"
+        )
+    scalar(name, value, lambda known: 0 < known <= 1, "above 0 and at most 1")
+    return float(value)
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """A value that is among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def settings(
+    presets: Mapping[str | None, Mapping[str, Any]], preset: str | None, **given: Any
+) -> Any:
+    """The options of a preset, with those that are given, not None, in place of its own."""
+    chosen = presets[one_of("preset", preset, list(presets))]
+    given = {name: value for name, value in given.items() if value is not None}
+    return types.SimpleNamespace(**{**chosen, **given})
+
+
 def rank(value: Any, name: str = "rank") -> int:
     """A rank or a count: a non-negative integer known when tracing, since it decides shapes."""
     try:
@@ -186,16 +216,17 @@ def affine(coefficients: Coefficients | None, count: int) -> Numbers:
     c = numbers("coefficients", coefficients, count)
     if isinstance(c, np.ndarray):
         total, size = c.sum(), np.abs(c).sum()
-        if _cancels(total, size):
+        if cancels(total, size):
             raise ValueError(
                 f"coefficients {c.tolist()} sum to {total:g}, nothing beside their size {size:g}: "
                 "an average divides by the sum, so make it differ from zero"
             )
         return c / total
-    return c / jnp.where(_cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
+    return c / jnp.where(cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
 
 
-def _cancels(total: Any, size: Any) -> Any:
+def cancels(total: Any, size: Any) -> Any:
+    """Whether a sum is nothing beside the sum of the sizes, so that nothing is divided by it."""
     return (abs(total) < 1e-6 * size) | (size == 0)
 
 

@@ -1,10 +1,4 @@
-r"""Averages of points: models nobody trained.
-
-Coefficients are divided by their sum, so an average of points on a hyperplane stays on it and
-moving all points moves the average along. Negative coefficients are welcome: they push the
-average away from a point, at the price of the amplification $\sum_i |c_i| / |\sum_i c_i|$ by
-which rounding and noise in the points grow.
-"""
+"""The mean of points, with coefficients of either sign."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,100 @@
+"""Sums of products of entries: all that an average in a plane of points needs to know of them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from wspace._numerics import accumulator
+from wspace.typing import WeightsLike
+
+# XLA adds the entries of a row one after another if it adds several rows in one pass, which costs
+# a float32 sum one digit at this length.
+LONGEST = 8192
+
+
+@jax.custom_jvp
+def row_sums(products: Sequence[Array]) -> list[Array]:
+    """The sums over the last axis of several arrays of one shape, in one pass over them."""
+    first = products[0]
+    if not first.ndim:
+        return list(products)
+    spec = jax.typeof(first).sharding.spec
+    if first.shape[-1] > LONGEST or (len(spec) == first.ndim and spec[-1] is not None):
+        return [jnp.sum(x, axis=-1) for x in products]
+    zero = jnp.zeros((), first.dtype)
+    return list(
+        jax.lax.reduce(
+            tuple(products),
+            (zero,) * len(products),
+            lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
+            (first.ndim - 1,),
+        )
+    )
+
+
+@row_sums.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (products,), (rates,) = primals, tangents
+    return row_sums(products), [jnp.sum(x, axis=-1) if x.ndim else x for x in rates]
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "wide"))
+def leaf_row_sums(
+    formula: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], wide: type
+) -> list[Array]:
+    """The sums over every row of a leaf of what the formula makes of the entries of points."""
+    return row_sums(formula([leaf.astype(wide) for leaf in leaves]))
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "wide"))
+def _leaf_sums(
+    formula: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], wide: type
+) -> Array:
+    return jnp.stack([jnp.sum(x) for x in leaf_row_sums(formula, leaves, wide)])
+
+
+def sums(
+    formula: Callable[[Sequence[Array]], Sequence[Array]], trees: Sequence[WeightsLike]
+) -> Float[Array, " p"]:
+    """The sums over all entries of trees of one layout, every leaf read in one pass.
+
+    The formula must be defined once: each new one compiles anew.
+    """
+    rows = [jax.tree.leaves(x) for x in trees]
+    wide = accumulator(*(leaf.dtype for leaves in rows for leaf in leaves))
+    parts = [_leaf_sums(formula, xs, wide) for xs in zip(*rows, strict=True) if xs[0].size]
+    if not parts:
+        return jnp.zeros(len(formula([jnp.zeros(0, wide)] * len(trees))), wide)
+    return jax.tree.reduce_associative(jnp.add, parts)
+
+
+def symmetric(upper: Sequence[Array] | Array, count: int) -> Array:
+    """The symmetric matrices `(count, count, ...)` with given rows of their upper triangles."""
+    places = iter(range(len(upper)))
+    place = {(i, j): next(places) for i in range(count) for j in range(i, count)}
+    return jnp.stack(
+        [
+            jnp.stack([upper[place[min(i, j), max(i, j)]] for j in range(count)])
+            for i in range(count)
+        ]
+    )
+
+
+def pairs(arrays: Sequence[Array]) -> list[Array]:
+    """The products of all pairs, those of an array with itself included, as in `symmetric`."""
+    return [x * y for i, x in enumerate(arrays) for y in arrays[i:]]
+
+
+def pairs_from_first(arrays: Sequence[Array]) -> list[Array]:
+    """The products of all pairs of differences from the first array."""
+    first, *others = arrays
+    return pairs([x - first for x in others])
+
+
+def squared_gaps(arrays: Sequence[Array]) -> list[Array]:
+    """The squared differences of all pairs, zeros included, as in `symmetric`."""
+    return [(x - y) ** 2 for i, x in enumerate(arrays) for y in arrays[i:]]

@@ -1,0 +1,302 @@
+r"""Means on the sphere and on other manifolds, where the mean is the point nearest to all.
+
+The mean $\mu$ of points with coefficients $a_i$ of sum one is where the logarithms cancel,
+$\sum_i a_i \log_\mu(u_i) = 0$, that is, where $\sum_i a_i\, d(\mu, u_i)^2$ has its minimum.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from wspace import _checks, tree
+from wspace._numerics import arcsin_of_root_squared, safe_sqrt, sinc_of_square
+from wspace.average import fixed_point, products
+from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
+
+__all__ = ["karcher_mean", "karcher_mean_on"]
+
+
+def karcher_mean(
+    points: Sequence[WeightsLike],
+    coefficients: Coefficients | None = None,
+    *,
+    tol: ScalarLike | None = None,
+    max_steps: int = 50,
+) -> Solution:
+    r"""Karcher mean: the mean of the directions on the sphere, times the mean of the norms.
+
+    $$
+    \theta = \Bigl(\sum_i a_i \lVert \theta_i \rVert\Bigr)\, \mu, \qquad
+    \sum_i a_i \log_\mu(u_i) = 0, \quad
+    u_i = \frac{\theta_i}{\lVert \theta_i \rVert}, \quad a_i = \frac{c_i}{\sum_j c_j}
+    $$
+
+    The mean of two points of one norm is [`slerp`][wspace.interpolate.slerp] between them. The
+    mean turns with the points, and is $\mu$ at the same norm if all points are scaled to one.
+
+    With all $c_i \ge 0$ it is the one direction with the least
+    $\sum_i a_i \Omega_i^2$, $\Omega_i = \angle(\mu, u_i)$; it exists whenever the points lie in
+    an open half-space, and is found from any start, since that sum is a convex function of the
+    inner products $\langle \mu, u_i \rangle$ and the sphere may be replaced by its ball. With
+    negative coefficients it is the direction where the logarithms cancel that is reached from
+    $\sum_i a_i u_i$, as slerp is for $t$ outside $[0, 1]$.
+
+    The points enter through their inner products alone, read in one pass, and one combination;
+    between them is Newton's method on as many numbers as there are points. Derivatives are those
+    of the mean, not of the iteration, to second order, with respect to points and coefficients.
+    Near the end of its domain the mean keeps the digits that $\varepsilon / \lambda^2$ leaves,
+    with $\lambda = \sum_i a_i \Omega_i \cot \Omega_i$, for two points half the angle left to the
+    antipode.
+
+    Args:
+        points: The $\theta_i$, trees of one layout, at least one. A zero tree has no direction
+            and counts for the length alone, so that with one of two the mean is
+            [`lerp`][wspace.interpolate.lerp], as slerp is; the mean of zero trees is zero.
+        coefficients: The $c_i$, one a point, of any sign; equal if not given. Only their ratios
+            matter.
+        tol: The residual to reach; if not given, sixteen roundings.
+        max_steps: The largest number of steps; nearly parallel points need none.
+
+    Returns:
+        A [`Solution`][wspace.typing.Solution]: the `weights`, each leaf in the dtype of that leaf
+            of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(u_i) \rVert /
+            \sum_i |a_i|$ in radians; the `steps` taken; and whether it `converged`.
+
+    Raises:
+        ValueError: If there is no mean direction: $\lambda \le \varepsilon^{1/4} \sum_i |a_i|$
+            where the iteration ends, as for antipodes, for points all around the origin, or if
+            the directions cancel; or if the mean of the norms is not positive. NaN if this shows
+            only in traced values. Also for coefficients as in
+            [`average.mean`][wspace.average.mean], those of the points with a direction included,
+            a `tol` or `max_steps` out of its domain, or trees of different layout.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> average.karcher_mean([jnp.array([2.0, 0.0]), jnp.array([0.0, 2.0])]).weights
+        Array([1.4142135, 1.4142135], dtype=float32)
+
+    References:
+        H. Karcher, *Riemannian center of mass and mollifier smoothing*, Communications on Pure
+        and Applied Mathematics 30, 1977. S. Buss, J. Fillmore, *Spherical averages and
+        applications to spherical splines and interpolation*, ACM Transactions on Graphics 20,
+        2001.
+    """
+    points = _checks.listed("points", points)
+    _checks.same_layout(**_checks.each("points", points))
+    a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
+    gram = products.symmetric(products.sums(products.pairs, points), len(points))
+    tol = 16 * jnp.finfo(gram.dtype).eps if tol is None else _tolerance(tol)
+    a, tol = (jnp.asarray(x).astype(gram.dtype) for x in (a, tol))
+    mean = _direction(gram, a, tol, max_steps)
+    undefined = (
+        _checks.refuse(
+            mean.cancels,
+            lambda: "coefficients of the points that are not zero sum to nothing beside their size",
+        )
+        + _checks.refuse(
+            ~mean.cancels & ~mean.curved,
+            lambda: (
+                "points have no mean direction: they are antipodal, lie all around the origin or "
+                "cancel; take average.mean, or points in one half-space"
+            ),
+        )
+        + _checks.refuse(
+            ~mean.long,
+            lambda: "coefficients make the mean of the norms negative or zero: no point has it",
+        )
+    )
+    return Solution(
+        tree.combine(mean.scalars + undefined, points),
+        mean.residual + undefined,
+        mean.steps,
+        mean.converged,
+    )
+
+
+def _tolerance(tol: ScalarLike) -> ScalarLike:
+    return _checks.scalar("tol", tol, lambda x: x > 0, "finite and positive")
+
+
+class _Mean(NamedTuple):
+    scalars: Float[Array, " k"]
+    residual: Scalar
+    steps: Int[Array, ""]
+    converged: Bool[Array, ""]
+    cancels: Bool[Array, ""]
+    curved: Bool[Array, ""]
+    long: Bool[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames="max_steps")
+def _direction(gram, a, tol, max_steps):
+    """The scalars that make the mean, from the inner products of points.
+
+    A direction is `sum_i w_i u_i`, of unit length once divided by `sqrt(w U w)`. The functions of
+    the angles below are smooth functions of their cosines, so inner products will do.
+    """
+    squares = jnp.diagonal(gram)
+    directed = squares > 0
+    norms = safe_sqrt(squares)
+    safe = jnp.where(directed, norms, 1)
+    none = ~jnp.any(squares != 0)
+    eye = jnp.eye(a.size, dtype=bool)
+    # Exact ones, so that a point is its own mean.
+    cosines = jnp.where(eye | none, 1, gram / (safe[:, None] * safe[None, :]))
+    shares = jnp.where(none, 1 / a.size, jnp.where(directed, a, 0))
+    total, size = jnp.sum(shares), jnp.sum(jnp.abs(shares))
+    cancels = ~(jnp.abs(total) >= 1e-6 * size)
+    shares = shares / jnp.where(cancels, 1, total)
+
+    w, residual, steps, converged = fixed_point.solved(
+        _gap, _stepped, _spread, _left_over, shares, (cosines, shares), tol, max_steps
+    )
+    w = _unit(w, cosines)
+    d = _dot(cosines, w)
+    curvature = jnp.sum(shares * _pull(d) * d)
+    curved = curvature > jnp.finfo(gram.dtype).eps ** 0.25 * jnp.sum(jnp.abs(shares))
+    length = jnp.sum(a * norms)
+    scalars = length * w / safe
+    return _Mean(scalars, residual, steps, converged, cancels, curved, (length > 0) | none)
+
+
+def _dot(matrix, w):
+    return jnp.sum(matrix * w[None, :], axis=1)
+
+
+def _unit(w, cosines):
+    return w / jnp.sqrt(jnp.sum(w * _dot(cosines, w)))
+
+
+def _angles_squared(d):
+    return 4 * arcsin_of_root_squared((1 - d) / 2)
+
+
+def _pull(d):
+    r"""$\Omega / \sin\Omega$: the logarithm of u_i is this times its part across the mean."""
+    return 1 / sinc_of_square(_angles_squared(d))
+
+
+def _gap(w, cosines, a):
+    """How far w is from being in proportion to the pulls, as it is where the logarithms cancel."""
+    return w - _unit(a * _pull(_dot(cosines, _unit(w, cosines))), cosines)
+
+
+def _logarithm(w, cosines, a):
+    w = _unit(w, cosines)
+    d = _dot(cosines, w)
+    pulls = a * _pull(d)
+    t = pulls - jnp.sum(pulls * d) * w
+    return w, t, safe_sqrt(jnp.sum(t * _dot(cosines, t)))
+
+
+def _left_over(w, cosines, a):
+    return _logarithm(w, cosines, a)[2] / jnp.sum(jnp.abs(a))
+
+
+def _stepped(w, cosines, a):
+    # The curvature of squared distances on a sphere is at most one: the step never overshoots.
+    w, t, size = _logarithm(w, cosines, a)
+    turn = size / jnp.sum(jnp.abs(a))
+    return jnp.cos(turn) * w + sinc_of_square(turn**2) / jnp.sum(jnp.abs(a)) * t
+
+
+def _spread(w, cosines, a):
+    return jnp.sum(a * _angles_squared(_dot(cosines, _unit(w, cosines))))
+
+
+def karcher_mean_on(
+    exp: Callable[[Any, Any], Any],
+    log: Callable[[Any, Any], Any],
+    points: Sequence[WeightsLike],
+    coefficients: Coefficients | None = None,
+    *,
+    tol: ScalarLike | None = None,
+    max_steps: int = 200,
+) -> Solution:
+    r"""Karcher mean on a manifold given by its exponential and logarithm.
+
+    $$
+    \mu \leftarrow \exp_\mu\Bigl(h \sum_i a_i \log_\mu(\theta_i)\Bigr), \qquad
+    a_i = \frac{c_i}{\sum_j c_j}
+    $$
+
+    The step $h$ is one, right where curvature is not negative, and is halved where the sum of
+    logarithms grows or turns round. With $\exp_x(v) = x + v$ and $\log_x(y) = y - x$ the mean is
+    [`average.mean`][wspace.average.mean]; on the sphere it is
+    [`karcher_mean`][wspace.average.karcher_mean], which is faster and has derivatives. This
+    iteration converges linearly and can be differentiated forwards only, which differentiates
+    every step.
+
+    Args:
+        exp: Takes a point and a tangent there, trees of the layout of the points, and returns the
+            point that the geodesic reaches.
+        log: Takes a point and another, and returns the tangent whose exponential is the other.
+        points: The $\theta_i$ on the manifold, trees of one layout, at least one; the iteration
+            starts from the first.
+        coefficients: The $c_i$, one a point, of any sign; equal if not given. Only their ratios
+            matter.
+        tol: The residual to reach; if not given, 64 roundings.
+        max_steps: The largest number of steps.
+
+    Returns:
+        A [`Solution`][wspace.typing.Solution]: the `weights`, each leaf in the dtype of that leaf
+            of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(\theta_i) \rVert$ over
+            $\lVert \mu \rVert + \sum_i |a_i| \lVert \log_\mu(\theta_i) \rVert$, Euclidean norms;
+            the `steps` taken; and whether it `converged`. Whether the mean is the only one is up
+            to the manifold.
+
+    Raises:
+        ValueError: For coefficients as in [`average.mean`][wspace.average.mean], a `tol` or
+            `max_steps` out of its domain, or trees of different layout.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> exp, log = lambda x, v: x * jnp.exp(v / x), lambda x, y: x * jnp.log(y / x)
+        >>> average.karcher_mean_on(exp, log, [jnp.array([2.0]), jnp.array([8.0])]).weights
+        Array([4.], dtype=float32)
+
+    References:
+        B. Afsari, R. Tron, R. Vidal, *On the convergence of gradient descent for finding the
+        Riemannian center of mass*, SIAM Journal on Control and Optimization 51, 2013,
+        [arXiv:1201.0925](https://arxiv.org/abs/1201.0925).
+    """
+    points = _checks.listed("points", points)
+    _checks.same_layout(**_checks.each("points", points))
+    max_steps = _checks.rank(max_steps, "max_steps")
+    a = _checks.unpacked(_checks.affine(coefficients, len(points)))
+    wide = tree.widened(*points)
+    start, size = wide[0], tree.norm(wide[0])
+    bound = 64 * jnp.finfo(size.dtype).eps if tol is None else _tolerance(tol)
+    bound = jnp.asarray(bound).astype(size.dtype)
+
+    def measured(at):
+        logs = [log(at, x) for x in wide]
+        pull = tree.combine(a, logs)
+        parts = [abs(c) * tree.norm(v) for c, v in zip(a, logs, strict=True)]
+        whole = tree.norm(at) + sum(parts[1:], start=parts[0])
+        residual = tree.norm(pull) / jnp.where(whole == 0, 1, whole)
+        return at, pull, residual.astype(size.dtype)
+
+    def unfinished(state):
+        (_, _, residual), _, taken = state
+        return (residual > bound) & (taken < max_steps)
+
+    def step(state):
+        old, length, taken = state
+        new = measured(exp(old[0], tree.combine((length,), (old[1],))))
+        better = tree.norm(new[1]) < tree.norm(old[1])
+        overshot = 2 * tree.vdot(new[1], old[1]) < -tree.vdot(old[1], old[1]) / 2
+        kept = jax.tree.map(lambda x, y: jnp.where(better, x, y), new, old)
+        return kept, jnp.where(better & ~overshot, length, length / 2), taken + 1
+
+    state = measured(start), jnp.ones_like(size), jnp.int32(0)
+    (at, _, residual), _, taken = jax.lax.while_loop(unfinished, step, state)
+    return Solution(tree.cast_like(at, points[0]), residual, taken, residual <= bound)

@@ -1,0 +1,374 @@
+r"""Averages of a stream of weights, one at a time: checkpoints of a run, shards of a soup.
+
+An [`Average`][wspace.average.Average] is three pure functions in the manner of optax. Its state is
+a tree of arrays with the `count` of the weights seen, to be carried through `jit` and `scan` and
+saved with a checkpoint. It is kept in the dtype of arithmetic on the weights that `init` was given,
+sums of it in two parts that together have twice its digits: neither a million weights nor a decay
+next to one lose any. Before the first update there is nothing to average, and the value is NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from wspace import _checks, tree
+from wspace._numerics import accumulator
+from wspace.typing import Scalar, ScalarLike, WeightsLike
+
+__all__ = ["Average", "ema", "power_ema", "running_mean", "window"]
+
+
+class Average(NamedTuple):
+    """How to average a stream of weights.
+
+    Attributes:
+        init: From weights, whose values do not count unless the average says so, to the state
+            before the first update.
+        update: From a state and the next weights to the next state.
+        value: From a state to the average, each leaf in the dtype of that leaf of the weights
+            that `init` was given.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    value: Callable[..., Any]
+
+
+class _Sums(NamedTuple):
+    """Sums `high + low` of the weights and of the number 1, a pair, with the same coefficients.
+
+    `like` are empty arrays in the dtypes to which the value is rounded.
+    """
+
+    count: Array
+    high: PyTree
+    low: PyTree
+    like: PyTree
+
+
+class _SignedSums(NamedTuple):
+    """Sums whose coefficients may cancel, and the sum of their sizes."""
+
+    sums: _Sums
+    size: Scalar
+
+
+class _Ring(NamedTuple):
+    """The last weights, stacked, the one of update `i` at place `i` modulo the length."""
+
+    count: Array
+    last: PyTree
+
+
+Increment: TypeAlias = Callable[[Array, Array, Array, Array], Array]
+"""From a coefficient, the parts of a sum and an array to what is added to the sum; defined once."""
+
+
+def _term(coefficient: Array, high: Array, low: Array, x: Array) -> Array:  # noqa: ARG001
+    return coefficient * x
+
+
+def _approach(rate: Array, high: Array, low: Array, x: Array) -> Array:
+    return rate * ((x - high) - low)
+
+
+def _nothing(x: WeightsLike) -> _Sums:
+    """The sums before the first update."""
+    zero = jax.tree.map(jnp.zeros_like, tree.upcast(x))
+    mass = jnp.zeros((), accumulator(*(leaf.dtype for leaf in jax.tree.leaves(x))))
+    like = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), x)
+    return _Sums(jnp.zeros((), jnp.int32), (zero, mass), (zero, mass), like)
+
+
+def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """The sum, and its rounding error: D. Knuth, The Art of Computer Programming 2, 4.2.2."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
+
+
+def _added(increment: Increment, coefficient: ScalarLike, sums: _Sums, x: WeightsLike) -> _Sums:
+    """The sums after one more increment."""
+    weights, mass = sums.high
+    _checks.same_layout(state=weights, weights=x)
+    high, low = _grown(increment, coefficient, sums.high, sums.low, (x, jnp.ones_like(mass)))
+    return _Sums(sums.count + 1, high, low, sums.like)
+
+
+@jax.jit(static_argnums=0)
+def _grown(
+    increment: Increment, coefficient: ScalarLike, high: PyTree, low: PyTree, x: PyTree
+) -> tuple[PyTree, PyTree]:
+    def leaf(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+        c = jnp.asarray(coefficient).astype(high.dtype)
+        total, error = _two_sum(high, increment(c, high, low, x.astype(high.dtype)))
+        return _two_sum(total, low + error)
+
+    grown = jax.tree.map(leaf, high, low, x)
+    return jax.tree.transpose(jax.tree.structure(high), jax.tree.structure((0, 0)), grown)
+
+
+@jax.jit
+def _quotient(sums: _Sums) -> PyTree:
+    (high, mass), (low, rest) = sums.high, sums.low
+    mass = mass + rest
+    return jax.tree.map(
+        lambda high, low, like: ((high + low) / mass.astype(high.dtype)).astype(like.dtype),
+        high,
+        low,
+        sums.like,
+    )
+
+
+def running_mean() -> Average:
+    r"""Mean of all weights so far, with coefficients of either sign.
+
+    $$
+    \bar\theta_t = \frac{\sum_{i \le t} c_i\, \theta_i}{\sum_{i \le t} c_i}
+    $$
+
+    What [`mean`][wspace.average.mean] is of a sequence, without holding it: the sums are
+    compensated, so that they do not depend on the order but for rounding, however long they are.
+    With equal coefficients this is stochastic weight averaging, given weights from the end of a
+    run; statistics of activations that a model keeps, as for batch normalization, are to be
+    measured anew.
+
+    Returns:
+        An [`Average`][wspace.average.Average] whose `update(state, weights, coefficient=1.0)` adds
+            weights, with a negative coefficient also takes them out again, and whose `value`
+            raises a `ValueError` if the coefficients sum to less than $10^{-6} \sum_i |c_i|$ in
+            size (NaN if they are traced).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> running = average.running_mean()
+        >>> state = running.init({"w": jnp.zeros(1)})
+        >>> for w in (1.0, 2.0, 6.0):
+        ...     state = running.update(state, {"w": jnp.array([w])})
+        >>> running.value(state)
+        {'w': Array([3.], dtype=float32)}
+
+    References:
+        P. Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
+        UAI 2018, [arXiv:1803.05407](https://arxiv.org/abs/1803.05407).
+        A. Neumaier, *Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen*,
+        ZAMM 54, 1974.
+    """
+
+    def init(weights: WeightsLike) -> _SignedSums:
+        sums = _nothing(weights)
+        return _SignedSums(sums, jnp.zeros_like(sums.high[1]))
+
+    def update(
+        state: _SignedSums, weights: WeightsLike, coefficient: ScalarLike = 1.0
+    ) -> _SignedSums:
+        coefficient = _checks.scalar("coefficient", coefficient)
+        sums = _added(_term, coefficient, state.sums, weights)
+        size = state.size + jnp.abs(jnp.asarray(coefficient).astype(state.size.dtype))
+        return _SignedSums(sums, size)
+
+    def value(state: _SignedSums) -> PyTree:
+        sums, size = state
+        total = sums.high[1] + sums.low[1]
+        cancels = _checks.cancels(total, size) & (sums.count > 0)
+        undefined = _checks.refuse(
+            cancels,
+            lambda: (
+                f"the coefficients of {sums.count} weights sum to {total:g}, nothing beside their "
+                f"size {size:g}: an average divides by the sum, so make it differ from zero"
+            ),
+        )
+        high, mass = sums.high
+        return _quotient(sums._replace(high=(high, mass + undefined)))
+
+    return Average(init, update, value)
+
+
+def ema(decay: ScalarLike | Callable[[Array], ScalarLike], *, debias: bool = True) -> Average:
+    r"""Exponential moving average of the weights.
+
+    $$
+    \theta^{\text{ema}}_t = \frac{e_t}{m_t}, \qquad
+    e_t = \beta_t\, e_{t-1} + (1 - \beta_t)\, \theta_t, \quad
+    m_t = 1 - \prod_{i \le t} \beta_i, \quad e_0 = 0
+    $$
+
+    The coefficients $(1 - \beta_i) \prod_{j > i} \beta_j$ sum to $m_t$, so that weights that stay
+    where they are average to themselves from the first update on. Without this correction an
+    average from $e_0 = 0$ is short by the factor $m_t$. A decay next to one is subtracted from
+    one before it is rounded, and small steps are not lost beside large weights.
+
+    Args:
+        decay: The $\beta$ in $[0, 1)$; or a function from the number of updates before this one,
+            $0$ at the first, to $\beta_t$, like a schedule of optax.
+        debias: Whether to divide by $m_t$. If not, the average starts at the weights that `init`
+            was given, $e_0 = \theta_0$, which count with the coefficient $1 - m_t$.
+
+    Returns:
+        An [`Average`][wspace.average.Average].
+
+    Raises:
+        ValueError: If a number `decay` is known and not in $[0, 1)$; NaN if it is traced.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> moving = average.ema(0.5)
+        >>> state = moving.update(moving.init(jnp.zeros(1)), jnp.array([3.0]))
+        >>> moving.value(state)
+        Array([3.], dtype=float32)
+        >>> moving.value(moving.update(state, jnp.array([6.0])))
+        Array([5.], dtype=float32)
+        >>> warm = average.ema(lambda step: jnp.minimum(0.9999, (1 + step) / (10 + step)))
+
+    References:
+        B. Polyak, A. Juditsky, *Acceleration of Stochastic Approximation by Averaging*, SIAM
+        Journal on Control and Optimization 30, 1992.
+        D. Kingma, J. Ba, *Adam: A Method for Stochastic Optimization*, ICLR 2015, section 3,
+        [arXiv:1412.6980](https://arxiv.org/abs/1412.6980).
+    """
+    if isinstance(decay, Callable):
+        return _moving(lambda count: 1 - decay(count), debias)
+    words = "in [0, 1), or a function of the step"
+    rate = 1 - _checks.scalar("decay", decay, lambda d: (d >= 0) & (d < 1), words)
+    return _moving(lambda _: rate, debias)
+
+
+def power_ema(exponent: ScalarLike) -> Average:
+    r"""Power-function moving average, which remembers a fixed share of the run so far.
+
+    $$
+    \theta^{(\gamma)}_t = \Bigl(1 - \frac1t\Bigr)^{\gamma + 1} \theta^{(\gamma)}_{t-1}
+        + \Bigl(1 - \bigl(1 - \tfrac1t\bigr)^{\gamma + 1}\Bigr)\, \theta_t
+        = \sum_{i \le t} \frac{i^{\gamma + 1} - (i - 1)^{\gamma + 1}}{t^{\gamma + 1}}\, \theta_i
+    $$
+
+    The coefficients are the integrals of the [`Profile`][wspace.average.Profile]
+    $p(\tau) \propto \tau^\gamma$ on $[0, t]$ over the unit intervals before each update, and sum
+    to one. Exponent $0$ is the [`running_mean`][wspace.average.running_mean]; the larger it is,
+    the shorter the memory: [`exponent_of`][wspace.average.exponent_of] a width. Snapshots of two
+    such averages are enough to [`reconstruct`][wspace.average.reconstruct] others later.
+
+    Args:
+        exponent: The $\gamma \ge 0$.
+
+    Returns:
+        An [`Average`][wspace.average.Average].
+
+    Raises:
+        ValueError: If `exponent` is known and not finite or below $0$; NaN if it is traced.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> late = average.power_ema(1.0)
+        >>> state = late.init(jnp.zeros(1))
+        >>> for w in (1.0, 2.0):
+        ...     state = late.update(state, jnp.array([w]))
+        >>> late.value(state)
+        Array([1.75], dtype=float32)
+
+    References:
+        T. Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models*, CVPR
+        2024, section 3.1, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696).
+    """
+    exponent = _checks.scalar("exponent", exponent, lambda g: g >= 0, "finite and at least 0")
+
+    def rate(count: Array) -> Scalar:
+        t = (count + 1).astype(float)
+        return -jnp.expm1((jnp.asarray(exponent).astype(t.dtype) + 1) * jnp.log1p(-1 / t))
+
+    return _moving(rate, debias=True)
+
+
+def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
+    """The average that goes from where it is to the next weights by a rate, one minus the decay."""
+
+    def init(weights: WeightsLike) -> _Sums:
+        sums = _nothing(weights)
+        if debias:
+            return sums
+        return sums._replace(high=(tree.upcast(weights), jnp.ones_like(sums.high[1])))
+
+    def update(state: _Sums, weights: WeightsLike) -> _Sums:
+        return _added(_approach, rate(state.count), state, weights)
+
+    return Average(init, update, _quotient)
+
+
+def window(length: int) -> Average:
+    r"""Mean of the latest weights, all with the same coefficient.
+
+    $$
+    \bar\theta_t = \frac1k \sum_{i = t - k + 1}^{t} \theta_i, \qquad k = \min(t, \text{length})
+    $$
+
+    The weights themselves are kept, `length` of them in their own dtypes, so that what leaves the
+    window is forgotten without a trace, NaN and infinities included; a mean from which the oldest
+    weights are subtracted would keep their rounding, and NaN for ever.
+
+    Args:
+        length: How many weights to keep, at least 1.
+
+    Returns:
+        An [`Average`][wspace.average.Average].
+
+    Raises:
+        ValueError: If `length` is below 1.
+        TypeError: If `length` is not an integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> latest = average.window(2)
+        >>> state = latest.init(jnp.zeros(1))
+        >>> for w in (1.0, 2.0, 6.0):
+        ...     state = latest.update(state, jnp.array([w]))
+        >>> latest.value(state)
+        Array([4.], dtype=float32)
+
+    References:
+        J. Kaddour, *Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest
+        Weight Averaging*, 2022, [arXiv:2209.14981](https://arxiv.org/abs/2209.14981).
+    """
+    length = _checks.rank(length, "length")
+    if length < 1:
+        raise ValueError("length must be at least 1: a window of 0 weights has no mean")
+
+    def init(weights: WeightsLike) -> _Ring:
+        _checks.same_layout(weights=weights)
+
+        def room(leaf: Any) -> Array:
+            zero = jnp.zeros_like(leaf, leaf.dtype)
+            return jnp.broadcast_to(zero[None], (length, *zero.shape))
+
+        return _Ring(jnp.zeros((), jnp.int32), jax.tree.map(room, weights))
+
+    def update(state: _Ring, weights: WeightsLike) -> _Ring:
+        slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.last)
+        _checks.same_layout(state=slots, weights=weights)
+        return _Ring(state.count + 1, _stored(state.last, weights, state.count % length))
+
+    return Average(init, update, _mean_of_stored)
+
+
+@jax.jit
+def _stored(last: PyTree, weights: PyTree, place: Array) -> PyTree:
+    def put(row: Array, x: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(row, x.astype(row.dtype), place, 0)
+
+    return jax.tree.map(put, last, weights)
+
+
+@jax.jit
+def _mean_of_stored(state: _Ring) -> PyTree:
+    def leaf(row: Array) -> Array:
+        wide = row.astype(accumulator(row.dtype))
+        seen = jnp.minimum(state.count, len(row)).astype(wide.dtype)
+        return (jnp.sum(wide, 0) / seen).astype(row.dtype)
+
+    return jax.tree.map(leaf, state.last)
