@@ -1,0 +1,233 @@
+r"""Which entries a task needs: masks that take it, or something like it, out of a merged edit."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Bool, Float, PyTree
+
+from wspace import _checks, tree
+from wspace._numerics import accumulator
+from wspace.merge.consensus import disjoint_merge, elect
+from wspace.merge.task import added, differences, siblings
+from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+
+__all__ = ["Unified", "consensus_mask", "emr", "emr_model", "tall_mask"]
+
+
+def tall_mask(edit: WeightsLike, total: WeightsLike, strength: ScalarLike = 0.4) -> PyTree:
+    r"""Where a task vector is large beside all that others add to it: the TALL mask.
+
+    $$
+    m_j = \bigl[\, |\tau_j| > \lambda\, |T_j - \tau_j| \,\bigr], \qquad
+    T = \sum_i \tau_i
+    $$
+
+    The task vector is compared with the total less itself. Scaling both scales nothing, negating
+    both changes nothing, and where others cancel or are zero an entry is needed unless it is zero.
+
+    Args:
+        edit: The task vector $\tau$.
+        total: The merged task vector $T$ that it is a part of, of the same layout.
+        strength: The number $\lambda \ge 0$; the larger, the fewer entries. The masks of rising
+            $\lambda$ are nested.
+
+    Returns:
+        A tree of boolean arrays of the layout and sharding of `edit`. `cone.project` with a
+            [`cone.Mask`][wspace.cone.Mask] of it keeps those entries of an edit.
+
+    Raises:
+        ValueError: If `strength` is known and negative (if traced, nothing is selected); or if
+            the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> merge.tall_mask(jnp.array([1.0, 1.0, 0.0]), jnp.array([1.5, -4.0, 0.0]))
+        Array([ True, False, False], dtype=bool)
+
+    References:
+        K. Wang et al., *Localizing Task Information for Improved Model Merging and Compression*,
+        ICML 2024, [arXiv:2405.07813](https://arxiv.org/abs/2405.07813).
+    """
+    strength = _checks.scalar("strength", strength, lambda s: s >= 0, "at least 0")
+    _checks.same_layout(edit=edit, total=total)
+    return jax.tree.map(lambda x, y: _stands_out(strength, x, y), edit, total)
+
+
+@jax.jit
+def _stands_out(strength: Any, x: Array, total: Array) -> Bool[Array, "*s"]:
+    wide = accumulator(x.dtype, total.dtype)
+    x, rest = x.astype(wide), total.astype(wide) - x.astype(wide)
+    return jnp.abs(x) > jnp.asarray(strength).astype(wide) * jnp.abs(rest)
+
+
+def consensus_mask(masks: Sequence[PyTree], at_least: int = 2) -> PyTree:
+    r"""The entries that several tasks need.
+
+    $$
+    m_j = \Bigl[\, \sum_i m_{ij} \ge k \,\Bigr]
+    $$
+
+    With $k = 1$ it is the union and with $k$ the number of masks the intersection; the masks of
+    rising $k$ are nested, and the order of the masks does not matter. The consensus merge is
+    [`task_arithmetic`][wspace.merge.task_arithmetic] under the mask.
+
+    Args:
+        masks: Trees of boolean arrays of one layout, at least one, as from
+            [`tall_mask`][wspace.merge.tall_mask].
+        at_least: The number $k$, at least 0: 2 drops what one task alone needs.
+
+    Returns:
+        A tree of boolean arrays of the same layout.
+
+    Raises:
+        ValueError: If there is no mask, `at_least` is negative, or the masks differ in structure
+            or in a leaf's shape.
+        TypeError: If a leaf is not boolean, or `at_least` is not an integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> masks = [jnp.array([True, True, False]), jnp.array([False, True, False])]
+        >>> merge.consensus_mask(masks)
+        Array([False,  True, False], dtype=bool)
+
+    References:
+        K. Wang et al., *Localizing Task Information for Improved Model Merging and Compression*,
+        ICML 2024, [arXiv:2405.07813](https://arxiv.org/abs/2405.07813).
+    """
+    at_least = _checks.rank(at_least, "at_least")
+    named = _checks.each("masks", _checks.listed("masks", masks))
+    votes = {name: _votes(name, mask) for name, mask in named.items()}
+    _checks.same_layout(**votes)
+    total = tree.combine([1.0] * len(votes), list(votes.values()))
+    return jax.tree.map(lambda count: count >= at_least, total)
+
+
+def _votes(name: str, mask: PyTree) -> PyTree:
+    """A mask as ones and zeros."""
+    for path, leaf in tree_leaves_with_path(mask):
+        if jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(
+                f"leaf {keystr(path) or '(root)'} of {name} has dtype {jnp.result_type(leaf)}: "
+                "give booleans"
+            )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), mask)
+
+
+class Unified(NamedTuple):
+    """One edit for several tasks, and what takes each of them out of it.
+
+    Attributes:
+        edit: The unified task vector, in at least float32.
+        masks: One tree of booleans a task: where the edit has the sign of its task vector.
+        scales: One number a task, by which the masked edit has the 1-norm of its task vector.
+    """
+
+    edit: PyTree
+    masks: list[PyTree]
+    scales: Float[Array, " k"]
+
+
+def emr(base: WeightsLike, tuned: Sequence[WeightsLike]) -> Unified:
+    r"""EMR: elect one edit for all tasks, with a mask and a scale for each: no task is averaged.
+
+    $$
+    \tau_j = \gamma_j \max_{i:\, \operatorname{sgn} \tau_{ij} = \gamma_j} |\tau_{ij}|, \qquad
+    \gamma_j = \operatorname{sgn} \sum_i \tau_{ij}, \qquad
+    m_{ij} = [\, \tau_{ij}\, \tau_j > 0 \,], \qquad
+    s_i = \frac{\lVert \tau_i \rVert_1}{\lVert m_i\, \tau \rVert_1}
+    $$
+
+    One task comes back exactly. Permuting the models permutes masks and scales, scaling all task
+    vectors scales the edit alone, and negating them negates it alone. Both norms are sums over
+    the whole tree: means of leaves, added up, let small leaves outweigh large ones. Where votes
+    cancel no task has the entry.
+
+    Args:
+        base: The weights $\theta_0$.
+        tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
+
+    Returns:
+        The [`Unified`][wspace.merge.Unified] edit $\tau$ with masks $m_i$ and scales $s_i$, 0 for
+            a mask under which there is nothing. A model is
+            [`emr_model`][wspace.merge.emr_model] of it.
+
+    Raises:
+        ValueError: If there is no model, or the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> base = jnp.zeros(3)
+        >>> unified = merge.emr(base, [jnp.array([4.0, -2.0, 0.0]), jnp.array([2.0, 1.0, 1.0])])
+        >>> unified.edit, unified.scales
+        (Array([ 4., -2.,  1.], dtype=float32), Array([1. , 0.8], dtype=float32))
+        >>> merge.emr_model(base, unified, 1)
+        Array([3.2, 0. , 0.8], dtype=float32)
+
+    References:
+        C. Huang et al., *EMR-Merging: Tuning-Free High-Performance Model Merging*, NeurIPS 2024,
+        section 3, [arXiv:2405.17461](https://arxiv.org/abs/2405.17461).
+    """
+    tuned, _ = siblings(base, tuned, None)
+    edits = differences(base, tuned)
+    edit = disjoint_merge(edits, elect(edits), divide="largest")
+    masks = [jax.tree.map(_same_sign, x, edit) for x in edits]
+    kept = [_under(edit, mask) for mask in masks]
+    return Unified(edit, masks, jnp.stack([_ratio(x, y) for x, y in zip(edits, kept, strict=True)]))
+
+
+def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
+    r"""The model of one task, as it comes out of a unified edit.
+
+    $$
+    \hat\theta_i = \theta_0 + s_i\, m_i\, \tau
+    $$
+
+    Args:
+        base: The weights $\theta_0$.
+        unified: What [`emr`][wspace.merge.emr] returned.
+        index: The place of the task's model in the sequence given to `emr`.
+
+    Returns:
+        The weights $\hat\theta_i$, each leaf in the dtype of that leaf of `base`.
+
+    Raises:
+        ValueError: If the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+        IndexError: If there is no such task.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> unified = merge.emr(jnp.zeros(2), [jnp.array([4.0, -2.0])])
+        >>> merge.emr_model(jnp.zeros(2), unified, 0)
+        Array([ 4., -2.], dtype=float32)
+    """
+    _checks.same_layout(base=base, edit=unified.edit)
+    return added(base, _under(unified.edit, unified.masks[index]), unified.scales[index])
+
+
+@jax.jit
+def _same_sign(x: Array, edit: Array) -> Bool[Array, "*s"]:
+    return (jnp.sign(x) == jnp.sign(edit)) & (edit != 0)
+
+
+def _under(edit: WeightsLike, mask: PyTree) -> Weights:
+    return jax.tree.map(lambda leaf, m: jnp.where(m, leaf, 0), edit, mask)
+
+
+def _ratio(whole: WeightsLike, part: WeightsLike) -> Scalar:
+    left = _sum_of_sizes(part)
+    return jnp.where(left == 0, 0, _sum_of_sizes(whole) / jnp.where(left == 0, 1, left))
+
+
+def _sum_of_sizes(x: WeightsLike) -> Scalar:
+    sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(x)]
+    return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())

@@ -1,0 +1,177 @@
+r"""Task vectors of which few entries are kept: the largest, or random ones."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from wspace import _checks, tree
+from wspace._numerics import accumulator
+from wspace.selection import keep_top, top_mask
+from wspace.typing import Scalar, Weights, WeightsLike
+
+__all__ = ["drop", "trim"]
+
+Scope: TypeAlias = Literal["tree", "leaf", "row"]
+Kept: TypeAlias = Literal["floor", "floor+1"]
+Rescale: TypeAlias = Literal["inverse", "norm", "none"]
+
+
+def trim(x: WeightsLike, density: float, *, scope: Scope = "tree", kept: Kept = "floor") -> Weights:
+    r"""The entries of largest magnitude of a task vector, and zero elsewhere.
+
+    $$
+    \operatorname{trim}(\tau)_j = \tau_j\,
+        \bigl[\, j \text{ among the } \lfloor \rho n \rfloor \text{ largest of } |\tau| \,\bigr]
+    $$
+
+    Exactly that many entries stay, the first of equal ones, whatever the sharding. Trimming twice
+    is trimming once if the same number is asked for; scaling the input scales the output.
+
+    Args:
+        x: The task vector $\tau$.
+        density: The share $\rho$ of entries that stay, above 0 and at most 1.
+        scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
+            entries of a leaf that differ in their last index alone. Where $\rho n < 1$ nothing
+            stays: a small leaf is emptied under `"leaf"`, and not under `"tree"`.
+        kept: How many stay of $n$: `"floor"`, or `"floor+1"`, as where the threshold is the
+            $\lfloor \rho n \rfloor$-th entry that goes.
+
+    Returns:
+        The trimmed task vector, of the layout, dtypes and sharding of `x`. Its derivative is that
+            of the entries kept.
+
+    Raises:
+        ValueError: If `density` is out of its domain, or an option is unknown.
+        TypeError: If `density` is traced, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> merge.trim({"w": jnp.array([3.0, -5.0, 1.0]), "b": jnp.array([4.0])}, 0.5)
+        {'b': Array([4.], dtype=float32), 'w': Array([ 0., -5.,  0.], dtype=float32)}
+
+    References:
+        P. Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023,
+        section 3, [arXiv:2306.01708](https://arxiv.org/abs/2306.01708).
+    """
+    density = _checks.share("density", density)
+    _checks.one_of("scope", scope, get_args(Scope))
+    _checks.one_of("kept", kept, get_args(Kept))
+    _checks.same_layout(x=x)
+    more = kept == "floor+1"
+    return band_of(x, lambda size: (0, min(count(density, size) + more, size)), scope)
+
+
+def count(share: float, size: int) -> int:
+    """How many of some entries a share of them is, rounded down."""
+    return math.floor(share * size)
+
+
+def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope) -> Weights:
+    """The entries whose place by falling magnitude is in a band, given how many there are."""
+    if scope == "tree":
+        return _between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
+    return jax.tree.map(lambda leaf: _in_leaf(jnp.asarray(leaf), band, scope), x)
+
+
+def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
+    if scope == "row" and leaf.ndim > 1:
+        return _in_rows(leaf, *band(leaf.shape[-1]))
+    return _between(leaf, *band(leaf.size))
+
+
+def _between(x: WeightsLike, start: int, stop: int) -> Weights:
+    if not start:
+        return keep_top(x, stop)
+    inside, above = top_mask(x, stop), top_mask(x, start)
+    return jax.tree.map(lambda leaf, i, a: jnp.where(i & ~a, leaf, 0), x, inside, above)
+
+
+@jax.jit
+def _in_rows(leaf: Array, start: Any, stop: Any) -> Array:
+    place = places(leaf)
+    return jnp.where((place >= start) & (place < stop), leaf, 0)
+
+
+def places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:
+    """The place of every entry in its row by falling magnitude, the first of equal ones first."""
+    sizes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    return jnp.argsort(jnp.argsort(-sizes, axis=-1, stable=True), axis=-1)
+
+
+def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inverse") -> Weights:
+    r"""Random entries of a task vector, enlarged to make up for those that are dropped.
+
+    $$
+    \operatorname{drop}(\tau)_j = s\, m_j\, \tau_j, \qquad
+    m_j \sim \operatorname{Bernoulli}(\rho) \text{ independently}
+    $$
+
+    With $s = 1/\rho$ the expectation is $\tau$ and the variance $\tau_j^2\,(1 - \rho)/\rho$.
+
+    The mask depends on the key, the path of the leaf and its shape: on no value, no other leaf
+    and no sharding.
+
+    Args:
+        key: A random key.
+        x: The task vector $\tau$.
+        density: The probability $\rho$ that an entry stays, above 0 and at most 1.
+        rescale: The factor $s$: `"inverse"`, $1/\rho$; `"norm"`, by which a leaf keeps its 1-norm,
+            $\lVert \tau_\ell \rVert_1 / \lVert m_\ell \tau_\ell \rVert_1$, though not its
+            expectation; or `"none"`, $1$. A leaf of which nothing stays is zero.
+
+    Returns:
+        The task vector with entries dropped, of the layout, dtypes and sharding of `x`. Its
+            derivative is that under the mask drawn.
+
+    Raises:
+        ValueError: If `density` is out of its domain, or `rescale` is unknown.
+        TypeError: If `density` is traced, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from wspace import merge
+        >>> merge.drop(jax.random.key(0), {"w": jnp.ones(6)}, 0.5)
+        {'w': Array([0., 2., 0., 2., 0., 0.], dtype=float32)}
+
+    References:
+        L. Yu et al., *Language Models are Super Mario: Absorbing Abilities from Homologous Models
+        as a Free Lunch*, ICML 2024, section 3.2,
+        [arXiv:2311.03099](https://arxiv.org/abs/2311.03099).
+    """
+    density = _checks.share("density", density)
+    _checks.one_of("rescale", rescale, get_args(Rescale))
+    _checks.same_layout(x=x)
+    keys = tree.split_key_like(key, x)
+    return jax.tree.map(
+        lambda key, leaf: _dropped(key, jnp.asarray(leaf), density, rescale), keys, x
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _dropped(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
+    wide = leaf.astype(accumulator(leaf.dtype))
+    kept = jnp.where(chosen(key, leaf, density), wide, 0)
+    if rescale == "inverse":
+        kept = kept / density
+    if rescale == "norm":
+        kept = kept * norm_ratio(wide, kept)
+    return kept.astype(leaf.dtype)
+
+
+def chosen(key: Array, leaf: Array, probability: Any) -> Bool[Array, "*s"]:
+    """Which entries are drawn, each on its own with its probability, where the leaf lies."""
+    sharding = jax.typeof(leaf).sharding
+    uniform = jax.random.uniform(key, leaf.shape, jnp.float32, out_sharding=sharding)
+    return uniform < probability
+
+
+def norm_ratio(whole: Array, part: Array) -> Scalar:
+    """By how much the 1-norm of an array is larger than that of a part of it; 1 for nothing."""
+    left = jnp.sum(jnp.abs(part))
+    return jnp.where(left == 0, 1, jnp.sum(jnp.abs(whole)) / jnp.where(left == 0, 1, left))

@@ -1,0 +1,179 @@
+r"""Task vectors thinned by the rank of their entries: at random, or to those of middle size."""
+
+import functools
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from wspace import _checks, tree
+from wspace._numerics import accumulator, placed_like, replicated
+from wspace.merge.sparsify import Rescale, Scope, band_of, chosen, count, norm_ratio, places
+from wspace.typing import Weights, WeightsLike
+
+__all__ = ["band", "magprune"]
+
+RankScope: TypeAlias = Literal["row", "leaf"]
+
+
+def band(
+    x: WeightsLike, density: float, outliers: float = 0.0, *, scope: Scope = "tree"
+) -> Weights:
+    r"""The entries of a task vector that come next in magnitude after its outliers.
+
+    $$
+    \operatorname{band}(\tau)_j = \tau_j\,
+        \bigl[\, \lfloor \gamma n \rfloor < \operatorname{rank}_j
+        \le \lfloor \gamma n \rfloor + \lfloor \rho n \rfloor \,\bigr]
+    $$
+
+    Rank 1 is the largest magnitude, and of equal ones the first. Exactly that many entries stay,
+    whatever $n$ and the sharding; with $\gamma = 0$ this is [`trim`][wspace.merge.trim]. Scaling
+    the input scales the output.
+
+    Args:
+        x: The task vector $\tau$.
+        density: The share $\rho$ of entries that stay, above 0 and at most 1.
+        outliers: The share $\gamma$ of largest entries that go, from 0 to below 1.
+        scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
+            entries of a leaf that differ in their last index alone.
+
+    Returns:
+        The thinned task vector, of the layout, dtypes and sharding of `x`. Its derivative is that
+            of the entries kept.
+
+    Raises:
+        ValueError: If `density` or `outliers` is out of its domain, both are more than 1 together,
+            or `scope` is unknown.
+        TypeError: If `density` or `outliers` is traced, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> merge.band({"w": jnp.array([3.0, -5.0, 1.0, 90.0])}, 0.5, 0.25)
+        {'w': Array([ 3., -5.,  0.,  0.], dtype=float32)}
+
+    References:
+        M. Davari, E. Belilovsky, *Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse
+        Masks*, ECCV 2024, [arXiv:2312.06795](https://arxiv.org/abs/2312.06795).
+    """
+    density, outliers = _checks.share("density", density), _part("outliers", outliers)
+    if density + outliers > 1 + 1e-12:  # 0.83 + 0.17 is more than 1 in floating point
+        raise ValueError(
+            f"density {density} and outliers {outliers} are more than all entries together: "
+            "lower one of them"
+        )
+    _checks.one_of("scope", scope, get_args(Scope))
+    _checks.same_layout(x=x)
+
+    def middle(size: int) -> tuple[int, int]:
+        gone = count(outliers, size)
+        return gone, min(gone + count(density, size), size)
+
+    return band_of(x, middle, scope)
+
+
+def _part(name: str, value: Any) -> float:
+    """A share of entries from 0 to below 1, known when tracing."""
+    if _checks.is_traced(value):
+        raise TypeError(f"{name} must be a plain number, got a traced one: close over it")
+    _checks.scalar(name, value, lambda known: 0 <= known < 1, "from 0 to below 1")
+    return float(value)
+
+
+def magprune(
+    key: Array,
+    x: WeightsLike,
+    density: float,
+    *,
+    width: float = 0.05,
+    scope: RankScope = "row",
+    rescale: Rescale = "inverse",
+) -> Weights:
+    r"""Random entries of a task vector, large ones more likely to stay than small ones.
+
+    $$
+    \operatorname{magprune}(\tau)_j = s_j\, m_j\, \tau_j, \qquad
+    m_j \sim \operatorname{Bernoulli}(p_j), \qquad
+    p_j = \rho + \epsilon\, \frac{n + 1 - 2\operatorname{rank}_j}{n - 1}
+    $$
+
+    The probability falls from $\rho + \epsilon$ for the largest of $n$ entries, rank 1, to
+    $\rho - \epsilon$ for the least, and its mean is $\rho$. With $s_j = 1/p_j$ the expectation is
+    $\tau$ and the variance $\tau_j^2\,(1 - p_j)/p_j$. Width 0 is [`drop`][wspace.merge.drop],
+    mask for mask.
+
+    Ranks are exact, of equal magnitudes the first entry the higher. The mask depends on the key,
+    the path of the leaf, its shape and the order of its magnitudes: on no scale, no other leaf
+    and no sharding. Ranks need a sort, for which a sharded leaf is gathered.
+
+    Args:
+        key: A random key.
+        x: The task vector $\tau$.
+        density: The mean probability $\rho$ that an entry stays, above 0 and at most 1.
+        width: The most $\epsilon$ by which a probability differs from the mean, at least 0, with
+            $\rho - \epsilon$ above 0 and $\rho + \epsilon$ at most 1.
+        scope: Among which entries ranks are counted: of every `"row"`, which differ in their last
+            index alone, or of every `"leaf"`. An entry by itself has $p = \rho$.
+        rescale: The factor $s_j$: `"inverse"`, $1/p_j$; `"norm"`, by which a leaf keeps its
+            1-norm, though not its expectation; or `"none"`, 1.
+
+    Returns:
+        The thinned task vector, of the layout, dtypes and sharding of `x`. Its derivative is that
+            under the mask drawn.
+
+    Raises:
+        ValueError: If `density` or `width` is out of its domain, or an option is unknown.
+        TypeError: If `density` or `width` is traced, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from wspace import merge
+        >>> merge.magprune(jax.random.key(0), {"w": jnp.arange(1.0, 6)}, 0.5, width=0.3)
+        {'w': Array([0.       , 5.714286 , 0.       , 6.1538463, 0.       ], dtype=float32)}
+
+    References:
+        P. T. Deep, R. Bhardwaj, S. Poria, *DELLA-Merging: Reducing Interference in Model Merging
+        through Magnitude-Based Sampling*, 2024, section 3,
+        [arXiv:2406.11617](https://arxiv.org/abs/2406.11617).
+    """
+    density, width = _checks.share("density", density), _part("width", width)
+    if not (density - width > 0 and density + width <= 1 + 1e-12):
+        raise ValueError(
+            f"density {density} with width {width} gives probabilities from {density - width:g} to "
+            f"{density + width:g}: keep them above 0 and at most 1 by a smaller width"
+        )
+    _checks.one_of("scope", scope, get_args(RankScope))
+    _checks.one_of("rescale", rescale, get_args(Rescale))
+    _checks.same_layout(x=x)
+    keys = tree.split_key_like(key, x)
+    return jax.tree.map(
+        lambda key, leaf: _pruned(key, jnp.asarray(leaf), density, width, scope, rescale), keys, x
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _pruned(
+    key: Array, leaf: Array, density: float, width: float, scope: RankScope, rescale: Rescale
+) -> Array:
+    wide = leaf.astype(accumulator(leaf.dtype))
+    by_row = scope == "row" and leaf.ndim > 1
+    sizes = jnp.abs(replicated(wide))
+    rise = _rise(sizes if by_row else sizes.reshape(-1), width).reshape(leaf.shape)
+    probability = placed_like(density + rise, leaf)
+    kept = jnp.where(chosen(key, leaf, probability), wide, 0)
+    if rescale == "inverse":
+        kept = kept / probability.astype(wide.dtype)
+    if rescale == "norm":
+        kept = kept * norm_ratio(wide, kept)
+    return kept.astype(leaf.dtype)
+
+
+def _rise(sizes: Float[Array, "... n"], width: float) -> Float[Array, "... n"]:
+    """From the width for the largest in a row to its negative for the least, in equal steps."""
+    last = sizes.shape[-1] - 1
+    rise = (last - 2 * places(sizes).astype(jnp.float32)) * (width / max(last, 1))
+    # One bit less, so that no compiler fuses the product with a sum that follows: the bits of the
+    # probability, and with them the mask, are those of every sharding.
+    return jax.lax.reduce_precision(rise, 8, 22)
