@@ -9,6 +9,7 @@ optimizer and number of steps share one compilation.
 from wspace.fit.away import Away, ascent, clipped, entropy, hinge, npo
 from wspace.fit.guarding import Weightings, guard
 from wspace.fit.inversion import invert
+from wspace.fit.learning import Learned, coefficients
 from wspace.fit.training import Fit, History, KeyedLoss, Progress, adapt
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "Fit",
     "History",
     "KeyedLoss",
+    "Learned",
     "Progress",
     "Weightings",
     "adapt",
     "ascent",
     "clipped",
+    "coefficients",
     "entropy",
     "guard",
     "hinge",

@@ -1,0 +1,304 @@
+r"""What became of every model in a merge: which entries were trimmed, and which lost the vote.
+
+Whatever the method, a merge can be read from what went in and what came out. An entry of a model's
+term is *kept* if it was not trimmed, *agreed* if the merge moves the way it does, and *flipped* if
+the merge moves the other way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Float, Int
+
+from wspace import _checks
+from wspace._numerics import accumulator
+from wspace.merge.task import siblings
+from wspace.typing import Coefficients, WeightsLike
+
+__all__ = ["Report", "Tally", "report"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tally:
+    r"""What became of every model in one leaf of a merge, or in all of them.
+
+    Norms and counts are one number a model; $m = \theta - \theta_0$ is the merged displacement.
+
+    Attributes:
+        path: The path of the leaf; `"(all)"` for the whole tree.
+        entries: How many entries there are.
+        norms: The norms of the task vectors $\tau_i$.
+        moved: How many entries of a task vector are not zero.
+        kept: How many entries of its edit $e_i$ are not zero.
+        agreed: How many of these have, times $c_i$, the sign of $m$.
+        flipped: How many have the opposite sign. The others are not in the merge at all: $c_i$ or
+            the entry of $m$ is zero, because votes cancel or because rounding to the dtype of the
+            leaf takes what is left.
+        trimmed: The norm of what trimming takes: of $\tau_i$ where the edit is zero.
+        outvoted: The norm of what the vote takes: of the edit where it did not agree.
+        overruled: Who flipped whom: at `[i, j]`, in how many entries $m$ has the sign of model $j$
+            and the opposite one of model $i$.
+        disputed: In how many entries two models have opposite signs.
+        displacement: The norm of $m$.
+        cosines: The cosines of $m$ with the task vectors; NaN where one of the two is zero.
+    """
+
+    path: str
+    entries: int
+    norms: Float[np.ndarray, " k"]
+    moved: Int[np.ndarray, " k"]
+    kept: Int[np.ndarray, " k"]
+    agreed: Int[np.ndarray, " k"]
+    flipped: Int[np.ndarray, " k"]
+    trimmed: Float[np.ndarray, " k"]
+    outvoted: Float[np.ndarray, " k"]
+    overruled: Int[np.ndarray, "k k"]
+    disputed: int
+    displacement: float
+    cosines: Float[np.ndarray, " k"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What became of every model in a merge.
+
+    `str()` of it is a table to read.
+
+    Attributes:
+        coefficients: The coefficients of the models.
+        total: A [`Tally`][wspace.merge.Tally] of the whole tree.
+        leaves: One a leaf.
+        seed: The data of the key that the edits were drawn with, if one was given.
+    """
+
+    coefficients: Float[np.ndarray, " k"]
+    total: Tally
+    leaves: tuple[Tally, ...]
+    seed: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        """The report as tables, of models and of leaves."""
+        return _text(self)
+
+
+def report(
+    base: WeightsLike,
+    tuned: Sequence[WeightsLike],
+    merged: WeightsLike,
+    coefficients: Coefficients | None = None,
+    *,
+    edits: Sequence[WeightsLike] | None = None,
+    key: Array | None = None,
+) -> Report:
+    r"""Tells what became of every model in a merge, of whatever method.
+
+    With $\tau_i = \theta_i - \theta_0$, the edits $e_i$ that the merge made of them, and
+    $m = \theta - \theta_0$, the entry $j$ of model $i$ is
+
+    $$
+    \text{trimmed if } e_{ij} = 0 \ne \tau_{ij}, \qquad
+    \text{agreed if } \operatorname{sgn}(c_i\, e_{ij}) = \operatorname{sgn}(m_j) \ne 0, \qquad
+    \text{flipped if } \operatorname{sgn}(c_i\, e_{ij}) = -\operatorname{sgn}(m_j) \ne 0
+    $$
+
+    Only the signs of the coefficients count, so that neither scaling all of them by a positive
+    number nor scaling all trees changes a count. A merge that is rounded to half precision has the
+    signs of the one that is not, or zeros.
+
+    Args:
+        base: The weights $\theta_0$.
+        tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
+        merged: The merged weights $\theta$.
+        coefficients: The $c_i$ that the merge was given; ones if not given. Where it was also given
+            a negative `scale`, times that.
+        edits: What [`trim`][wspace.merge.trim] or [`drop`][wspace.merge.drop] made of the task
+            vectors, one a model; the task vectors themselves if not given, of which nothing was
+            trimmed.
+        key: The key that the edits were drawn with, to stand in the report.
+
+    Returns:
+        A [`Report`][wspace.merge.Report] of NumPy numbers.
+
+    Raises:
+        ValueError: If the counts differ or are zero, a coefficient is not finite, or the trees
+            have no leaves or differ in structure or in a leaf's shape.
+        TypeError: If a value is traced, since a report is read, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> base, tuned = jnp.zeros(4), [jnp.array([4.0, -3, 1, 0]), jnp.array([2.0, 5, 0, -1])]
+        >>> edits = [merge.trim(merge.task_vector(base, x), 0.5) for x in tuned]
+        >>> merged = merge.ties(base, tuned, density=0.5)
+        >>> told = merge.report(base, tuned, merged, edits=edits)
+        >>> told.total.kept, told.total.flipped, told.total.overruled[0]
+        (array([2, 2]), array([1, 0]), array([0, 1]))
+        >>> print(str(told).splitlines()[0])
+        Merge of 2 models: displacement 5.83095, 1 of 4 entries disputed
+    """
+    if _checks.is_traced(base, tuned, merged, coefficients, edits, key):
+        raise TypeError("a report is read, so that its values must be known: make it outside jit")
+    tuned, c = siblings(base, tuned, coefficients)
+    names = {"base": base, "merged": merged}
+    if edits is not None:
+        edits = _checks.listed("edits", edits)
+        if len(edits) != len(tuned):
+            raise ValueError(f"edits has {len(edits)} trees for {len(tuned)} models: give one each")
+        names |= _checks.each("edits", edits)
+    _checks.same_layout(**names)
+    paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(base)]
+    if not paths:
+        raise ValueError("base has no leaves, so there is nothing to report")
+    signs = np.sign(c).astype(np.int8)
+    rows = zip(*map(jax.tree.leaves, (base, merged, *tuned, *(edits or []))), strict=True)
+    sums = [_on_host(x) for x in jax.device_get([_sums(signs, *row) for row in rows])]
+    total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
+    seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
+    leaves = tuple(_tally(path, x) for path, x in zip(paths, sums, strict=True))
+    return Report(np.asarray(c, np.float64), _tally("(all)", total), leaves, seed)
+
+
+class _Sums(NamedTuple):
+    """Counts, squares and products of one leaf; over several leaves they add."""
+
+    entries: Any
+    moved: Any
+    kept: Any
+    agreed: Any
+    flipped: Any
+    overruled: Any
+    disputed: Any
+    norms: Any
+    trimmed: Any
+    outvoted: Any
+    displacement: Any
+    products: Any
+
+
+@jax.jit
+def _sums(signs: Int[Array, " k"], base: Array, merged: Array, *others: Array) -> _Sums:
+    """All figures of one leaf; `others` are the models and then the edits, if there are any."""
+    k = signs.size
+    wide = accumulator(base.dtype, merged.dtype, *(x.dtype for x in others))
+    base, merged, *given = (x.astype(wide) for x in (base, merged, *others))
+    move = merged - base
+    taus = [x - base for x in given[:k]]
+    edits = given[k:] or taus
+    way = jnp.sign(move)
+    votes = [jnp.sign(x) * signs[i].astype(wide) for i, x in enumerate(edits)]
+    agreed = [(v == way) & (way != 0) for v in votes]
+    flipped = [(v == -way) & (way != 0) for v in votes]
+    plus, minus = (functools.reduce(jnp.logical_or, [s * v > 0 for v in votes]) for s in (1, -1))
+
+    def count(masks: Sequence[Array]) -> Array:
+        return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in masks])
+
+    def squares(xs: Sequence[Array]) -> Array:
+        return jnp.stack([jnp.sum(x * x) for x in xs])
+
+    return _Sums(
+        entries=jnp.asarray(base.size, jnp.uint32),
+        moved=count([x != 0 for x in taus]),
+        kept=count([x != 0 for x in edits]),
+        agreed=count(agreed),
+        flipped=count(flipped),
+        overruled=jnp.stack([count([f & a for a in agreed]) for f in flipped]),
+        disputed=jnp.sum(plus & minus, dtype=jnp.uint32),
+        norms=squares(taus),
+        trimmed=squares([jnp.where(e == 0, x, 0) for x, e in zip(taus, edits, strict=True)]),
+        outvoted=squares([jnp.where(a, 0, e) for a, e in zip(agreed, edits, strict=True)]),
+        displacement=jnp.sum(move * move),
+        products=jnp.stack([jnp.sum(move * x) for x in taus]),
+    )
+
+
+def _on_host(sums: _Sums) -> _Sums:
+    """The sums in types that hold those of many leaves."""
+    return jax.tree.map(lambda x: np.asarray(x, np.result_type(x, np.int64)), sums)
+
+
+def _tally(path: str, sums: _Sums) -> Tally:
+    roots = {
+        name: np.sqrt(getattr(sums, name))
+        for name in ("norms", "trimmed", "outvoted", "displacement")
+    }
+    scale = roots["displacement"] * roots["norms"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = np.clip(sums.products / scale, -1, 1)
+    figures = sums._asdict() | roots
+    del figures["products"]
+    whole = {name: figures[name].item() for name in ("entries", "disputed", "displacement")}
+    return Tally(path=path, cosines=cosines, **figures | whole)
+
+
+def _text(report: Report) -> str:
+    """The report in words and columns."""
+    total, c = report.total, report.coefficients
+    moved = f"displacement {total.displacement:.6g}"
+    share = f"{total.disputed} of {_counted(total.entries, 'entry', 'entries')} disputed"
+    lines = [f"Merge of {_counted(c.size, 'model', 'models')}: {moved}, {share}"]
+    if report.seed is not None:
+        lines.append(f"Edits drawn with the key {list(report.seed)}")
+    header = ("model", "coefficient", "norm", "kept", "agreed", "flipped", "flipped by each")
+    models = [(*header, "trimmed", "outvoted", "cosine")]
+    for i in range(c.size):
+        kept = total.kept[i]
+        flips = " ".join("-" if i == j else str(n) for j, n in enumerate(total.overruled[i]))
+        models.append(
+            (
+                str(i),
+                f"{c[i]:.4g}",
+                f"{total.norms[i]:.4g}",
+                _part(kept, total.entries),
+                _part(total.agreed[i], kept),
+                _part(total.flipped[i], kept),
+                flips,
+                f"{total.trimmed[i]:.4g}",
+                f"{total.outvoted[i]:.4g}",
+                _cosine(total.cosines[i]),
+            )
+        )
+    leaves = [("leaf", "entries", "displacement", "disputed", "kept", "flipped", "cosine")]
+    for leaf in report.leaves:
+        leaves.append(
+            (
+                leaf.path,
+                str(leaf.entries),
+                f"{leaf.displacement:.4g}",
+                _share(leaf.disputed, leaf.entries),
+                " ".join(_share(x, leaf.entries) for x in leaf.kept),
+                " ".join(_share(x, y) for x, y in zip(leaf.flipped, leaf.kept, strict=True)),
+                " ".join(map(_cosine, leaf.cosines)),
+            )
+        )
+    return "\n".join([*lines, "", _columns(models), "", _columns(leaves)])
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
+def _share(part: Any, whole: Any) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _part(part: Any, whole: Any) -> str:
+    return f"{part} ({_share(part, whole)})"
+
+
+def _cosine(x: Any) -> str:
+    return "-" if np.isnan(x) else f"{x:.3f}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
