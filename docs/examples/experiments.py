@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from threadpoolctl import threadpool_limits
 
-from docs.examples import access, averages, cost, hulls, naming, report
+from docs.examples import access, averages, cost, hulls, merges, naming, report
 
 EXPERIMENTS = {
     "averages": averages,
@@ -18,8 +18,12 @@ EXPERIMENTS = {
     "cost": cost,
     "hulls": hulls,
     "naming": naming,
+    "merges": merges,
 }
-SHARES = (("access", "cost", "hulls"), ("averages", "naming"))  # about as long; guards are shared
+SHARES = (
+    ("access", "cost", "hulls", "merges"),
+    ("averages", "naming"),
+)  # about as long; guards are shared
 
 
 def measure(names: Sequence[str], folder: pathlib.Path) -> None:
