@@ -3,7 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from wspace import average, cone, geometry, interpolate, lowrank, negative, perturb, selection, tree
+from wspace import (
+    average,
+    cone,
+    geometry,
+    interpolate,
+    lowrank,
+    merge,
+    negative,
+    perturb,
+    selection,
+    tree,
+)
 
 
 def allow():
@@ -24,6 +35,11 @@ def thin(x):
 def thick(x):
     """The same edit with that leaf multiplied out, as a list."""
     return [lowrank.materialize(x["k"]), x["w"], x["s"]]
+
+
+def in_space(function, x, y):
+    """The difference of two edits by way of coordinates, the factored leaf multiplied out."""
+    return thick(function(merge.task_arithmetic, (thin(x), thin(y)), (1.5, -0.7)))
 
 
 def masked(x):
@@ -59,6 +75,43 @@ def rewritten(x):
     return [negative.rewrite(x["w"], keys[:2], jnp.eye(2, 4), keep=keys[2:])]
 
 
+def squares(x):
+    """A tree of the same layout without negative entries."""
+    return jax.tree.map(jnp.square, tree.upcast(x))
+
+
+def grams():
+    """Gram matrices of the inputs of two points of the layout of `test_transforms`."""
+    spread = jnp.diag(jnp.arange(1.0, 9))
+    return [
+        {"w": jnp.eye(16) + 1, "b": [None, None], "s": spread, "k": None},
+        {"w": jnp.eye(16), "b": [None, None], "s": spread + 1, "k": None},
+    ]
+
+
+def factors():
+    """Kronecker factors for the same points."""
+    rest = {"w": None, "b": [None, None], "k": None}
+    left, right = jnp.diag(jnp.arange(1.0, 9)), jnp.eye(3)
+    return [
+        rest | {"s": average.Kronecker(left + 1, right)},
+        rest | {"s": average.Kronecker(left, right + 1)},
+    ]
+
+
+def streamed(run, *points):
+    """An average of a stream of points."""
+    state = run.init(points[0])
+    for x in points:
+        state = run.update(state, x)
+    return run.value(state)
+
+
+def profiles():
+    """Profiles of two snapshots, and that of an average put together from them."""
+    return [average.Profile(100, 2.0), average.Profile(200, 5.0)], average.Profile(200, 3.0)
+
+
 def says(x):
     """A readout: a number that depends on every entry of a tree, not linearly."""
     return tree.vdot(x, jax.tree.map(jnp.tanh, x))
@@ -70,13 +123,43 @@ def halved(x):
     return [x["w"], x["w"].T], [half, half.T]
 
 
+def signs_of(x):
+    """A tree of signs."""
+    return jax.tree.map(jnp.sign, x)
+
+
 def split(x):
     """The parts of one matrix that two points take, added to it."""
     return [lowrank.apply(x["w"], e) for e in negative.split_rank(x["w"], (0.3, 0.7), (4, 4))]
 
 
 CATALOG = {
+    "average.ema": (3, lambda *points: streamed(average.ema(0.3), *points)),
+    "average.fisher_mean": (
+        3,
+        lambda x, y, z: average.fisher_mean([x, y], [squares(y), squares(z)], (1.0, 0.7)),
+    ),
+    "average.kronecker_mean": (2, lambda x, y: average.kronecker_mean([x, y], factors()).weights),
+    "average.geometric_median": (
+        3,
+        lambda *points: average.geometric_median(points, (1.0, 0.7, 0.8)).weights,
+    ),
+    "average.karcher_mean": (
+        3,
+        lambda *points: average.karcher_mean(points, (1.0, 0.7, -0.3)).weights,
+    ),
+    "average.karcher_mean, equal": (3, lambda *points: average.karcher_mean(points).weights),
     "average.mean": (3, lambda *points: average.mean(points, (1.0, 0.7, -0.3))),
+    "average.model_stock": (3, lambda base, *points: average.model_stock(base, points, floor=-1.0)),
+    "average.model_stock, row": (
+        3,
+        lambda base, *points: average.model_stock(base, points, scope="row"),
+    ),
+    "average.power_ema": (3, lambda *points: streamed(average.power_ema(2.0), *points)),
+    "average.reconstruct": (2, lambda x, y: average.reconstruct([x, y], *profiles()).weights),
+    "average.regression_mean": (2, lambda x, y: average.regression_mean([x, y], grams()).weights),
+    "average.running_mean": (3, lambda *points: streamed(average.running_mean(), *points)),
+    "average.window": (3, lambda *points: streamed(average.window(2), *points)),
     "cone.entry": (1, lambda x: cone.entry(cone.PooledRank(3), x, 13.0).norm),
     "cone.exit": (1, lambda x: cone.exit(cone.Rank(1), x, 40.0).norm),
     "cone.nuclear_entry": (1, lambda x: cone.nuclear_entry(x, 9.0).norm),
@@ -135,6 +218,71 @@ CATALOG = {
     ),
     "lowrank.vdot": (2, lowrank.vdot),
     "lowrank.vdot, factored": (2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
+    "merge.band": (1, lambda x: merge.band(x, 0.4, 0.1)),
+    "merge.breadcrumbs": (
+        3,
+        lambda base, *xs: merge.breadcrumbs(base, xs, (1.5, -0.7), density=0.4, outliers=0.1),
+    ),
+    "merge.breadcrumbs_ties": (
+        3,
+        lambda base, *xs: merge.breadcrumbs_ties(base, xs, density=0.4, outliers=0.1),
+    ),
+    "merge.cancellation": (2, lambda *edits: merge.cancellation(edits)),
+    "merge.cosines": (2, lambda *edits: merge.cosines(edits)),
+    "merge.cosines, factored": (2, lambda x, y: merge.cosines((thin(x), thin(y)))),
+    "merge.dare": (3, lambda base, *xs: merge.dare(jax.random.key(0), base, xs, (1.5, -0.7))),
+    "merge.dare_ties": (
+        3,
+        lambda base, *xs: merge.dare_ties(jax.random.key(0), base, xs, (1.5, -0.7)),
+    ),
+    "merge.della": (3, lambda base, *xs: merge.della(jax.random.key(0), base, xs, (1.5, -0.7))),
+    "merge.disjoint_merge": (3, lambda signs, *xs: merge.disjoint_merge(xs, signs_of(signs))),
+    "merge.drop": (1, lambda x: merge.drop(jax.random.key(0), x, 0.4)),
+    "merge.elect": (3, lambda *edits: merge.elect(edits, (1.5, -0.7, 0.2))),
+    "merge.emr": (3, lambda base, *tuned: merge.emr(base, tuned)[::2]),
+    "merge.emr_model": (
+        3,
+        lambda base, *tuned: merge.emr_model(base, merge.emr(base, tuned), 1),
+    ),
+    "merge.ext_sub": (3, lambda base, x, y: merge.ext_sub(base, x, y, 0.7)),
+    "merge.gram": (2, lambda *edits: merge.gram(edits)),
+    "merge.gram, factored": (2, lambda x, y: merge.gram((thin(x), thin(y)))),
+    "merge.in_core_space": (2, lambda x, y: in_space(merge.in_core_space, x, y)),
+    "merge.in_shared_space": (2, lambda x, y: in_space(merge.in_shared_space, x, y)),
+    "merge.iso_c": (3, lambda base, *tuned: merge.iso_c(base, tuned, (1.5, -0.7)).weights),
+    "merge.iso_cts": (3, lambda base, *tuned: merge.iso_cts(base, tuned, common=0.4).weights),
+    "merge.knots": (3, lambda base, *tuned: merge.knots(base, tuned, (1.5, -0.7))),
+    "merge.lines": (
+        1,
+        lambda x: merge.lines(x, {"w": 0, "b": [1, 2], "s": 3, "k": None}, start=0.5, rise=0.7),
+    ),
+    "merge.magmax": (3, lambda base, *tuned: merge.magmax(base, tuned, (1.5, -0.7))),
+    "merge.magprune": (1, lambda x: merge.magprune(jax.random.key(0), x, 0.5, width=0.2)),
+    "merge.nearswap": (2, lambda base, tuned: merge.nearswap(base, tuned, 0.7)),
+    "merge.negmerge": (3, lambda base, *tuned: merge.negmerge(base, tuned, 0.7)),
+    "merge.overlap": (2, lambda *edits: merge.overlap(edits)),
+    "merge.pcb": (3, lambda base, *tuned: merge.pcb(base, tuned, density=0.5)),
+    "merge.ram": (3, lambda base, *tuned: merge.ram(base, tuned, threshold=0.2, boost=0.1)),
+    "merge.sce": (3, lambda base, *tuned: merge.sce(base, tuned, density=0.5)),
+    "merge.sign_conflict": (2, lambda *edits: merge.sign_conflict(edits)),
+    "merge.sign_disagreement": (3, lambda *edits: merge.sign_disagreement(edits)),
+    "merge.singular_interference": (
+        2,
+        lambda *edits: merge.singular_interference(edits, rank=2),
+    ),
+    "merge.tall_mask": (
+        2,
+        lambda x, y: [m.astype(jnp.float32) for m in jax.tree.leaves(merge.tall_mask(x, y, 0.7))],
+    ),
+    "merge.task_arithmetic": (
+        3,
+        lambda base, *tuned: merge.task_arithmetic(base, tuned, (1.5, -0.7)),
+    ),
+    "merge.task_vector": (2, merge.task_vector),
+    "merge.ties": (3, lambda base, *tuned: merge.ties(base, tuned, (1.5, -0.7), density=0.4)),
+    "merge.trim": (1, lambda x: merge.trim(x, 0.3)),
+    "merge.trim, row": (1, lambda x: merge.trim(x, 0.5, scope="row")),
+    "merge.tsv_m": (3, lambda base, *tuned: merge.tsv_m(base, tuned, (1.5, -0.7)).weights),
     "negative.attenuate": (
         3,
         lambda x, y, c: negative.attenuate(x, [directed(y)], 1.3, center=c),
@@ -233,7 +381,63 @@ CATALOG = {
 }
 """By name, and the case where a function has several: how many trees it takes, and the function."""
 
+COMPOSED = {
+    "average.ema",
+    "average.geometric_median",
+    "average.karcher_mean",
+    "average.karcher_mean, equal",
+    "average.kronecker_mean",
+    "average.model_stock, row",
+    "average.power_ema",
+    "average.reconstruct",
+    "average.window",
+    "merge.band",
+    "merge.breadcrumbs",
+    "merge.breadcrumbs_ties",
+    "merge.cancellation",
+    "merge.cosines",
+    "merge.cosines, factored",
+    "merge.dare",
+    "merge.dare_ties",
+    "merge.della",
+    "merge.emr",
+    "merge.emr_model",
+    "merge.ext_sub",
+    "merge.gram",
+    "merge.gram, factored",
+    "merge.in_core_space",
+    "merge.in_shared_space",
+    "merge.iso_c",
+    "merge.iso_cts",
+    "merge.knots",
+    "merge.lines",
+    "merge.magmax",
+    "merge.magprune",
+    "merge.nearswap",
+    "merge.negmerge",
+    "merge.overlap",
+    "merge.pcb",
+    "merge.ram",
+    "merge.sce",
+    "merge.sign_conflict",
+    "merge.sign_disagreement",
+    "merge.singular_interference",
+    "merge.tall_mask",
+    "merge.trim, row",
+}
+"""Functions made of parts that are here or below them: every part has all laws of transformations,
+and of these the compiled form, the rounding of half precision and the refusals are tested, since
+what is left, differentiating and spreading them over devices, is most of the compilation."""
+
 NOT_ON_TREES = {
+    "average.Average": "a record",
+    "average.Kronecker": "a record",
+    "average.Profile": "a record",
+    "average.Reconstruction": "a record",
+    "average.Regression": "a record",
+    "average.exponent_of": "acts on a number; laws in test_posthoc.py",
+    "average.karcher_mean_on": "acts on an exponential; laws in test_karcher.py",
+    "average.width_of": "acts on a number; laws in test_posthoc.py",
     "cone.Mask": "a record",
     "cone.Move": "a record",
     "cone.PooledRank": "a record",
@@ -246,11 +450,13 @@ NOT_ON_TREES = {
     "fit.Fit": "a record",
     "fit.History": "a record",
     "fit.KeyedLoss": "a type",
+    "fit.Learned": "a record",
     "fit.Progress": "a type",
     "fit.Weightings": "a type",
     "fit.adapt": "trains on a loss; laws in test_fit.py",
     "fit.ascent": "makes a penalty; laws in test_guard.py",
     "fit.clipped": "makes a penalty; laws in test_guard.py",
+    "fit.coefficients": "trains on a loss; laws in test_learning.py",
     "fit.entropy": "makes a penalty; laws in test_guard.py",
     "fit.guard": "trains on losses; laws in test_guard.py",
     "fit.hinge": "makes a penalty; laws in test_guard.py",
@@ -264,6 +470,12 @@ NOT_ON_TREES = {
     "lowrank.rank_for": "acts on singular values; laws in test_truncation.py",
     "lowrank.materialize": "acts on factors; laws in test_lowrank.py",
     "lowrank.to_lora": "acts on factors; laws in test_lora.py",
+    "merge.Report": "a record",
+    "merge.SpectralMerge": "a record",
+    "merge.Tally": "a record",
+    "merge.Unified": "a record",
+    "merge.consensus_mask": "acts on masks; laws in test_masks.py",
+    "merge.report": "a report; laws in test_merge_report.py",
     "negative.Audit": "a record",
     "negative.audit": "a report; transformations in test_audit.py",
     "negative.LeafAudit": "a record",
@@ -274,6 +486,11 @@ NOT_ON_TREES = {
     "negative.free_inputs": "acts on activations; laws in test_allowance.py",
     "negative.strength_of": "acts on a number; laws in test_homothety.py",
     "plot.audit": "draws; tests in test_plot.py",
+    "soup.Grid": "a record",
+    "soup.Soup": "a record",
+    "soup.greedy_soup": "chooses by a score; laws in test_soup.py",
+    "soup.grid": "chooses by a score; laws in test_soup.py",
+    "soup.simplex": "returns coefficients; laws in test_soup.py",
     "tree.elementwise": "acts on a formula; tree.combine is one",
     "tree.join": "moves leaves; laws in test_tree.py",
     "tree.partition": "moves leaves; laws in test_tree.py",
