@@ -116,11 +116,11 @@ def test_order_of_the_models_does_not_matter(data, family):
 def test_one_model_comes_back(family):
     base, (x,) = family
     for merged in (
-        merge.ties(base, [x], density=1),
-        merge.dare(KEY, base, [x], density=1),
-        merge.dare_ties(KEY, base, [x], density=1),
+        merge.ties(base, [x], density=1.0),
+        merge.dare(KEY, base, [x], density=1.0),
+        merge.dare_ties(KEY, base, [x], density=1.0),
         merge.task_arithmetic(base, [x]),
-        *(merge.ties(base, [x], preset=name, density=1, scale=1) for name in merge.presets.TIES),
+        *(merge.ties(base, [x], preset=name, density=1.0, scale=1) for name in merge.presets.TIES),
     ):
         assert_close(merged, x, units=0)
 
@@ -204,10 +204,10 @@ def test_dividing_by_the_weights_loses_the_sign_and_blows_up_where_ours_does_not
     x, y = jnp.asarray([0.9, -0.8, 0.7], FLOAT), jnp.asarray([0.9, 0.8, -0.1], FLOAT)
     normalized = functools.partial(merge.ties, preset="mergekit-0.1.5")
     assert_close(normalized(base, [x], (-1,)), x)  # it adds what it was to subtract
-    assert_close(merge.ties(base, [x], (-1,), density=1), -x)
+    assert_close(merge.ties(base, [x], (-1,), density=1.0), -x)
     blown = normalized(base, [x, y], (1, -0.999))
     np.testing.assert_allclose(blown[1:], [-1599.2, 799.9], rtol=1e-3)
-    ours = merge.ties(base, [x, y], (1, -0.999), density=1)
+    ours = merge.ties(base, [x, y], (1, -0.999), density=1.0)
     assert float(jnp.max(jnp.abs(ours))) < 1
     with pytest.raises(ValueError, match="make it differ from zero"):
         merge.task_arithmetic(base, [x, y], (1, -1), normalize=True)
@@ -269,7 +269,7 @@ def test_drop_keeps_the_expectation_or_the_norm():
         assert (sums == 0).mean() < 2 * (1 - density) ** 4 + 1e-3
     biased = np.asarray(normed).mean(0) - np.asarray(tau)
     assert np.abs(biased).max() > 0.01  # the norm is kept at the cost of the expectation
-    assert_close(merge.drop(KEY, tau, 1), tau, units=0)
+    assert_close(merge.drop(KEY, tau, 1.0), tau, units=0)
     masked = merge.drop(KEY, tau, 0.5, rescale="none")
     assert set(np.unique(np.asarray(masked / tau))) <= {0.0, 1.0}
 
