@@ -67,7 +67,7 @@ Increment: TypeAlias = Callable[[Array, Array, Array, Array], Array]
 """From a coefficient, the parts of a sum and an array to what is added to the sum; defined once."""
 
 
-def _term(coefficient: Array, high: Array, low: Array, x: Array) -> Array:  # noqa: ARG001
+def _term(coefficient: Array, _high: Array, _low: Array, x: Array) -> Array:
     return coefficient * x
 
 
