@@ -62,6 +62,9 @@ class Method(NamedTuple):
     """The formula on the task vectors of one leaf."""
 
 
+PRESET = "mergekit-0.1.5"
+
+
 def karcher(*points: Any) -> Any:
     """The mean on the sphere of every tensor."""
     return tree.per_leaf(average.karcher_mean)(points).weights
@@ -69,7 +72,7 @@ def karcher(*points: Any) -> Any:
 
 def model_stock(base: Any, *tuned: Any) -> Any:
     """Model stock for every tensor."""
-    return tree.per_leaf(average.model_stock)(base, list(tuned))
+    return average.model_stock(base, tuned, preset=PRESET)
 
 
 def added(base: Any, *tuned: Any) -> Any:
@@ -91,7 +94,6 @@ def ones(edits: Sequence[Any]) -> Any:
 
 
 SPARSE = {"weight": 1.0, "density": 0.2}
-PRESET = "mergekit-0.1.5"
 METHODS = {
     **{
         f"linear {k}": Method(

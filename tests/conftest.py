@@ -7,6 +7,9 @@ import pathlib
 # One thread a worker for the small matrices of the tests: more of them starve each other. It is
 # read when the library is loaded, so before jax is.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compiling is nearly all of the work, and takes two thirds of the time with XLA's older code
+# generator. A lane of its own tests what users run, by XLA_FLAGS set to nothing.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax

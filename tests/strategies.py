@@ -20,6 +20,7 @@ LAYOUTS = (
     {"conv": (2, 1, 2, 3), "w": (3, 5)},
 )
 FLOAT = jax.dtypes.canonicalize_dtype(jnp.float64)
+UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 ENTRIES = st.just(0.0) | st.floats(2**-10, 8, width=32) | st.floats(-8, -(2**-10), width=32)
 
 layouts = st.sampled_from(LAYOUTS)

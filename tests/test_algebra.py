@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT, scales
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, tree
 from wspace.lowrank import LowRank
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUT = {"w": (7, 5), "s": (2, 4, 6), "k": (6, 3), "b": (3,), "c": (), "e": (0,)}
 KERNEL = (2, 1, 3, 3)  # the convolution whose matrix "k" is
 FACTORED = ("w", "s", "k")

@@ -9,10 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.helpers import is_nan
-from tests.strategies import FLOAT
+from tests.strategies import FLOAT, UNIT
 from wspace import negative
-
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 
 
 @given(seed=st.integers(0, 2**16), n=st.sampled_from([3, 6, 20]), rtol=st.sampled_from([1e-3, 0.3]))

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT, scales
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, merge
 from wspace.lowrank import LowRank
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 MATRICES = {"w": (9, 7), "s": (2, 6, 8)}
 seeds = st.integers(0, 2**16)
 signed = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 1.0, 3.0]), min_size=2, max_size=2)

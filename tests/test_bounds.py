@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from tests.helpers import is_nan, like, vector
-from tests.strategies import FLOAT, scales
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import cone, geometry, lowrank, negative, tree
 from wspace.lowrank import LowRank
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUT = {"b": (3,), "s": (2, 3, 3), "w": (4, 3)}
 COUNT = sum(math.prod(shape) for shape in LAYOUT.values())
 SVD = 64 * math.sqrt(COUNT) * UNIT

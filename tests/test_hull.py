@@ -14,11 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan, size, vector
-from tests.strategies import FLOAT, costs, points, projectors, weights
+from tests.strategies import FLOAT, UNIT, costs, points, projectors, weights
 from wspace import average, geometry, negative, tree
 from wspace.negative.nearest import nearest_average
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2)}
 MODES = ["convex", "affine"]
 nearest = jax.jit(nearest_average, static_argnames="mode")

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT
+from tests.strategies import FLOAT, UNIT
 from wspace import lowrank
 from wspace.lowrank import LowRank
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUTS = ("in_out", "out_in")
 seeds = st.integers(0, 2**16)
 ranks = st.sampled_from([1, 2, 9])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, eps, is_nan
-from tests.strategies import FLOAT, matrices
+from tests.strategies import FLOAT, UNIT, matrices
 from wspace import interpolate, lowrank, tree
 from wspace.lowrank import LowRank
 
@@ -17,7 +17,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 truncate = jax.jit(lowrank.truncate, static_argnums=1)
 singular_values = jax.jit(lowrank.singular_values)
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 
 
 def factors(seed, shape, rank):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special
 
 from tests import golden_arrays
-from tests.helpers import assert_close, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, points, scales, weights
+from tests.helpers import assert_close, is_nan, like, size, vector
+from tests.strategies import FLOAT, LAYOUTS, UNIT, points, scales, weights
 from wspace import cone, merge, tree
 
 LAYOUT = LAYOUTS[1]
@@ -306,6 +307,36 @@ def test_nearswap_moves_by_no_more_than_a_step(xs, t, scale):
     assert_close(merge.nearswap(*scaled[:2], scale * t), scaled[2], units=0)
 
 
+def outliers(base, tuned):
+    """The importance of entries in units of the threshold, in float64."""
+    p, q = (special.log_softmax(x, axis=-1) for x in (tuned, base))
+    s = np.abs(tuned - base) * np.sum(np.exp(p) * (p - q), axis=-1, keepdims=True)
+    least, middle, most = (np.sort(s, axis=None)[int(q * (s.size - 1))] for q in (0.25, 0.5, 0.75))
+    return s / (middle + 1.5 * (most - least))
+
+
+@given(seed=st.integers(0, 2**16), shape=st.sampled_from([(40,), (12, 8), (3, 3, 2, 4)]))
+def test_arcee_fusion_takes_the_entries_that_moved_most_in_rows_that_did(seed, shape):
+    rng = np.random.default_rng(seed)
+    base, tuned = (jnp.asarray(rng.normal(size=shape), FLOAT) for _ in range(2))
+    got = np.asarray(merge.arcee_fusion({"w": base}, {"w": tuned})["w"])
+    wide = np.asarray(base, np.float64), np.asarray(tuned, np.float64)
+    ratio = outliers(*wide)
+    surely = np.abs(ratio - 1) > 1e-4
+    assert 0 < np.sum(ratio > 1) < ratio.size / 3
+    close = got == np.where(ratio > 1, tuned, base)
+    near = np.abs(got - np.where(ratio > 1, *wide[::-1])) <= 4 * UNIT * np.abs(wide).sum(0)
+    assert np.all((close | near)[surely])
+
+
+def test_arcee_fusion_takes_whole_what_has_no_importance():
+    base = {"c": jnp.zeros((5, 1)), "s": jnp.ones(()), "n": jnp.zeros((0, 3)), "w": jnp.zeros(8)}
+    tuned = base | {"c": jnp.arange(5.0)[:, None], "s": jnp.asarray(3.0, FLOAT)}
+    tuned["w"] = base["w"].at[:2].set(jnp.asarray([1.0, 0.5], FLOAT))
+    assert_close(merge.arcee_fusion(base, tuned), tuned, units=0)
+    assert_close(merge.arcee_fusion(base, base), base, units=0)
+
+
 def test_lines_scales_by_depth():
     edit = {"blocks": [jnp.ones(1), jnp.ones(1), jnp.ones(1)], "norm": jnp.ones(1)}
     tree_of_layers = {"blocks": [0, 1, 2], "norm": None}
@@ -332,6 +363,9 @@ def test_bad_arguments_are_refused(refuses):
     for method in (merge.sce, merge.pcb):
         with refuses(ValueError, match="density must be above 0 and at most 1"):
             method(x, [x], density=0.0)
+    with refuses(ValueError, match="no finite norm: base or tuned holds NaN"):
+        merge.sce(x, [x, {"w": jnp.asarray([jnp.nan, 2.0])}])
+    assert is_nan(jax.jit(lambda y: merge.sce(x, [x, y]))({"w": jnp.asarray([jnp.nan, 2.0])}))
     for option in ("threshold", "cap"):
         with refuses(ValueError, match=f"{option} must be at least 0"):
             merge.ram(x, [x], **{option: -1.0})

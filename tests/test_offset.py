@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, eps, is_nan, size, vector
-from tests.strategies import FLOAT, matrices, scales, weights
+from tests.strategies import FLOAT, UNIT, matrices, scales, weights
 from wspace import average, cone, geometry, lowrank, negative, tree
 
 distance, curve = jax.jit(geometry.distance), jax.jit(negative.curve)
 LAYOUT = {"w": (5, 4), "b": (3,), "s": (2, 3, 2), "k": (2, 1, 2, 3), "e": (0, 2), "c": ()}
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 RANKS = 5  # 0 to 4, the largest rank in LAYOUT
 
 

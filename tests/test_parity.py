@@ -53,6 +53,8 @@ def mergekit(method, options):
     match method:
         case "linear":
             return average.mean(tuned(), weights)
+        case "arcee_fusion":
+            return merge.arcee_fusion(base(), tuned()[0])
         case "slerp":
             return wtree.per_leaf(interpolate.slerp)(base(), tuned()[0], float(given["t"]))
         case "task_arithmetic":
@@ -154,13 +156,12 @@ ELSEWHERE = {
     "sce": "test_masks.py",
     "tsv_m": "test_spectral.py",
 }
-NOT_BUILT = ("arcee_fusion",)
 HERE = [
     (system, method, options)
     for system, (name, _) in SYSTEMS.items()
     for method, found in cases(name, system).items()
     for options in found
-    if method not in ELSEWHERE and method not in NOT_BUILT
+    if method not in ELSEWHERE
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, eps, is_nan, size, vector
-from tests.strategies import FLOAT, is_shape, layouts, pairs
+from tests.strategies import FLOAT, UNIT, is_shape, layouts, pairs
 from wspace import lowrank, perturb, tree
 from wspace.lowrank import LowRank
 
@@ -18,7 +18,6 @@ gaussian = jax.jit(perturb.gaussian)
 low_rank_gaussian = jax.jit(perturb.low_rank_gaussian, static_argnums=2)
 filter_normalize = jax.jit(perturb.filter_normalize)
 KEY = jax.random.key(0)
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 each_draw = pytest.mark.parametrize(
     "draw",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import (
     FLOAT,
+    UNIT,
     coefficients,
     costs,
     points,
@@ -28,7 +29,6 @@ from wspace.lowrank import LowRank
 
 mean, distance = jax.jit(average.mean), jax.jit(geometry.distance)
 retarget, exit_ball = jax.jit(negative.retarget), jax.jit(negative.exit_ball)
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2), "k": (1, 2, 2, 3)}
 
 

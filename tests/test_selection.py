@@ -1,5 +1,6 @@
 """Laws of `wspace.selection`."""
 
+import functools
 import itertools
 import re
 
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close
 from tests.strategies import FLOAT
 from wspace import selection, tree
-from wspace.selection import Bracket
 
 kth_magnitude, top_mask = jax.jit(selection.kth_magnitude), jax.jit(selection.top_mask)
 keep_top = jax.jit(selection.keep_top)
@@ -94,6 +94,18 @@ def test_an_array_is_a_tree(dtype, kind, seed, k):
     kept = np.where(mask.reshape(5, 7), np.asarray(x).astype(np.float64), 0)
     assert keep_top(x, k).dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(keep_top(x, k)).astype(np.float64), kept)
+
+
+@pytest.mark.parametrize(("few", "small"), [(0, 2**22), (0, 0)], ids=["one program", "passes"])
+@given(kind=kinds, seed=seeds, k=st.sampled_from([1, 7, 35]))
+def test_an_array_of_any_size_is_selected_from_alike(few, small, kind, seed, k):
+    x = draw(kind, seed, (5, 7), FLOAT)
+    value, mask = oracle(x, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "FEW", few)
+        patch.setattr(selection, "SMALL", small)
+        np.testing.assert_array_equal(flat(selection.top_mask(x, k)), mask)
+        np.testing.assert_array_equal(np.asarray(selection.kth_magnitude(x, k)), value)
 
 
 @given(kind=st.sampled_from(["normal", "ties"]), seed=seeds)
@@ -178,11 +190,12 @@ def test_counters_are_right_beyond_two_to_the_thirty_two(seed, k, size):
         ]
         parts = jnp.stack([selection._count(t // 3) for t in totals])
         rest = jnp.stack([selection._count(t - 2 * (t // 3)) for t in totals])
-        return selection._total(jnp.stack([parts, rest, parts]))
+        return selection._sum(selection._sum(parts, rest), parts)
 
-    high = jnp.asarray(2**31, jnp.uint32)
-    start = Bracket(jnp.zeros_like(high), high, selection._count(size), selection._count(0))
-    found = selection._search(counted, start, selection._count(k), None, exact=True, traced=False)
+    start = selection._begun(
+        np.uint32(2**31), selection._count(size), selection._count(k), None, True
+    )
+    found = selection._search(counted, start, selection._count(k), True).bracket
     reaching = np.cumsum(members[::-1], dtype=object)[::-1]
     assert int(found.low) == max(key for key, n in zip(keys, reaching, strict=True) if n >= k)
     above = sum(m for key, m in zip(keys, members, strict=True) if key > int(found.low))
@@ -247,7 +260,7 @@ def test_leaves_that_a_counter_cannot_hold_are_refused():
 
 @given(counts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
 def test_sums_and_differences_of_counts_carry_and_borrow(counts):
-    total = selection._total(jnp.stack([selection._count(c) for c in counts]))
+    total = functools.reduce(selection._sum, [selection._count(c) for c in counts])
     assert int(total[0]) * 2**16 + int(total[1]) == sum(counts)
     rest = selection._less(total, selection._count(counts[0]))
     assert int(rest[0]) * 2**16 + int(rest[1]) == sum(counts[1:])

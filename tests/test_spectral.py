@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT, scales
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, merge, negative
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "fusionbench.npz")
 SYSTEM = "fusionbench-54c9e8c"
 SHAPES = {"k": (1, 1, 7, 6), "s": (2, 4, 5), "b": (3,)}

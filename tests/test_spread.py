@@ -13,11 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan, size
-from tests.strategies import FLOAT, matrices
+from tests.strategies import FLOAT, UNIT, matrices
 from wspace import lowrank, negative, tree
 from wspace.lowrank import LowRank
-
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 7), (2, 4, 3), (2, 2, 3)])

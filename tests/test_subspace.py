@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, strengths, weights
+from tests.strategies import FLOAT, UNIT, strengths, weights
 from wspace import average, negative, tree
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2), "k": (1, 2, 2, 3), "empty": (0,)}
 COUNT = 12 + 3 + 12 + 12
 fast = settings(max_examples=8)

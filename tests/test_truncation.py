@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT, matrices, scales
+from tests.strategies import FLOAT, UNIT, matrices, scales
 from wspace import geometry, lowrank
 from wspace.lowrank import LowRank
 
-UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
 SHAPES = [(6, 4), (3, 7), (5, 5), (2, 4, 3)]
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 seeds = st.integers(0, 2**16)

@@ -197,6 +197,9 @@ def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
         raise ValueError(
             f"{name} has {len(values)} numbers for {count} points: give one number a point"
         )
+    # Entries of an array are taken out one by one, each by a program.
+    if isinstance(values, jax.Array | np.ndarray) and not is_traced(values):
+        values = values.tolist()
     return [scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 

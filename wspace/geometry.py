@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
 from wspace._numerics import accumulator, safe_sqrt, split
@@ -86,8 +86,8 @@ def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, both with small relative error; 0, 1 at zero."""
     wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves((x, y))))
     x_norm, y_norm = tree.norm(x).astype(wide), tree.norm(y).astype(wide)
-    undefined = (x_norm == 0) | (y_norm == 0)
-    ratio = x_norm / jnp.where(undefined, 1, y_norm)
+    nothing = y_norm == 0
+    ratio = x_norm / jnp.where(nothing, 1, y_norm)
     sums = [
         _chord_sums(ratio, a, b)
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
@@ -95,7 +95,12 @@ def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     ]
     if not sums:
         return jnp.zeros((), wide), jnp.ones((), wide)
-    gap, total, cross = jax.tree.reduce_associative(jnp.add, sums)
+    return _half_of(jax.tree.reduce_associative(jnp.add, sums), nothing | (x_norm == 0))
+
+
+@jax.jit
+def _half_of(sums: Float[Array, "3"], undefined: Bool[Array, ""]) -> tuple[Scalar, Scalar]:
+    gap, total, cross = sums
     # gap and total are orthogonal but for the rounding of the ratio: take that part out of the
     # smaller one, where it would show. No minimum or maximum: they halve derivatives at ties.
     obtuse = ~undefined & (gap > total)

@@ -10,12 +10,14 @@ A tree is one vector. For a path per tensor use
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from wspace import _checks, geometry, tree
+from wspace import _products as products
 from wspace._numerics import accumulator, arcsin_of_root_squared, safe_sqrt, sinc_of_square
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -68,21 +70,6 @@ def _arc(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return a * x + b * y + c * (x + y)
 
 
-def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
-    r"""$\sin^2$ and $\cos^2$ of half the angle, as accurate as the coefficients of an arc ask for.
-
-    These are functions of the angle squared, so that inner products will do up to a right angle,
-    in which a small angle would lose half of its digits; towards the antipode they would not.
-    """
-    product = tree.vdot(x, y)
-    size = tree.norm(x).astype(product.dtype) * tree.norm(y).astype(product.dtype)
-    cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
-    near = (1 - cosine) / 2, (1 + cosine) / 2
-    if not _checks.is_traced(cosine):
-        return geometry.half_angle(x, y) if cosine < 0 else near
-    return jax.lax.cond(cosine < 0, geometry.half_angle, lambda *_: near, x, y)
-
-
 def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     r"""Spherical linear interpolation, an arc turning at constant angular speed.
 
@@ -123,10 +110,39 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     References:
         K. Shoemake, *Animating Rotation with Quaternion Curves*, SIGGRAPH 1985.
     """
+    return _passes(start, end, t)
+
+
+def _measured(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> tuple[Any, Any]:
     _checks.same_layout(start=start, end=end)
     sine, cosine = _half_angle(start, end)
     t = jnp.asarray(_checks.scalar("t", t)).astype(sine.dtype)
+    return (sine, cosine, t), (start, end)
 
+
+def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
+    r"""$\sin^2$ and $\cos^2$ of half the angle, as accurate as the coefficients of an arc ask for.
+
+    These are functions of the angle squared, so that inner products will do up to a right angle,
+    in which a small angle would lose half of its digits; towards the antipode they would not.
+    """
+    sine, cosine, obtuse = _acute(products.sums(products.pairs, (x, y)))
+    if not _checks.is_traced(obtuse):
+        return geometry.half_angle(x, y) if obtuse else (sine, cosine)
+    return jax.lax.cond(obtuse, geometry.half_angle, lambda *_: (sine, cosine), x, y)
+
+
+@jax.jit
+def _acute(sums: Array) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
+    square, product, other = sums
+    size = safe_sqrt(square) * safe_sqrt(other)
+    cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
+    return (1 - cosine) / 2, (1 + cosine) / 2, cosine < 0
+
+
+@jax.jit
+def _weights(sine: Scalar, cosine: Scalar, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """The coefficients of the start, of the end, and of their sum."""
     # Beyond a right angle work with the angle left to the antipode, pi - Omega = `short`.
     wide = sine > cosine
     root = safe_sqrt(jnp.where(wide, cosine, 0.25))
@@ -144,12 +160,14 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     across = jnp.sin((t - 0.5) * (jnp.pi - short)) / (2 * jnp.cos(short / 2))
     parted = wide & (inner != 0)
     antipodal = wide & (short < jnp.sqrt(jnp.finfo(sine.dtype).eps))
-    scalars = (
+    return (
         jnp.where(parted, -across, coefficient(1 - t)),
         jnp.where(parted, across, coefficient(t)),
         jnp.where(antipodal, jnp.nan, jnp.where(parted, along, 0)),
     )
-    return _arc(scalars, (start, end))
+
+
+_passes = tree.PASSES[slerp] = tree.Passes(_measured, _weights, _arc)
 
 
 def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:

@@ -5,22 +5,23 @@ by leaf and within a leaf by flat index; the first comes first. So there is exac
 k largest. Zero is the smallest magnitude, an infinity is larger than every finite one, and NaN
 larger still, as NumPy sorts it, so that it is never dropped unseen.
 
-Nothing is sorted. The bits of a magnitude are an integer of the same order, and the k-th largest
-integer is found by counting: a pass counts how many entries reach each of seven pivots, and the
-pivots of the next pass lie between the two that the k-th is between. Four or five passes are
-usual, each at the speed of memory. Sharded leaves are counted where they lie, and only counts
-travel. Counters hold $2^{48}$ entries, a leaf up to $2^{32}$.
+Only small leaves are sorted. The bits of a magnitude are an integer of the same order, and the
+k-th largest integer is found by counting: a pass counts how many entries reach each of seven
+pivots, and the pivots of the next pass lie between the two that the k-th is between. Four or five
+passes are usual, each at the speed of memory. Sharded leaves are counted where they lie, and only
+counts travel. Counters hold $2^{48}$ entries, a leaf up to $2^{32}$.
 """
 
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PyTree, UInt, UInt32
 
@@ -32,6 +33,8 @@ __all__ = ["kth_magnitude", "top_mask"]
 
 PIVOTS = 7  # as many counters as fuse into one pass over memory
 SAMPLE = 2**14  # entries whose quantiles are the first pivots
+FEW = 2**14  # entries of a leaf up to which they are sorted
+SMALL = 2**22  # entries of a leaf up to which dispatching passes takes longer than the passes do
 
 Count: TypeAlias = UInt32[Array, "... 2"]
 """A number below $2^{48}$: its part from $2^{16}$ on, and the rest."""
@@ -51,6 +54,12 @@ class Cut(NamedTuple):
 
     keys: tuple[UInt[Array, ""], ...]
     nothing: Bool[Array, ""]
+
+
+class _State(NamedTuple):
+    bracket: Bracket
+    pivots: UInt[Array, " pivots"]
+    unfinished: Bool[Array, ""]
 
 
 def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
@@ -89,8 +98,8 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
 
 @jax.custom_jvp
 def _kth(leaves: Sequence[Array], need: Count) -> Scalar:
-    found = next(_levels(leaves, need, exact=True))
-    magnitude = lax.bitcast_convert_type(found.low, _wide(leaves))
+    (key,) = _last(leaves, need, exact=True)
+    magnitude = lax.bitcast_convert_type(key, _wide(leaves))
     return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
 
 
@@ -148,7 +157,7 @@ def cut_for(x: WeightsLike, k: Any) -> Cut:
     """Where the order of the entries is to be cut for k of them to be selected."""
     leaves, size = _entries(x)
     need, nothing, _ = _asked(k, 0, size)
-    return Cut(tuple(found.low for found in _levels(leaves, need, exact=False)), nothing)
+    return Cut(_last(leaves, need, exact=False), nothing)
 
 
 def _entries(x: WeightsLike) -> tuple[list[Array], int]:
@@ -163,7 +172,7 @@ def _entries(x: WeightsLike) -> tuple[list[Array], int]:
     return leaves, sum(leaf.size for leaf in leaves)
 
 
-def _asked(k: Any, least: int, size: int) -> tuple[Count, Bool[Array, ""], Bool[Array, ""]]:
+def _asked(k: Any, least: int, size: int) -> tuple[Count, Any, Any]:
     """How many entries are asked for, from 1 to all, and whether that is too few or too many."""
     if not _checks.is_traced(k):
         try:
@@ -172,7 +181,7 @@ def _asked(k: Any, least: int, size: int) -> tuple[Count, Bool[Array, ""], Bool[
             raise TypeError(f"k must be an integer, got {k!r}") from error
         if not least <= known <= size:
             raise ValueError(f"k must be from {least} to the {size} entries of x, got {known}")
-        return _count(min(max(known, 1), size)), jnp.asarray(known < 1), jnp.asarray(False)
+        return _count(min(max(known, 1), size)), known < 1, False
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k must be an integer, got an array of dtype {k.dtype}")
     inside = jnp.clip(k, 1, min(size, jnp.iinfo(k.dtype).max))
@@ -180,12 +189,13 @@ def _asked(k: Any, least: int, size: int) -> tuple[Count, Bool[Array, ""], Bool[
 
 
 def _count(k: Any) -> Count:
+    if not _checks.is_traced(k):
+        return jnp.asarray(np.array([k >> 16, k & 0xFFFF], np.uint32))
     return jnp.stack([jnp.asarray(part).astype(jnp.uint32) for part in (k >> 16, k & 0xFFFF)])
 
 
-def _total(counts: Count) -> Count:
-    """The sum of counts along the first axis, fewer than $2^{16}$ of them."""
-    high, low = jnp.moveaxis(jnp.sum(counts, axis=0, dtype=jnp.uint32), -1, 0)
+def _sum(count: Count, other: Count) -> Count:
+    high, low = count[..., 0] + other[..., 0], count[..., 1] + other[..., 1]
     return jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
 
 
@@ -208,60 +218,82 @@ def _wide(leaves: Sequence[Array]) -> type:
     return accumulator(*(leaf.dtype for leaf in leaves))
 
 
-def _levels(leaves: Sequence[Array], need: Count, *, exact: bool) -> Iterator[Bracket]:
+def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, ...]:
+    """The keys of the last entry selected; if `exact`, that of its magnitude alone.
+
+    Where values are known every pass is a program of its own, compiled once per shape of a leaf,
+    and the number of passes is decided here. A small leaf has one program for all, and the least
+    ones are sorted, which takes less time to compile.
+    """
+    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
+    size = leaves[0].size if len(leaves) == 1 else math.inf
+    if 0 < size <= FEW and not _axes(leaves[0]):
+        return _last_by_sorting(leaves[0], need, _wide(leaves))[: 1 if exact else 3]
+    if size <= SMALL or _checks.is_traced(leaves, need):
+        return _last_in_one(leaves, need, exact)
+    return _levels(leaves, need, exact)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _last_by_sorting(x: Array, need: Count, wide: type) -> tuple[Array, ...]:
+    dtype, nan = _codes(wide)
+    below = jnp.asarray(nan, dtype) - _code(x.reshape(-1), wide)
+    places = jnp.arange(x.size - 1, -1, -1, dtype=jnp.uint32)
+    below, places = lax.sort((below, places), num_keys=1, is_stable=True)
+    last = need[1] - 1  # its other part is zero
+    return jnp.asarray(nan, dtype) - below[last], jnp.uint32(0), places[last]
+
+
+@functools.partial(jax.jit, static_argnames="exact")
+def _last_in_one(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, ...]:
+    return _levels(leaves, need, exact)
+
+
+def _levels(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, ...]:
     """The keys of the last entry selected: of its magnitude, its leaf and its place in the leaf.
 
     Keys fall from the first entry to the last. On each level the entries are those that have the
     keys found before, and of them as many are needed as the entries above leave to be selected.
     """
-    traced = _checks.is_traced(leaves, need)
-    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
     codes = _codes(_wide(leaves))
-    heights = [
-        jnp.asarray(codes.nan, codes.dtype) + 1,
-        jnp.asarray(len(leaves), jnp.uint32),
-        jnp.asarray(max((leaf.size for leaf in leaves), default=0), jnp.uint32),
-    ]
+    largest = max((leaf.size for leaf in leaves), default=0)
+    heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(largest)]
     total = _count(sum(leaf.size for leaf in leaves))
     pivots = _quantiles(leaves, need, total)
     keys: tuple[Array, ...] = ()
-    for level, height in enumerate(heights):
-        found = Bracket(jnp.zeros_like(height), height, total, jnp.zeros_like(total))
+    for level, height in enumerate(heights[:1] if exact else heights):
+        state = _begun(height, total, need, pivots, exact)
         if level != 1 or len(leaves) > 1:
             counted = functools.partial(_counts, leaves, keys)
-            found = _search(counted, found, need, pivots, exact=exact, traced=traced)
-        yield found
-        keys, pivots, exact = (*keys, found.low), None, False
-        need, total = (_less(count, found.high_count) for count in (need, found.low_count))
+            state = _search(counted, state, need, exact)
+        keys, pivots = (*keys, state.bracket.low), None
+        need, total = _inside(state.bracket, need)
+    return keys
 
 
-def _search(
-    counted: Callable[[Array], Count],
-    bracket: Bracket,
-    need: Count,
-    pivots: Array | None,
-    *,
-    exact: bool,
-    traced: bool,
-) -> Bracket:
+def _search(counted: Callable[[Array], Count], state: _State, need: Count, exact: bool) -> _State:
     """The bracket narrowed to one key, or if not `exact` until exactly `need` entries reach it."""
-    step = functools.partial(_step, need=need, exact=exact)
-    state = _aimed(bracket, need, exact, pivots)
-    if traced:
+    if _checks.is_traced(state.unfinished):
         return lax.while_loop(
             lambda state: state.unfinished,
-            lambda state: step(state, counted(state.pivots)),
+            lambda state: _step(state, counted(state.pivots), need, exact),
             state,
-        ).bracket
+        )
     while state.unfinished:
-        state = step(state, counted(state.pivots))
-    return state.bracket
+        state = _step(state, counted(state.pivots), need, exact)
+    return state
 
 
-class _State(NamedTuple):
-    bracket: Bracket
-    pivots: UInt[Array, " pivots"]
-    unfinished: Bool[Array, ""]
+@jax.jit
+def _inside(found: Bracket, need: Count) -> tuple[Count, Count]:
+    """How many entries are needed of those that have the key found, and how many have it."""
+    return _less(need, found.high_count), _less(found.low_count, found.high_count)
+
+
+@functools.partial(jax.jit, static_argnames="exact")
+def _begun(height: Any, total: Count, need: Count, pivots: Array | None, exact: bool) -> _State:
+    whole = Bracket(jnp.zeros_like(height), jnp.asarray(height), total, jnp.zeros_like(total))
+    return _aimed(whole, need, exact, pivots)
 
 
 @functools.partial(jax.jit, static_argnames="exact")
@@ -304,8 +336,8 @@ def _quantiles(leaves: Sequence[Array], need: Count, total: Count) -> Array | No
     if not size or any(map(_axes, leaves)):
         return None
     # Odd, as a power of two would see few columns.
-    stride = max(size // SAMPLE, 1) | 1
-    parts = [_sample(leaf, stride, _wide(leaves)) for leaf in leaves if leaf.size]
+    stride, wide = max(size // SAMPLE, 1) | 1, _wide(leaves)
+    parts = [_sample(leaf, stride, wide) for leaf in leaves if leaf.size]
     return _pick(jnp.concatenate(parts), _number(need) / _number(total))
 
 
@@ -347,19 +379,19 @@ def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
 def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> Count:
     """How many entries that have the given keys reach each pivot with their next one."""
     wide, last = _wide(leaves), len(leaves) - 1
-    numbers = [jnp.asarray(last - i, jnp.uint32) for i in range(len(leaves))]
-    counts = [
-        _leaf_counts(leaf, number, keys, pivots, wide)
-        for leaf, number in zip(leaves, numbers, strict=True)
-        if leaf.size
-    ]
-    return _total(jnp.stack(counts)) if counts else jnp.zeros((PIVOTS, 2), jnp.uint32)
+    total = jnp.zeros((PIVOTS, 2), jnp.uint32)
+    for i, leaf in enumerate(leaves):
+        if leaf.size:
+            total = _leaf_counts(total, leaf, np.uint32(last - i), keys, pivots, wide)
+    return total
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=5)
 def _leaf_counts(
-    x: Array, number: Array, keys: tuple[Array, ...], pivots: Array, wide: type
+    others: Count, x: Array, number: Any, keys: tuple[Array, ...], pivots: Array, wide: type
 ) -> Count:
+    """The counts of other leaves, and those of this one added."""
+
     def local(x: Array, starts: Sequence[Array], number: Array, keys: Any, pivots: Array) -> Array:
         # Zero in a way that XLA cannot see: it would write down, ahead of a loop, the keys of all.
         zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
@@ -373,8 +405,8 @@ def _leaf_counts(
         return jnp.stack(counts)
 
     shape = x.shape
-    counts = _shardwise(local, x, number, keys, pivots, summed=True)
-    return jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1)
+    counts = _shardwise(local, x, jnp.asarray(number), keys, pivots, summed=True)
+    return _sum(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
 
 
 def _keys(
@@ -415,8 +447,7 @@ def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTr
     leaves, last = [jnp.asarray(leaf) for leaf in leaves], len(leaves) - 1
     wide = _wide(leaves)
     return structure.unflatten(
-        _on_leaf(function, leaf, jnp.asarray(last - i, jnp.uint32), cut, wide)
-        for i, leaf in enumerate(leaves)
+        _on_leaf(function, leaf, np.uint32(last - i), cut, wide) for i, leaf in enumerate(leaves)
     )
 
 

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, UInt32
 
 from wspace import _checks
 from wspace._numerics import accumulator, safe_sqrt
@@ -35,6 +36,10 @@ __all__ = [
 ]
 
 
+MANY = 64
+"""The number of shapes from which one program for a whole tree is compiled."""
+
+
 def elementwise(
     formula: Callable[[Sequence[Scalar], Sequence[Array]], Array],
 ) -> Callable[[Sequence[ScalarLike], Sequence[WeightsLike]], Weights]:
@@ -44,7 +49,8 @@ def elementwise(
     \theta_j = \operatorname{round}\bigl(f(c;\, \theta_{1j}, \dots, \theta_{kj})\bigr)
     $$
 
-    Every leaf is one fused kernel, compiled once per shape; new scalars compile nothing.
+    Every leaf is one fused kernel, compiled once per shape; new scalars compile nothing. A tree of
+    very many shapes is one program, which takes less time to compile than as many programs.
 
     Args:
         formula: Takes the scalars and the arrays, both as sequences and in the dtype of the
@@ -74,7 +80,13 @@ def elementwise(
     def on_trees(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
         return jax.tree.map(lambda *leaves: on_leaves(scalars, leaves), *trees)
 
-    return on_trees
+    at_once = jax.jit(on_trees)
+
+    def either(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
+        shapes = {np.shape(leaf) for leaf in jax.tree.leaves(trees[0])}
+        return (at_once if len(shapes) > MANY else on_trees)(scalars, trees)
+
+    return either
 
 
 @elementwise
@@ -297,6 +309,25 @@ def join(weights: PyTree, rest: PyTree) -> PyTree:
     return tree_map_with_path(pick, weights, rest, is_leaf=is_none)
 
 
+class Passes(NamedTuple):
+    """A function of trees as two passes over entries, with a solve of few numbers in between."""
+
+    measure: Callable[..., tuple[Any, Any]]
+    """Takes what the function takes; returns arrays for `solve`, and anything for `finish`."""
+    solve: Callable[..., Any]
+    finish: Callable[..., Any]
+    """Takes what `solve` and `measure` returned, and returns what the function returns."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        numbers, rest = self.measure(*args, **kwargs)
+        return self.finish(self.solve(*numbers), rest)
+
+
+PASSES: dict[Callable[..., Any], Passes] = {}
+"""For `per_leaf`: functions whose solve would be compiled for every leaf of a traced tree."""
+
+
 def per_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     r"""The form of a function that treats every leaf as a point of its own.
 
@@ -343,13 +374,22 @@ def per_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
         options = {name: leaves_of(value) for name, value in kwargs.items()}
         if not firsts:
             return first
+        passes = PASSES.get(function) if _checks.is_traced(first, args, kwargs) else None
+        called = passes.measure if passes else function
         results = []
         for i, (x, row) in enumerate(zip(firsts, rows, strict=True)):
             try:
-                results.append(function(x, *row, **{k: values[i] for k, values in options.items()}))
+                results.append(called(x, *row, **{k: values[i] for k, values in options.items()}))
             except (TypeError, ValueError) as error:
                 error.add_note(f"where (root) is leaf {paths[i]}, taken by itself")
                 raise
+        if passes:
+            numbers, rests = zip(*results, strict=True)
+            solved = jax.vmap(passes.solve)(*jax.tree.map(lambda *xs: jnp.stack(xs), *numbers))
+            results = [
+                passes.finish(jax.tree.map(lambda x, i=i: x[i], solved), rest)
+                for i, rest in enumerate(rests)
+            ]
         inner = jax.tree.structure(results[0])
         return jax.tree.transpose(structure, inner, structure.unflatten(results))
 
@@ -380,7 +420,11 @@ def split_key_like(key: Array, x: PyTree) -> PyTree:
 
     def fold(path: Any, _: Any) -> Array:
         digest = hashlib.sha256(keystr(path).encode()).digest()
-        words = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
-        return functools.reduce(jax.random.fold_in, words, key)
+        return _folded(key, np.frombuffer(digest, "<u4", 2))
 
     return tree_map_with_path(fold, x)
+
+
+@jax.jit
+def _folded(key: Array, words: UInt32[Array | np.ndarray, "2"]) -> Array:
+    return functools.reduce(jax.random.fold_in, words, key)

@@ -25,7 +25,7 @@ def solved(
     start: Numbers,
     data: Any,
     tol: Scalar,
-    max_steps: int,
+    max_steps: Int[Array, ""] | int,
 ) -> tuple[Numbers, Scalar, Int[Array, ""], Bool[Array, ""]]:
     """The solution by the best of Newton's step, shortened or not, and a sure one that descends.
 
@@ -54,9 +54,10 @@ def solved(
 
     state = jax.lax.stop_gradient(start), jnp.int32(0)
     found, taken = jax.lax.while_loop(unfinished, step, state)
-    polished = found
-    for _ in range(2):
-        polished = newton(lambda w: gap(w, *data), polished)
+    # A scan, since two steps written out take twice as long to compile.
+    polished, _ = jax.lax.scan(
+        lambda w, _: (newton(lambda w: gap(w, *data), w), None), found, length=2
+    )
     before, after = residual(found, *frozen), residual(jax.lax.stop_gradient(polished), *frozen)
     kept = after <= jnp.where(before > tol, before, tol)
     left = jnp.where(kept, after, before)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, tree
+from wspace import _products as products
 from wspace._numerics import safe_sqrt
-from wspace.average import fixed_point, products
+from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
 __all__ = ["geometric_median"]

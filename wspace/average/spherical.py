@@ -4,7 +4,6 @@ The mean $\mu$ of points with coefficients $a_i$ of sum one is where the logarit
 $\sum_i a_i \log_\mu(u_i) = 0$, that is, where $\sum_i a_i\, d(\mu, u_i)^2$ has its minimum.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, tree
+from wspace import _products as products
 from wspace._numerics import arcsin_of_root_squared, safe_sqrt, sinc_of_square
-from wspace.average import fixed_point, products
+from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
 __all__ = ["karcher_mean", "karcher_mean_on"]
@@ -87,36 +87,17 @@ def karcher_mean(
         applications to spherical splines and interpolation*, ACM Transactions on Graphics 20,
         2001.
     """
+    return _passes(points, coefficients, tol=tol, max_steps=max_steps)
+
+
+def _measured(points, coefficients=None, *, tol=None, max_steps=50):
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
-    gram = products.symmetric(products.sums(products.pairs, points), len(points))
-    tol = 16 * jnp.finfo(gram.dtype).eps if tol is None else _tolerance(tol)
-    a, tol = (jnp.asarray(x).astype(gram.dtype) for x in (a, tol))
-    mean = _direction(gram, a, tol, max_steps)
-    undefined = (
-        _checks.refuse(
-            mean.cancels,
-            lambda: "coefficients of the points that are not zero sum to nothing beside their size",
-        )
-        + _checks.refuse(
-            ~mean.cancels & ~mean.curved,
-            lambda: (
-                "points have no mean direction: they are antipodal, lie all around the origin or "
-                "cancel; take average.mean, or points in one half-space"
-            ),
-        )
-        + _checks.refuse(
-            ~mean.long,
-            lambda: "coefficients make the mean of the norms negative or zero: no point has it",
-        )
-    )
-    return Solution(
-        tree.combine(mean.scalars + undefined, points),
-        mean.residual + undefined,
-        mean.steps,
-        mean.converged,
-    )
+    sums = products.sums(products.pairs, points)
+    tol = 16 * float(jnp.finfo(sums.dtype).eps) if tol is None else _tolerance(tol)
+    a, tol = (jnp.asarray(x).astype(sums.dtype) for x in (a, tol))
+    return (sums, a, tol, jnp.int32(max_steps)), points
 
 
 def _tolerance(tol: ScalarLike) -> ScalarLike:
@@ -129,17 +110,18 @@ class _Mean(NamedTuple):
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
     cancels: Bool[Array, ""]
-    curved: Bool[Array, ""]
-    long: Bool[Array, ""]
+    lost: Bool[Array, ""]
+    short: Bool[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames="max_steps")
-def _direction(gram, a, tol, max_steps):
+@jax.jit
+def _direction(sums, a, tol, max_steps):
     """The scalars that make the mean, from the inner products of points.
 
     A direction is `sum_i w_i u_i`, of unit length once divided by `sqrt(w U w)`. The functions of
     the angles below are smooth functions of their cosines, so inner products will do.
     """
+    gram = products.symmetric(sums, a.size)
     squares = jnp.diagonal(gram)
     directed = squares > 0
     norms = safe_sqrt(squares)
@@ -162,7 +144,32 @@ def _direction(gram, a, tol, max_steps):
     curved = curvature > jnp.finfo(gram.dtype).eps ** 0.25 * jnp.sum(jnp.abs(shares))
     length = jnp.sum(a * norms)
     scalars = length * w / safe
-    return _Mean(scalars, residual, steps, converged, cancels, curved, (length > 0) | none)
+    lost, short = ~cancels & ~curved, ~((length > 0) | none)
+    undefined = jnp.where(cancels | lost | short, jnp.nan, 0).astype(gram.dtype)
+    return _Mean(scalars + undefined, residual + undefined, steps, converged, cancels, lost, short)
+
+
+def _solution(mean: _Mean, points: Sequence[WeightsLike]) -> Solution:
+    _checks.refuse(
+        mean.cancels,
+        lambda: "coefficients of the points that are not zero sum to nothing beside their size",
+    )
+    _checks.refuse(
+        mean.lost,
+        lambda: (
+            "points have no mean direction: they are antipodal, lie all around the origin or "
+            "cancel; take average.mean, or points in one half-space"
+        ),
+    )
+    _checks.refuse(
+        mean.short,
+        lambda: "coefficients make the mean of the norms negative or zero: no point has it",
+    )
+    weights = tree.combine(mean.scalars, points)
+    return Solution(weights, mean.residual, mean.steps, mean.converged)
+
+
+_passes = tree.PASSES[karcher_mean] = tree.Passes(_measured, _direction, _solution)
 
 
 def _dot(matrix, w):

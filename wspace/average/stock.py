@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks
+from wspace import _products as products
 from wspace._numerics import accumulator, safe_sqrt
-from wspace.average import products
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["model_stock"]

@@ -14,7 +14,7 @@ the same.
 from wspace.merge.bases import in_core_space, in_shared_space, knots
 from wspace.merge.competition import magmax, pcb, ram, sce
 from wspace.merge.consensus import disjoint_merge, elect
-from wspace.merge.extraction import ext_sub, lines, nearswap, negmerge
+from wspace.merge.extraction import arcee_fusion, ext_sub, lines, nearswap, negmerge
 from wspace.merge.interference import (
     cancellation,
     cosines,
@@ -37,6 +37,7 @@ __all__ = [
     "SpectralMerge",
     "Tally",
     "Unified",
+    "arcee_fusion",
     "band",
     "breadcrumbs",
     "breadcrumbs_ties",

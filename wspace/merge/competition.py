@@ -124,7 +124,8 @@ def sce(
 
     Raises:
         ValueError: If there is no model, a known number is out of its domain, the preset or an
-            option is unknown; or if the trees differ in structure or in a leaf's shape.
+            option is unknown; if a norm of the task vectors is not finite (NaN if traced); or if
+            the trees differ in structure or in a leaf's shape.
         TypeError: If `density` is traced, or a leaf is not floating-point.
 
     Examples:
@@ -147,7 +148,12 @@ def sce(
         mask = top_mask(variance, count(density, size))
         edits = [jax.tree.map(_selected, x, mask, variance) for x in edits]
     energies = jnp.stack([tree.vdot(x, x) for x in edits])
-    weights = energies / jnp.where(energies.sum() == 0, 1, energies.sum())
+    total = energies.sum()
+    undefined = _checks.refuse(
+        ~jnp.isfinite(total),
+        lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
+    )
+    weights = energies / jnp.where(total == 0, 1, total) + undefined
     signs = elect(edits, zero=options.zero)
     edit = disjoint_merge(edits, signs, weights, divide="weight", weighted=False)
     return added(base, edit, options.scale)

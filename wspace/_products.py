@@ -1,4 +1,4 @@
-"""Sums of products of entries: all that an average in a plane of points needs to know of them."""
+"""Sums of products of entries: all that a mean or an arc needs to know of its points."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 from wspace._numerics import accumulator
 from wspace.typing import WeightsLike
 
-# XLA adds the entries of a row one after another if it adds several rows in one pass, which costs
-# a float32 sum one digit at this length.
-LONGEST = 8192
+# XLA adds the entries of a row one after another if it adds several rows in one pass, so rows are
+# cut into pieces, few enough entries for a float32 sum to keep its digits.
+LONGEST = 64
 
 
 @jax.custom_jvp
@@ -22,18 +22,20 @@ def row_sums(products: Sequence[Array]) -> list[Array]:
     first = products[0]
     if not first.ndim:
         return list(products)
+    *rows, length = first.shape
     spec = jax.typeof(first).sharding.spec
-    if first.shape[-1] > LONGEST or (len(spec) == first.ndim and spec[-1] is not None):
+    spread = len(spec) == first.ndim and spec[-1] is not None
+    piece = max(size for size in range(1, LONGEST + 1) if length % size == 0)
+    if spread or piece < min(length, LONGEST // 8):
         return [jnp.sum(x, axis=-1) for x in products]
     zero = jnp.zeros((), first.dtype)
-    return list(
-        jax.lax.reduce(
-            tuple(products),
-            (zero,) * len(products),
-            lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
-            (first.ndim - 1,),
-        )
+    sums = jax.lax.reduce(
+        tuple(x.reshape(*rows, length // piece, piece) for x in products),
+        (zero,) * len(products),
+        lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
+        (first.ndim,),
     )
+    return [jnp.sum(x, axis=-1) for x in sums]
 
 
 @row_sums.defjvp
@@ -72,6 +74,7 @@ def sums(
     return jax.tree.reduce_associative(jnp.add, parts)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def symmetric(upper: Sequence[Array] | Array, count: int) -> Array:
     """The symmetric matrices `(count, count, ...)` with given rows of their upper triangles."""
     places = iter(range(len(upper)))
