@@ -153,10 +153,10 @@ def sce(
         ~jnp.isfinite(total),
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )
-    weights = energies / jnp.where(total == 0, 1, total) + undefined
+    weights = energies / jnp.where(total == 0, 1, total)
     signs = elect(edits, zero=options.zero)
     edit = disjoint_merge(edits, signs, weights, divide="weight", weighted=False)
-    return added(base, edit, options.scale)
+    return added(base, edit, options.scale + undefined)
 
 
 @jax.jit
