@@ -338,7 +338,9 @@ def _quantiles(leaves: Sequence[Array], need: Count, total: Count) -> Array | No
     # Odd, as a power of two would see few columns.
     stride, wide = max(size // SAMPLE, 1) | 1, _wide(leaves)
     parts = [_sample(leaf, stride, wide) for leaf in leaves if leaf.size]
-    return _pick(jnp.concatenate(parts), _number(need) / _number(total))
+    # NumPy joins a thousand arrays at once; for XLA every such list of shapes is a new program.
+    joined = (jnp if _checks.is_traced(parts) else np).concatenate(parts)
+    return _pick(joined, _number(need) / _number(total))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
