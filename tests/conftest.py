@@ -1,15 +1,24 @@
 """One configuration for every lane: strict promotion, eight CPU devices, repeatable draws."""
 
+import importlib.metadata
 import itertools
 import os
 import pathlib
+import platform
 
 # One thread a worker for the small matrices of the tests: more of them starve each other. It is
 # read when the library is loaded, so before jax is.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Compiling is nearly all of the work, and takes two thirds of the time with XLA's older code
-# generator. A lane of its own tests what users run, by XLA_FLAGS set to nothing.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Compiling is nearly all of the work, and takes half of the time with XLA's older code generator,
+# which later versions lack, and without optimization; but then products are fused with additions in
+# some places and not in others, unless the processor is said to have no such instructions. A lane
+# of its own tests what users run, by XLA_FLAGS set to nothing.
+if importlib.metadata.version("jaxlib").startswith("0.10.") and platform.machine() == "x86_64":
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
+        "--xla_cpu_max_isa=AVX",
+    )
 
 import hypothesis
 import jax

@@ -335,6 +335,8 @@ def test_arcee_fusion_takes_whole_what_has_no_importance():
     tuned["w"] = base["w"].at[:2].set(jnp.asarray([1.0, 0.5], FLOAT))
     assert_close(merge.arcee_fusion(base, tuned), tuned, units=0)
     assert_close(merge.arcee_fusion(base, base), base, units=0)
+    broken = merge.arcee_fusion(base, tuned | {"w": tuned["w"].at[3].set(jnp.nan)})
+    assert bool(jnp.isnan(broken["w"][3]))
 
 
 def test_lines_scales_by_depth():

@@ -272,8 +272,8 @@ def _importance(base: Array, tuned: Array) -> Array:
 @tree.elementwise
 def _above(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (least, middle, most), (base, tuned, importance) = scalars, arrays
-    kept = importance >= middle + 1.5 * (most - least)
-    return base + jnp.where(kept, tuned - base, 0)
+    small = importance < middle + 1.5 * (most - least)  # NaN is not, and shows
+    return base + jnp.where(small, 0, tuned - base)
 
 
 def arcee_fusion(base: WeightsLike, tuned: WeightsLike) -> Weights:
