@@ -60,6 +60,8 @@ class Method(NamedTuple):
     """The formula on the arrays of one leaf."""
     peft: Callable[..., Any] | None = None
     """The formula on the task vectors of one leaf."""
+    compiled: bool = True
+    """Whether it is also measured under one `jit`, which takes minutes where leaves select."""
 
 
 PRESET = "mergekit-0.1.5"
@@ -121,9 +123,13 @@ METHODS = {
         lambda base, *tuned: merge.ties(base, tuned, preset=PRESET, density=0.2),
         ("ties", SPARSE, 0),
         peft=lambda edits: merge_utils.ties(edits, ones(edits), 0.2),
+        compiled=False,
     ),
     "ties, whole tree": Method(
-        3, 7, lambda base, *tuned: merge.ties(base, tuned, density=0.2, scope="tree")
+        3,
+        7,
+        lambda base, *tuned: merge.ties(base, tuned, density=0.2, scope="tree"),
+        compiled=False,
     ),
     "dare": Method(
         3,
@@ -195,21 +201,20 @@ def merges(gib: float, rounds: int, names: Sequence[str]) -> None:
         for name in names:
             method = METHODS[name]
             points = tuple(models[: method.count])
-            contenders = {"copy, donated": copy} | forms(method.ours, points)
+            eager = {"eager": functools.partial(method.ours, *points)}
+            ours = forms(method.ours, points) if method.compiled else eager
+            contenders = {"copy, donated": copy} | ours
             contenders |= theirs(method, points) | peers(method.plain, points, dtype)
             times = interleaved(contenders, rounds)
             report(name, times, {"copy, donated": 2 * size}, method.moved * size)
             if "mergekit" in contenders:
                 medians = {k: statistics.median(ms) for k, ms in times.items()}
-                ratios = (f"{form} {medians['mergekit'] / medians[form]:.1f} x" for form in FORMS)
+                ratios = (f"{form} {medians['mergekit'] / medians[form]:.1f} x" for form in names)
                 print(f"    to mergekit: {', '.join(ratios)}", end="")
                 if "dare" not in name:
-                    apart = difference(contenders["fresh"](), contenders["mergekit"]())
+                    apart = difference(contenders["eager"](), contenders["mergekit"]())
                     print(f"; apart by {apart:.1e}", end="")
                 print()
-
-
-FORMS = ("donated", "fresh", "eager")
 
 
 def difference(ours: Any, other: Any) -> float:

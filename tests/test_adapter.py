@@ -578,15 +578,3 @@ def test_an_adapter_is_replaced_whole_and_nothing_else(tmp_path):
     assert (tmp_path / "README.md").read_text() == "of another"
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert checkpoint.load_adapter(str(tmp_path / "copy"), BASE)["query.weight"].rank == 1
-
-
-def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
-    put(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    for call in (
-        lambda: checkpoint.save_adapter(tmp_path / "x", {"query.weight": ONE}),
-        lambda: checkpoint.load_adapter(tmp_path, BASE),
-    ):
-        with pytest.raises(ImportError, match=r"wspace\[demo\]"):
-            call()
-    assert not (tmp_path / "x").exists()

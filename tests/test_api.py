@@ -53,8 +53,8 @@ def test_every_docstring_says_what_goes_in_and_out(name):
 
 def test_import_pulls_in_no_optional_dependency():
     code = (
-        "import sys, wspace; print([m for m in ('matplotlib', 'sklearn', 'safetensors', "
-        "'hypothesis', 'scipy.optimize', 'beartype') if m in sys.modules])"
+        "import sys; from wspace import *; print([m for m in ('matplotlib', 'sklearn', "
+        "'safetensors', 'hypothesis', 'scipy.optimize', 'beartype') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

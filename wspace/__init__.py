@@ -1,22 +1,26 @@
 """Geometry of weight space: pure functions on pytrees of model weights."""
 
-from wspace import (
-    average,
-    checkpoint,
-    cone,
-    fit,
-    geometry,
-    interpolate,
-    lowrank,
-    merge,
-    negative,
-    perturb,
-    plot,
-    selection,
-    soup,
-    tree,
-    typing,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wspace import (
+        average,
+        checkpoint,
+        cone,
+        fit,
+        geometry,
+        interpolate,
+        lowrank,
+        merge,
+        negative,
+        perturb,
+        plot,
+        selection,
+        soup,
+        tree,
+        typing,
+    )
 
 __all__ = [
     "average",
@@ -35,3 +39,14 @@ __all__ = [
     "tree",
     "typing",
 ]
+
+
+# Imported when they are asked for, so that the command line answers before JAX is there.
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"wspace.{name}")
+    raise AttributeError(f"module 'wspace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,11 +1,27 @@
 """Weights in files, and adapters of other systems.
 
 A safetensors file holds a flat mapping from names to tensors, and such a mapping is a tree of
-weights. An adapter is a folder with such a file of LoRA factors, and is an edit of the weights
-it was trained on. Both are data only: reading one runs no code.
+weights. One that is larger than memory is read and written tensor by tensor. An adapter is a
+folder with such a file of LoRA factors, and is an edit of the weights it was trained on. All of
+them are data only: reading one runs no code.
 """
 
 from wspace.checkpoint.adapter import load_adapter, save_adapter
+from wspace.checkpoint.stored import Checkpoint, Stored, open
+from wspace.checkpoint.streaming import stream
 from wspace.checkpoint.tensors import load, save
+from wspace.checkpoint.writer import Layout, Writer, create
 
-__all__ = ["load", "load_adapter", "save", "save_adapter"]
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "Stored",
+    "Writer",
+    "create",
+    "load",
+    "load_adapter",
+    "open",
+    "save",
+    "save_adapter",
+    "stream",
+]

@@ -79,7 +79,6 @@ def load_adapter(
             is more than LoRA of matrices; if configuration, factors and `base` disagree in a
             layer, a rank or a shape.
         TypeError: If `base` is not a flat mapping from strings to floating-point arrays.
-        ImportError: If safetensors is not installed.
 
     Examples:
         >>> import tempfile
@@ -171,7 +170,6 @@ def save_adapter(
             that of the weight of a layer, `embeddings` has a name that `edit` lacks, or there is
             nothing to save.
         OSError: If the folder cannot be written.
-        ImportError: If safetensors is not installed.
 
     Examples:
         >>> import pathlib, tempfile

@@ -1,11 +1,10 @@
-"""Named tensors in one safetensors file."""
+"""Named tensors in memory, from files and to one file."""
 
 import contextlib
 import os
 import secrets
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,15 +14,9 @@ from jax.tree_util import all_leaves
 from jaxtyping import Array, Float
 
 from wspace import _checks
+from wspace.checkpoint import header, stored
 
 __all__ = ["load", "save"]
-
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-}
 
 
 def save(
@@ -44,7 +37,6 @@ def save(
             floating-point.
         ValueError: If a tensor has the name `__metadata__`, which the format keeps for itself.
         OSError: If the file cannot be written.
-        ImportError: If safetensors is not installed.
 
     Examples:
         >>> import pathlib, tempfile
@@ -63,21 +55,23 @@ def save(
     write(file, packed(weights))
 
 
-def load(file: str | os.PathLike[str]) -> dict[str, Array]:
-    """Reads the named tensors of a safetensors file.
+def load(path: str | os.PathLike[str]) -> dict[str, Array]:
+    """Reads the named tensors of a safetensors file, or of a folder of them.
+
+    For weights that do not fit in memory, [`open`][wspace.checkpoint.open].
 
     Args:
-        file: A file written by [`save`][wspace.checkpoint.save] or by any other program.
+        path: A file written by [`save`][wspace.checkpoint.save] or by any other program, or a
+            folder with such files, as [`open`][wspace.checkpoint.open] takes it.
 
     Returns:
         The tensors by name, in the dtypes of the file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is a folder, cannot be read, is truncated or otherwise not a
-            safetensors file, or holds a tensor that is not float64, float32, bfloat16 or float16;
-            also if it holds float64 while JAX has 64-bit values disabled.
-        ImportError: If safetensors is not installed.
+        FileNotFoundError: If there is no such file, or the folder lacks one.
+        ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file, or
+            holds a tensor that is not float64, float32, bfloat16 or float16; also if it holds
+            float64 while JAX has 64-bit values disabled.
 
     Examples:
         >>> import pathlib, tempfile
@@ -96,38 +90,24 @@ def load(file: str | os.PathLike[str]) -> dict[str, Array]:
     References:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
-    library, data = _safetensors(), read(file)
-    try:
-        entries = library.deserialize(data)
-    except library.SafetensorError as error:
-        cause = str(error).removeprefix("Error while deserializing: ").strip()
-        raise ValueError(
-            f"{file} is truncated or no safetensors file ({cause}): copy or download it again"
-        ) from error
-    return {name: _array(file, name, entry) for name, entry in entries}
+    with stored.open(path) as checkpoint:
+        return {name: _array(tensor) for name, tensor in checkpoint.items()}
 
 
 def read(file: str | os.PathLike[str]) -> bytes:
     """The bytes of a file."""
-    try:
-        return Path(file).read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {file}: check the path") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{file} is a folder: give a file in it") from error
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error.strerror}): check its path and permissions"
-        ) from error
+    with header.opened(Path(file)) as stream:
+        return stream.read()
 
 
 def packed(
     weights: Mapping[str, Float[Array | np.ndarray, "..."]], metadata: dict[str, str] | None = None
 ) -> bytes:
     """The bytes of a safetensors file with these tensors."""
-    # The library writes the memory of an array, whatever its strides.
-    arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
-    return _safetensors().numpy.save(arrays, metadata)
+    arrays = {name: np.asarray(array) for name, array in weights.items()}
+    start, entries = header.packed({x: (a.dtype, a.shape) for x, a in arrays.items()}, metadata)
+    # tobytes writes the elements in order, whatever the strides.
+    return b"".join([start, *(arrays[name].tobytes() for name in entries)])
 
 
 def write(file: str | os.PathLike[str], data: bytes) -> None:
@@ -166,16 +146,6 @@ def writing(file: Path) -> Generator[None]:
         ) from error
 
 
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            'checkpoint needs the package safetensors: pip install "wspace[demo]"'
-        ) from error
-    return safetensors
-
-
 def flat(**mappings: object) -> None:
     """Raises unless each mapping, by name, is a flat one from names to arrays of weights."""
     for what, mapping in mappings.items():
@@ -199,20 +169,22 @@ def named(what: str, mapping: object) -> dict[str, Any]:
     for name in mapping:
         if not isinstance(name, str):
             raise TypeError(f"names of tensors are strings, got {name!r} of {type(name)}")
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(f"{name!r} has half of a surrogate pair, which no file holds: rename")
     return dict(mapping)
 
 
-def _array(file: str | os.PathLike[str], name: str, entry: dict[str, Any]) -> Array:
-    if entry["dtype"] not in _DTYPES:
+def _array(tensor: stored.Stored) -> Array:
+    where = f"tensor {tensor.name!r} of {tensor.file}"
+    if tensor.dtype not in _checks.WEIGHT_DTYPES:
         raise ValueError(
-            f"tensor {name!r} of {file} has dtype {entry['dtype']}; weights are "
-            f"{', '.join(_DTYPES)}: convert or leave out others where the file is written"
+            f"{where} has dtype {header.NAMES[tensor.dtype]}; weights are F64, F32, BF16 and F16: "
+            "convert or leave out others where the file is written"
         )
-    dtype = _DTYPES[entry["dtype"]]
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
         raise ValueError(
-            f"tensor {name!r} of {file} is float64, which JAX would round to float32 here: "
+            f"{where} is float64, which JAX would round to float32 here: "
             'call jax.config.update("jax_enable_x64", True) first'
         )
-    # Copied, so that no array keeps the bytes of the whole file alive.
-    return jnp.array(np.frombuffer(entry["data"], dtype).reshape(entry["shape"]))
+    # Copied, so that no array keeps the map of the file open.
+    return jnp.array(tensor.read())

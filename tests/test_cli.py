@@ -1,0 +1,767 @@
+"""The commands do what the functions do, bit for bit; what they refuse, they refuse in words."""
+
+import inspect
+import json
+import re
+import signal
+import subprocess
+import sys
+import typing
+from types import SimpleNamespace, UnionType
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import wspace
+from wspace import average, checkpoint, geometry, interpolate, lowrank, merge, negative, tree
+from wspace.__main__ import main
+from wspace._cli import methods
+from wspace._cli.words import Parser, size
+from wspace.checkpoint import streaming
+from wspace.checkpoint.writer import Writer
+
+LAYOUT = {
+    "steps": ((2,), np.int64),
+    "up.weight": ((4, 3), np.float32),
+    "up.bias": ((4,), np.float32),
+    "embed.weight": ((5, 4), ml_dtypes.bfloat16),
+}
+SPREAD = {"BASE": 0.0, "A": 0.1, "C": 0.2, "P": 0.3}
+
+
+def written(path, seed, spread, layout=LAYOUT):
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    shapes = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+    with checkpoint.create(path, shapes, metadata={"format": "pt"}) as writer:
+        for name, (shape, dtype) in layout.items():
+            x = common.normal(size=shape) + spread * own.normal(size=shape)
+            writer.write(name, np.full(shape, 7, dtype) if dtype == np.int64 else x.astype(dtype))
+        if path.suffix != ".safetensors":
+            writer.add("config.json", b'{"layers": 1}')
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with four models, in which the commands run."""
+    for i, (name, spread) in enumerate(SPREAD.items()):
+        written(tmp_path / name, i, spread)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def points():
+    return {name: weights(name) for name in SPREAD}
+
+
+def weights(path):
+    with checkpoint.open(path) as opened:
+        return {
+            name: jnp.array(x.read()) for name, x in opened.items() if x.dtype != np.dtype("int64")
+        }
+
+
+def run(*words):
+    """The exit code of a command, in words or in strings of them."""
+    try:
+        return main([part for word in words for part in str(word).split()])
+    except SystemExit as stop:
+        return stop.code
+
+
+def assert_same(path, wanted):
+    """Asserts that a checkpoint holds a tree, bit for bit, and the integers of the models."""
+    with checkpoint.open(path) as opened:
+        assert list(opened) == list(checkpoint.open("A"))
+        assert opened["steps"].read().tolist() == [7, 7]
+    found = weights(path)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert found[name].dtype == x.dtype, name
+        assert found[name].tobytes() == np.asarray(x).tobytes(), name
+
+
+KEY = jax.random.key(3)
+MERGES = {
+    "linear A C": lambda m: average.mean([m.A, m.C]),
+    "linear A C P --coefficients 0.7 0.6 -3e-1": lambda m: average.mean(
+        [m.A, m.C, m.P], [0.7, 0.6, -0.3]
+    ),
+    "lerp A C --t 1.25": lambda m: interpolate.lerp(m.A, m.C, 1.25),
+    "slerp A C --t 0.5": lambda m: interpolate.slerp(m.A, m.C, 0.5),
+    "slerp A C --t 0.5 --scope leaf": lambda m: tree.per_leaf(interpolate.slerp)(m.A, m.C, 0.5),
+    "slerp A C --t 0.3 --preset mergekit-0.1.5": lambda m: tree.per_leaf(interpolate.slerp)(
+        m.A, m.C, 0.3
+    ),
+    "karcher A C P": lambda m: average.karcher_mean([m.A, m.C, m.P]).weights,
+    "median A C P --max-steps 3": lambda m: (
+        average.geometric_median([m.A, m.C, m.P], max_steps=3).weights
+    ),
+    "model-stock A C --base BASE": lambda m: average.model_stock(m.BASE, [m.A, m.C]),
+    "model_stock A C --base BASE --preset mergekit-0.1.5": lambda m: average.model_stock(
+        m.BASE, [m.A, m.C], preset="mergekit-0.1.5"
+    ),
+    "task_arithmetic A C --base BASE --coefficients 1 -0.5 --scale 0.7": (
+        lambda m: merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5], scale=0.7)
+    ),
+    "ties A C --base BASE --density 0.2": lambda m: merge.ties(m.BASE, [m.A, m.C], density=0.2),
+    "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": (
+        lambda m: merge.ties(
+            m.BASE, [m.A, m.C], density=0.5, preset="mergekit-0.1.5", weighted=False
+        )
+    ),
+    "dare A C --base BASE --seed 3": lambda m: merge.dare(KEY, m.BASE, [m.A, m.C]),
+    "dare_ties A C --base BASE --seed 3 --zero majority": lambda m: merge.dare_ties(
+        KEY, m.BASE, [m.A, m.C], zero="majority"
+    ),
+    "della A C --base BASE --seed 3 --scope row": lambda m: merge.della(
+        KEY, m.BASE, [m.A, m.C], scope="row"
+    ),
+    "breadcrumbs A C --base BASE --scope leaf": lambda m: merge.breadcrumbs(
+        m.BASE, [m.A, m.C], scope="leaf"
+    ),
+    "breadcrumbs_ties A C --base BASE": lambda m: merge.breadcrumbs_ties(m.BASE, [m.A, m.C]),
+    "sce A C --base BASE --density 0.5": lambda m: merge.sce(m.BASE, [m.A, m.C], density=0.5),
+    "ram A C --base BASE --boost 0.1": lambda m: merge.ram(m.BASE, [m.A, m.C], boost=0.1),
+    "pcb A C --base BASE": lambda m: merge.pcb(m.BASE, [m.A, m.C]),
+    "magmax A C --base BASE --coefficients 1 -1": lambda m: merge.magmax(
+        m.BASE, [m.A, m.C], [1.0, -1.0]
+    ),
+    "negmerge A C --base BASE --strength 0.5": lambda m: merge.negmerge(m.BASE, [m.A, m.C], 0.5),
+    "nearswap A --base BASE --threshold 0.01": lambda m: merge.nearswap(m.BASE, m.A, 0.01),
+    "arcee_fusion A --base BASE": lambda m: merge.arcee_fusion(m.BASE, m.A),
+    "ext_sub A --base BASE --avoid P --strength 0.5": lambda m: merge.ext_sub(
+        m.BASE, m.A, m.P, 0.5
+    ),
+    "tsv_m A C --base BASE": lambda m: merge.tsv_m(m.BASE, [m.A, m.C]).weights,
+    "iso_c A C --base BASE": lambda m: merge.iso_c(m.BASE, [m.A, m.C]).weights,
+    "iso_cts A C --base BASE --common 0.5": lambda m: (
+        merge.iso_cts(m.BASE, [m.A, m.C], common=0.5).weights
+    ),
+    "knots A C --base BASE --scale 0.5": lambda m: merge.knots(m.BASE, [m.A, m.C], scale=0.5),
+}
+
+IN_PIECES = (
+    *("linear", "lerp", "slerp", "karcher"),
+    *("task_arithmetic", "magmax", "negmerge", "nearswap"),
+)
+
+
+def test_every_method_is_run():
+    assert {methods.found("merge", words.split()[0]) for words in MERGES} == set(methods.MERGE)
+
+
+@pytest.mark.parametrize("words", MERGES)
+def test_a_merge_is_the_function_bit_for_bit(words, points, capsys):
+    assert run("merge", words, "-o", "OUT", "--quiet") == 0, capsys.readouterr().err
+    assert_same("OUT", MERGES[words](SimpleNamespace(**points)))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [x for x in MERGES if x.split()[0] in IN_PIECES])
+def test_a_merge_in_pieces_is_the_same(words, points, monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 5)
+    assert run("merge", words, "-o", "OUT") == 0
+    assert_same("OUT", MERGES[words](SimpleNamespace(**points)))
+
+
+def test_repel_is_the_function(points):
+    assert run("steer", "repel", "C", "--avoid", "P", "--strength", "0.5", "-o", "OUT") == 0
+    assert_same("OUT", negative.repel(points["C"], points["P"], 0.5))
+
+
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        ("retarget A C --target P", lambda a, c, p: negative.retarget([a, c], [1, 1], p)),
+        (
+            "exit A C --avoid P --radius 9 --coefficients 3 1",
+            lambda a, c, p: negative.exit_ball([a, c], [3.0, 1.0], p, 9.0),
+        ),
+        (
+            "guard A C --avoid P --radius 2 --mode affine --costs 1 2",
+            lambda a, c, p: negative.guard_hull([a, c], p, 2.0, mode="affine", costs=[1.0, 2.0]),
+        ),
+    ],
+)
+def test_steering_several_writes_a_folder_for_each(words, function, points):
+    assert run("steer", words, "-o", "OUT") == 0
+    for name, wanted in zip("AC", function(*(points[x] for x in "ACP")), strict=True):
+        assert_same(f"OUT/{name}", wanted)
+
+
+@pytest.mark.parametrize("words", ["offset A --target C", "extract A C"])
+def test_an_adapter_is_the_nearest_of_its_rank_and_its_tails_are_printed(words, points, capsys):
+    assert run(words, "--rank", 2, "--embeddings", "embed.*", "-o", "OUT") == 0
+    told = capsys.readouterr().out
+    a, c = ({k: x for k, x in points[p].items() if k.endswith("weight")} for p in "AC")
+    cut = negative.offset(a, c, 2)
+    edit = checkpoint.load_adapter("OUT", a)
+    for name, wanted in lowrank.apply(a, cut.factors).items():
+        np.testing.assert_array_equal(lowrank.apply(a, edit)[name], wanted)
+    said = json.loads((checkpoint.open("A").path.parent / "OUT" / "wspace.json").read_text())
+    tails = said["certificates"]["tails"]
+    assert sum(tails[x] ** 2 for x in a) == pytest.approx(float(cut.tail) ** 2, rel=1e-4)
+    bias = float(geometry.distance(points["A"]["up.bias"], points["C"]["up.bias"]))
+    assert tails["up.bias"] == pytest.approx(bias)
+    assert re.search(r"^up\.bias +4 +0 .* 100\.0%$", told, re.MULTILINE)
+    assert f"{said['certificates']['tail']:.4g}" in told.splitlines()[-1]
+
+
+def test_adapters_are_not_replaced_unless_forced(capsys):
+    words = "extract A C --rank 1 -o OUT"
+    assert [run(words), run(words), run(words, "--force")] == [0, 1, 0]
+    assert "OUT exists: give another path, or --force" in capsys.readouterr().err
+
+
+def test_distances_and_angles_are_those_of_geometry(points, capsys):
+    assert run("distance", "A", "C", "P", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    a, c = points["A"], points["C"]
+    assert said["norms"][0] == pytest.approx(float(tree.norm(a)), rel=1e-5)
+    assert said["distances"][0][1] == pytest.approx(float(geometry.distance(a, c)), rel=1e-5)
+    angle = np.degrees(float(geometry.angle(a, c)))
+    assert said["angles_in_degrees"][1][0] == pytest.approx(angle, rel=1e-4)
+    np.testing.assert_allclose(said["gram"], geometry.gram([*map(points.get, "ACP")]), rtol=1e-5)
+    own = said["tensors"]["up.bias"]["distances"][0][2]
+    assert own == pytest.approx(float(jnp.linalg.norm(a["up.bias"] - points["P"]["up.bias"])))
+    assert run("distance", "A", "C") == 0
+    table = capsys.readouterr().out
+    assert f"{said['distances'][0][1]:.6g}" in table
+    assert "embed.weight" in table
+
+
+def test_a_small_angle_is_not_lost(folder, capsys):
+    x = np.ones((50, 50), np.float32)
+    y = x.copy()
+    y[0, 0] += 1e-3
+    for name, array in (("x", x), ("y", y)):
+        checkpoint.save(folder / f"{name}.safetensors", {"w": array})
+    assert run("distance", "x.safetensors", "y.safetensors", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["angles_in_degrees"][0][1]
+    x, y = (v.astype(np.longdouble).reshape(-1) for v in (x, y))
+    size = np.linalg.norm
+    wanted = 2 * np.arctan2(size(x / size(x) - y / size(y)), size(x / size(x) + y / size(y)))
+    assert found == pytest.approx(float(np.degrees(wanted)), rel=1e-3)
+
+
+def test_the_angle_to_zero_is_zero(folder, capsys):
+    for name, x in (("x", np.zeros(3)), ("y", np.array([0.1, 0.2, 0.3]))):
+        checkpoint.save(folder / f"{name}.safetensors", {"w": x.astype(np.float32)})
+    assert run("distance x.safetensors y.safetensors --json") == 0
+    assert json.loads(capsys.readouterr().out)["angles_in_degrees"] == [[0, 0], [0, 0]]
+
+
+def test_inspect_says_what_is_there(capsys):
+    assert run("inspect", "A", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tensors"]["embed.weight"] == {"dtype": "bfloat16", "shape": [5, 4], "bytes": 40}
+    assert (said["elements"], said["bytes"]) == (2 + 12 + 4 + 20, 16 + 48 + 16 + 40)
+    assert said["others"] == ["config.json"]
+    assert run("inspect", "A") == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^embed\.weight +bfloat16 +5 x 4 +40 B$", table, re.MULTILINE)
+
+
+def test_audit_is_the_function(points, capsys):
+    words = "audit A C --avoid P --radius 1 --coefficients 2 1"
+    assert run(words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    report = negative.audit([points["A"], points["C"]], [2.0, 1.0], points["P"], 1.0)
+    assert said["margin"] == pytest.approx(float(report.margin))
+    assert said["rank_needed"] == int(report.rank_needed)
+    assert said["frobenius_budget"][0] is None
+    assert [leaf["path"] for leaf in said["leaves"]] == [leaf.path for leaf in report.leaves]
+    assert run(words) == 0
+    assert capsys.readouterr().out == f"{report}\n"
+
+
+def test_a_file_is_written_as_one_and_a_folder_with_shards(folder, points):
+    assert run("merge", "linear", "A", "C", "-o", "one.safetensors") == 0
+    assert_same("one.safetensors", average.mean([points["A"], points["C"]]))
+    assert run("merge", "linear", "A", "C", "-o", "OUT", "--shard-size", "50B") == 0
+    assert (folder / "OUT" / "model.safetensors.index.json").exists()
+    assert (folder / "OUT" / "config.json").read_bytes() == b'{"layers": 1}'
+    assert weights("OUT").keys() == points["A"].keys()
+
+
+def test_float64_is_not_rounded(folder):
+    layout = {"w": ((3, 2), np.float64), "steps": ((1,), np.int64)}
+    for i, name in enumerate("xy"):
+        written(folder / name, i, 1.0, layout)
+    assert run("merge", "lerp", "x", "y", "--t", "0.25", "-o", "OUT") == 0
+    x, y, out = (checkpoint.open(folder / name)["w"].read() for name in ("x", "y", "OUT"))
+    np.testing.assert_allclose(out, 0.75 * x + 0.25 * y, rtol=1e-15)
+
+
+def test_the_record_is_in_the_metadata_and_beside(folder):
+    assert run("merge", "karcher", "A", "C", "P", "-o", "OUT") == 0
+    beside = json.loads((folder / "OUT" / "wspace.json").read_text())
+    metadata = checkpoint.open("OUT").metadata
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["wspace"]) == {k: beside[k] for k in beside if k != "certificates"}
+    assert beside["recipe"]["models"] == ["A", "C", "P"]
+    assert beside["versions"]["jax"] == jax.__version__
+    assert beside["certificates"]["converged"] is True
+    keys = [set(x) for x in beside["inputs"]]
+    assert keys == [{"path", "blake2b_of_headers_sizes_and_times"}] * 3
+    assert run("merge", "linear", "A", "-o", "FULL", "--hash") == 0
+    assert "blake2b_of_files" in (folder / "FULL" / "wspace.json").read_text()
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(folder, capsys):
+    before = sorted(folder.iterdir())
+    words = "merge ties A C --base BASE --density 0.2 -o OUT --dry-run"
+    assert run(words) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"density +0\.2$", told, re.MULTILINE)
+    assert re.search(r"reads +360 B$", told, re.MULTILINE)
+    assert re.search(r"writes +120 B$", told, re.MULTILINE)
+    assert "the whole models at once" in told
+    assert run(words, "--scope", "leaf") == 0
+    assert "tensor by tensor, in the memory of a few tensors" in capsys.readouterr().out
+    assert run("merge slerp A C --t 0.5 -o OUT --dry-run") == 0
+    told = capsys.readouterr().out
+    assert "in two passes" in told
+    assert re.search(r"reads +480 B$", told, re.MULTILINE)
+    assert run("merge linear A C -o OUT --hash --dry-run") == 0
+    assert re.search(r"reads +480 B$", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(folder.iterdir()) == before
+
+
+BAD = {
+    "merge linear A C": (2, "required: -o/--output"),
+    "merge linear A C --coeficients 1 2 -o OUT": (2, "did you mean --coefficients?"),
+    "merge linear A C --coefficients 1 x -o OUT": (2, "'x' is no finite number"),
+    "merge linear A C --coefficients 1 nan -o OUT": (2, "'nan' is no finite number"),
+    "merge linear A C --coefficients 1 -o OUT": (2, "1 numbers for 2 points"),
+    "merge linear A C --coefficients 1 -1 -o OUT": (2, "make it differ from zero"),
+    "merge linaer A C -o OUT": (2, "did you mean linear?"),
+    "merge slerp A C P --t 0.5 -o OUT": (2, "slerp takes 2 model(s), got 3"),
+    "merge slerp A C -o OUT": (2, "required: --t"),
+    "merge ties A C -o OUT": (2, "required: --base"),
+    "merge ties A C --base BASE --density 2 -o OUT": (2, "density must be above 0 and at most 1"),
+    "merge ties A C --base BASE --scope lef -o OUT": (2, "choose from"),
+    "merge linear A C -o OUT --shard-size 3apples": (2, "'3apples'"),
+    "merge linear A C -o A": (2, "overlap"),
+    "merge linear A C -o A/inner": (2, "overlap"),
+    "merge linear A C -o .": (2, "overlap"),
+    "mrge": (2, "did you mean merge?"),
+    "merge": (2, "give a method"),
+    "merge linear A --quiet C -o OUT": (2, "C has no meaning here: models come before"),
+    "steer": (2, "give a method"),
+    "steer exit A C --avoid P --radius 0 -o OUT": (2, "radius"),
+    "steer exit A C --avoid P --radius 1 -o OUT.safetensors": (2, "give a folder"),
+    "offset A --target C --rank 0 -o OUT": (2, "at least 1"),
+    "extract A C --rank 1 --embeddings nothing.* -o OUT": (2, "matches no matrix"),
+    "extract A A --rank 1 -o OUT": (1, "differ in no matrix"),
+    "merge linear A B -o OUT": (1, "B"),
+    "merge linear A OTHER -o OUT": (1, "the nearest name there is 'up.weights'"),
+    "merge linear A WIDE -o OUT": (1, "has shape (4, 3) in A and (4, 5)"),
+    "merge linear A STEPS -o OUT": (1, "'steps'"),
+    "merge linear A torn.safetensors -o OUT": (1, "torn.safetensors"),
+    "merge linear A pickle.bin -o OUT": (1, "never read"),
+    "merge linear A C -o P": (1, "P exists: give another path, or --force"),
+    "merge linear A C -o no/such/OUT": (1, "no/such"),
+    "inspect nowhere": (1, "nowhere"),
+    "audit A C --avoid P --radius 1 --coefficients 1": (2, "1 coefficients for 2 models"),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_refused_in_a_paragraph_and_leaves_nothing(words, folder, capsys):
+    layouts = {
+        "OTHER": {k.replace("up.weight", "up.weights"): v for k, v in LAYOUT.items()},
+        "WIDE": LAYOUT | {"up.weight": ((4, 5), np.float32)},
+        "STEPS": LAYOUT | {"steps": ((2,), np.float32)},
+    }
+    for name, layout in layouts.items():
+        written(folder / name, 5, 0.1, layout)
+    whole = (folder / "A" / "model.safetensors").read_bytes()
+    (folder / "torn.safetensors").write_bytes(whole[:-1])
+    (folder / "pickle.bin").write_bytes(b"\x80")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    code, message = BAD[words]
+    assert run(words) == code
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert told.err.startswith("wspace")
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_a_method_that_fails_on_the_way_leaves_nothing(folder, capsys):
+    before = sorted(folder.iterdir())
+    assert run("merge tsv_m A A --base BASE -o OUT") == 1
+    assert "nearly coincide" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_error_shows_where_only_if_asked(capsys):
+    words = "merge linear A nowhere -o OUT"
+    assert run(words, "--traceback") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_force_replaces_the_output(points):
+    assert run("merge", "linear", "A", "C", "-o", "P", "--force") == 0
+    assert_same("P", average.mean([points["A"], points["C"]]))
+
+
+@pytest.mark.parametrize("interruption", ["keys", "signal"])
+def test_an_interrupted_run_goes_on(interruption, folder, points, monkeypatch, capsys):
+    write = Writer.write
+
+    def interrupted(self, name, array):
+        write(self, name, array)
+        if name == "up.weight":
+            if interruption == "keys":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+
+    words = "merge sce A C --base BASE -o OUT"
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", interrupted)
+        assert run(words) == 1
+    assert capsys.readouterr().err == "wspace merge: interrupted: run it again to go on\n"
+    assert not (folder / "OUT").exists()
+    names = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", lambda *args: (names.append(args[1]), write(*args))[1])
+        assert run(words) == 0
+    assert sorted(names) == ["embed.weight", "up.bias"]
+    assert_same("OUT", merge.sce(points["BASE"], [points["A"], points["C"]]))
+    assert not list(folder.glob(".OUT*"))
+
+
+def test_of_several_outputs_those_that_are_there_are_kept(folder, capsys):
+    words = "steer retarget A C --target P -o OUT"
+    assert run(words) == 0
+    before = (folder / "OUT" / "A" / "model.safetensors").stat().st_mtime_ns
+    wanted = weights("OUT/C")
+    for file in (folder / "OUT" / "C").iterdir():
+        file.unlink()
+    (folder / "OUT" / "C").rmdir()
+    assert run(words) == 0
+    assert (folder / "OUT" / "A" / "model.safetensors").stat().st_mtime_ns == before
+    assert_same("OUT/C", wanted)
+    capsys.readouterr()
+    assert run(words) == 0
+    there = " is there from an earlier run of this command\n"
+    assert capsys.readouterr().err == f"OUT/A{there}OUT/C{there}"
+    assert run(words, "--coefficients", 2, 1) == 1
+    assert "OUT/A exists" in capsys.readouterr().err
+
+
+def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
+    from wspace._cli import progress
+
+    monkeypatch.setattr(progress, "_LINE", 0.0)
+    assert run("merge", "linear", "A", "C", "-o", "OUT") == 0
+    told = capsys.readouterr().err
+    assert re.search(r"^ ?\d+%  \d+ B of 120 B  .*/s  \d+ s left$", told, re.MULTILINE)
+    assert "\r" not in told
+    assert run("merge", "linear", "A", "C", "-o", "OUT", "--force", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_progress_is_a_bar_that_is_wiped(capsys, monkeypatch):
+    from wspace._cli import progress
+
+    monkeypatch.setattr(progress, "_BAR", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("merge", "linear", "A", "C", "-o", "OUT") == 0
+    told = capsys.readouterr().err
+    assert "[########################] 100%" in told
+    assert re.search(r"\r\x1b\[Kwrote OUT: 4 tensors, 120 B, .*\n$", told)
+
+
+TOML = """
+method = "linear"
+models = ["A", "C"]
+[options]
+coefficients = [0.7, 0.3]
+[[patterns]]
+match = "up.*"
+coefficients = [2, -1]
+"""
+
+
+def test_a_recipe_does_what_the_options_do_with_patterns(folder, points):
+    (folder / "r.toml").write_text(TOML)
+    assert run("merge", "--recipe", "r.toml", "-o", "OUT") == 0
+    pair = [points["A"], points["C"]]
+    up, other = average.mean(pair, [2.0, -1.0]), average.mean(pair, [0.7, 0.3])
+    assert_same("OUT", {k: (up if k.startswith("up.") else other)[k] for k in up})
+    said = json.loads((folder / "OUT" / "wspace.json").read_text())["recipe"]
+    assert said["patterns"] == [{"match": "up.*", "coefficients": [2.0, -1.0]}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("models =", "modles ="), "unknown key 'modles': did you mean models?"),
+        (("[0.7", "[true"), "must be a list of finite numbers"),
+        (("coefficients = [2", "coeficients = [2"), "did you mean coefficients?"),
+        (('match = "up.*"', ""), "has no match"),
+        (("up.*", "down.*"), "matches no tensor of A"),
+        (('"linear"', '"liner"'), "did you mean linear?"),
+        (("[2, -1]", "[2, -2]"), "pattern 'up.*'"),
+        (("[options]", "[options"), "is no TOML"),
+        (('["A", "C"]', '"A"'), "must be a list of paths"),
+        (('"linear"', '"ties"'), "ties needs base"),
+        (
+            ('"linear"\nmodels', '"ties"\nbase = "BASE"\nmodels'),
+            "looks at the whole model",
+        ),
+    ],
+)
+def test_a_bad_recipe_is_refused(change, message, folder, capsys):
+    assert change[0] in TOML
+    (folder / "r.toml").write_text(TOML.replace(*change))
+    assert run("merge", "--recipe", "r.toml", "-o", "OUT") == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (folder / "OUT").exists()
+
+
+def entry(name, **parameters):
+    return {"model": name, "parameters": parameters} if parameters else {"model": name}
+
+
+YAML = [
+    (
+        {"merge_method": "linear", "models": [entry("A", weight=3), entry("C", weight=1)]},
+        lambda m: average.mean([m.A, m.C], [3.0, 1.0]),
+    ),
+    (
+        {
+            "merge_method": "slerp",
+            "base_model": "C",
+            "models": [entry("A"), entry("C")],
+            "parameters": {"t": 0.25},
+        },
+        lambda m: tree.per_leaf(interpolate.slerp)(m.C, m.A, 0.25),
+    ),
+    (
+        {
+            "merge_method": "ties",
+            "base_model": "BASE",
+            "models": [entry("BASE"), entry("A", weight=1, density=0.5), entry("C", weight=0.5)],
+            "parameters": {"density": 0.5, "lambda": 0.7, "normalize": False, "int8_mask": True},
+        },
+        lambda m: merge.ties(
+            m.BASE,
+            [m.A, m.C],
+            [1, 0.5],
+            preset="mergekit-0.1.5",
+            density=0.5,
+            scale=0.7,
+            divide="one",
+        ),
+    ),
+    (
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "BASE",
+            "models": [entry("A", weight=1), entry("C", weight=-0.5)],
+        },
+        lambda m: merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5]),
+    ),
+    (
+        {
+            "merge_method": "dare_linear",
+            "base_model": "BASE",
+            "models": [entry("A", weight=1, density=0.5), entry("C", weight=1, density=0.5)],
+        },
+        lambda m: merge.dare(
+            KEY, m.BASE, [m.A, m.C], [1.0, 1.0], preset="mergekit-0.1.5", density=0.5
+        ),
+    ),
+    (
+        {
+            "merge_method": "dare_ties",
+            "base_model": "BASE",
+            "models": [entry("A", weight=1), entry("C", weight=1)],
+            "parameters": {"density": 0.5, "rescale": False},
+        },
+        lambda m: merge.dare_ties(
+            KEY, m.BASE, [m.A, m.C], [1, 1], preset="mergekit-0.1.5", density=0.5, rescale="none"
+        ),
+    ),
+    (
+        {
+            "merge_method": "breadcrumbs",
+            "base_model": "BASE",
+            "models": [entry("A", weight=1), entry("C", weight=1)],
+            "parameters": {"density": 0.5, "gamma": 0.1},
+        },
+        lambda m: merge.breadcrumbs(
+            m.BASE, [m.A, m.C], [1, 1], preset="mergekit-0.1.5", density=0.5, outliers=0.1
+        ),
+    ),
+    (
+        {
+            "merge_method": "model_stock",
+            "base_model": "BASE",
+            "models": [entry("A"), entry("C")],
+            "parameters": {"filter_wise": True},
+        },
+        lambda m: average.model_stock(m.BASE, [m.A, m.C], preset="mergekit-0.1.5", scope="row"),
+    ),
+    (
+        {"merge_method": "karcher", "models": [entry("A"), entry("C")]},
+        lambda m: tree.per_leaf(average.karcher_mean)([m.A, m.C], tol=1e-5, max_steps=10).weights,
+    ),
+    (
+        {
+            "merge_method": "nearswap",
+            "base_model": "BASE",
+            "models": [entry("A")],
+            "parameters": {"t": 0.02},
+        },
+        lambda m: merge.nearswap(m.BASE, m.A, 0.02),
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "function"), YAML, ids=[x["merge_method"] for x, _ in YAML])
+def test_a_recipe_of_mergekit_is_read(recipe, function, folder, points, capsys):
+    pytest.importorskip("yaml")
+    (folder / "r.yml").write_text(json.dumps(recipe))  # JSON is YAML
+    code = run("merge", "--recipe", "r.yml", "--seed", 3, "-o", "OUT")
+    assert code == 0, capsys.readouterr().err
+    assert_same("OUT", function(SimpleNamespace(**points)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slices": []}, "slices in"),
+        ({"merge_methd": "x"}, "did you mean merge_method?"),
+        ({"merge_method": "passthrough"}, "'passthrough'"),
+        ({"models": [entry("A", weight=[0, 1]), entry("C", weight=1)]}, "is a gradient"),
+        ({"models": [entry("A"), entry("C", weight=1)]}, "needs weight for every model"),
+        ({"models": [entry("A", weight=1, densty=1)]}, "densty of A"),
+        ({"parameters": {"normalize": False}}, "normalize: false"),
+        ({"dtype": "float16"}, "the recipe asks for float16"),
+        ({"dtype": "float16", "out_dtype": "float32"}, "must be one dtype"),
+        ({"models": "A"}, "must be a list of entries"),
+        ({"parameters": [1]}, "parameters in r.yaml must be a mapping"),
+        ({"dtype": ["float32"]}, "must be one dtype"),
+    ],
+)
+def test_a_recipe_of_mergekit_that_is_not_read_is_refused(change, message, folder, capsys):
+    pytest.importorskip("yaml")
+    (folder / "r.yaml").write_text(json.dumps(YAML[0][0] | change))
+    assert run("merge", "--recipe", "r.yaml", "-o", "OUT") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["r.toml", "r.yml"])
+def test_a_recipe_that_is_no_text_is_refused(name, folder, capsys):
+    (folder / name).write_bytes(b"\xff\xfe")
+    assert run("merge", "--recipe", name, "-o", "OUT") == 2
+    assert f"{name} is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_without_yaml_the_extra_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (folder / "r.yml").write_text("{}")
+    assert run("merge", "--recipe", "r.yml", "-o", "OUT") == 2
+    assert 'pip install "wspace[yaml]"' in capsys.readouterr().err
+
+
+TREES = {"points", "tuned", "start", "end", "point", "base", "avoid", "target", "key"}
+NOT_IN_WORDS = {
+    "knots": {"method"},
+    "repel": {"allow"},
+    "retarget": {"allow"},
+    "exit": {"cone", "direction", "allow"},
+    "guard": {"normal", "allow"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, x) for t in methods.TABLES.values() for name, x in t.items()]
+)
+def test_options_mirror_the_function(name, method):
+    module, function = method.function.split(".")
+    signature = inspect.signature(getattr(getattr(wspace, module), function))
+    parameters = signature.parameters
+    known = {option.name: option for option in method.options if option.passed}
+    left_out = NOT_IN_WORDS.get(name, set())
+    assert known.keys() == parameters.keys() - TREES - left_out
+    assert left_out <= parameters.keys()
+    for key, option in known.items():
+        default, annotation = parameters[key].default, parameters[key].annotation
+        assert option.many == (key in ("coefficients", "costs"))
+        is_optional = default is not inspect.Parameter.empty or method.returns == "list"
+        assert option.required == (not is_optional or key in ("radius",)), key
+        parts = {annotation, *typing.get_args(annotation)}
+        words = [typing.get_args(x) for x in parts if typing.get_origin(x) is typing.Literal]
+        if words:
+            assert option.kind == words[0]
+        elif option.kind in (bool, int):
+            assert option.kind in parts
+        elif isinstance(option.kind, tuple):
+            assert isinstance(annotation, UnionType)
+            assert str in parts
+
+
+def test_help_and_mistakes_do_not_import_jax():
+    for words in (["--help"], ["merge", "ties", "--help"], ["merge", "tise"], ["merge", "--help"]):
+        code = (
+            "import sys\nfrom wspace.__main__ import main\n"
+            f"try: main({words})\nexcept SystemExit: pass\n"
+            "print('jax' in sys.modules, 'numpy' in sys.modules)"
+        )
+        root = inspect.getfile(wspace).rsplit("/", 2)[0]
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+        )
+        assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_speak_of(folder):
+    root = inspect.getfile(wspace).rsplit("/", 2)[0]
+    words = [sys.executable, "-m", "wspace", "inspect", str(folder / "A")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=root, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_every_command_has_help(capsys):
+    for words in ("", "merge", "steer", "merge ties", "offset", "extract", "audit", "distance"):
+        assert run(words, "--help") == 0
+        told = capsys.readouterr().out
+        assert "usage: wspace" in told
+    assert "--density" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("5GB", 5 * 10**9), ("512MiB", 2**29), ("1.5kB", 1500), ("7", 7)]
+)
+def test_sizes(text, nbytes):
+    assert size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["-3e-1", "-1e300", "-5e-324", "-0", "-7"])
+def test_negative_numbers_are_no_options(text):
+    parser = Parser(prog="x", description="x")
+    parser.add_argument("--by", type=float)
+    assert parser.parse(["--by", text]).by == float(text)
+
+
+def test_the_parser_takes_no_abbreviations(capsys):
+    parser = Parser(prog="x", description="x")
+    parser.add_argument("--strength")
+    with pytest.raises(SystemExit):
+        parser.parse(["--stren", "1"])
+    assert "did you mean --strength?" in capsys.readouterr().err

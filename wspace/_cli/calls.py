@@ -1,0 +1,163 @@
+"""A recipe as a function of trees."""
+
+import contextlib
+import fnmatch
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wspace import tree
+from wspace._cli.methods import TABLES, Method
+from wspace._cli.words import Misuse
+from wspace.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be done.
+
+    Attributes:
+        command: `"merge"` or `"steer"`.
+        method: The name of the method.
+        models: The models, in order.
+        trees: The models that options name, such as the base.
+        options: The options that were given.
+        patterns: Globs on tensor names with options for these; the first that matches counts.
+        seed: What the random key is made from, where the method takes one.
+        dtype: The dtype that all weights must have, if the recipe says one.
+    """
+
+    command: str
+    method: str
+    models: tuple[Path, ...]
+    trees: Mapping[str, Path] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    patterns: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    seed: int = 0
+    dtype: str | None = None
+
+    @property
+    def table(self) -> Method:
+        """What the method takes."""
+        return TABLES[self.command][self.method]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """All models; the first gives names, shapes and dtypes."""
+        first = [self.trees["base"]] if self.table.base else []
+        return (*first, *self.models, *(self.trees[name] for name in self.table.others))
+
+    def settings(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """The options of every pattern with those of the recipe, and then these alone."""
+        return [(glob, {**self.options, **own}) for glob, own in self.patterns] + [
+            ("*", self.options)
+        ]
+
+    def checked(self) -> None:
+        """Raises unless the method takes so many models, and the options are in their domains."""
+        method, count = self.table, len(self.models)
+        wanted = 1 if isinstance(method.models, str) else len(method.models)
+        if count < wanted or (count > wanted and not isinstance(method.models, str)):
+            more = " at least" if isinstance(method.models, str) else ""
+            raise Misuse(f"{self.method} takes{more} {wanted} model(s), got {count}")
+        for option in method.options:
+            if option.required and option.name not in self.options:
+                raise Misuse(f"{self.method} needs {option.name}: give it")
+        # Traced and not computed: what is wrong with the options shows before a tensor is read.
+        tree = {"tensor": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        call = Call(self)
+        for glob, options in self.settings():
+            where = f" (pattern {glob!r})" if self.patterns and glob != "*" else ""
+            try:
+                jax.eval_shape(lambda xs, o=options: call.result(xs, o), [tree] * call.count)
+            except (TypeError, ValueError) as error:
+                raise Misuse(f"{self.method}{where}: {error}") from error
+
+
+class Call:
+    """The function of a recipe, and what it certifies."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Finds the function."""
+        self._recipe, self._method = recipe, recipe.table
+        self._function = _named(recipe.table.function)
+        self._second: Callable[..., Any] | None = None
+        self._settings = recipe.settings()
+        self._records: list[Any] = []
+        self.count = len(recipe.sources)
+
+    def __call__(self, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The results, one for each output, of trees, one for each source."""
+        if self._second is not None:
+            return self._parted(self._second(points))
+        name = next(iter(points[0]), "")
+        options = next(own for glob, own in self._settings if fnmatch.fnmatchcase(name, glob))
+        return self._parted(self.result(points, options))
+
+    def first_pass(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Computes from whole trees the numbers that the second pass takes entry by entry."""
+        passes = tree.PASSES[self._function]
+        numbers, _ = passes.measure(**self._given(points, self._recipe.options))
+        self._second = functools.partial(passes.finish, passes.solve(*numbers))
+
+    def result(self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
+        """What the function returns."""
+        return self._function(**self._given(points, options))
+
+    def _given(
+        self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        method, points = self._method, list(points)
+        given: dict[str, Any] = {}
+        if method.base:
+            given["base"] = points.pop(0)
+        for name in reversed(method.others):
+            given[name] = points.pop()
+        if isinstance(method.models, str):
+            given[method.models] = points
+        else:
+            given.update(zip(method.models, points, strict=True))
+        passed = {option.name for option in method.options if option.passed}
+        if method.returns == "list" and "coefficients" in passed:
+            given["coefficients"] = [1.0] * len(points)
+        given.update({name: value for name, value in options.items() if name in passed})
+        if method.seeded:
+            given["key"] = jax.random.key(self._recipe.seed)
+        return given
+
+    def _parted(self, result: Any) -> list[dict[str, Any]]:
+        if self._method.returns == "list":
+            return list(result)
+        if self._method.returns == "record":
+            self._records.append(result._replace(weights=None)._asdict())
+            return [result.weights]
+        return [result]
+
+    def certificates(self) -> dict[str, Any]:
+        """The worst of what the results say of themselves, over all tensors since the start."""
+        worst = {"residual": np.max, "steps": np.max, "converged": np.all, "trusted": np.min}
+        records, self._records = self._records, []
+        return {
+            name: worst[name]([np.asarray(record[name]) for record in records]).item()
+            for name in (records[0] if records else ())
+            if name in worst
+        }
+
+
+def _named(function: str) -> Callable[..., Any]:
+    module, name = function.split(".")
+    return getattr(importlib.import_module(f"wspace.{module}"), name)
+
+
+def wide_enough(sources: Sequence[Checkpoint]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which JAX does not round the float64 that is in a source to float32."""
+    if any(x.dtype == np.float64 for source in sources for x in source.values()):
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()

@@ -1,0 +1,236 @@
+"""A recipe carried out: checked, planned, streamed, recorded."""
+
+import contextlib
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from wspace import checkpoint
+from wspace._checks import WEIGHT_DTYPES
+from wspace._cli import records
+from wspace._cli.calls import Call, Recipe, wide_enough
+from wspace._cli.methods import HOW, Pace
+from wspace._cli.progress import Progress
+from wspace._cli.words import SHARD, Misuse, in_bytes
+from wspace.checkpoint import Checkpoint, Writer, partial, planned
+from wspace.checkpoint.streaming import alike, stream
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes, and how it is told."""
+
+    path: Path
+    force: bool = False
+    shard_bytes: int | None = None
+    dry_run: bool = False
+    quiet: bool = False
+    full_hash: bool = False
+
+
+def run(recipe: Recipe, output: Output) -> None:
+    """Carries a recipe out."""
+    started, pace = time.monotonic(), _pace(recipe)
+    records.refuse_overlap(output.path, recipe.sources)
+    recipe.checked()
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(checkpoint.open(path)) for path in recipe.sources]
+        stack.enter_context(wide_enough(sources))
+        alike(sources)
+        _check_names(recipe, sources[0])
+        targets = _targets(recipe, output)
+        record = records.record(
+            {
+                "command": recipe.command,
+                "method": recipe.method,
+                "models": [str(path) for path in recipe.models],
+                **{name: str(path) for name, path in recipe.trees.items()},
+                "options": dict(recipe.options),
+                "patterns": [{"match": glob, **own} for glob, own in recipe.patterns],
+                **({"seed": recipe.seed} if recipe.table.seeded else {}),
+            },
+            sources,
+            output.full_hash and not output.dry_run,
+        )
+        left = list(targets)
+        if recipe.table.returns == "list" and not output.force:
+            left = [i for i in targets if not _is_done(targets[i], record)]
+        for i in left:
+            _refuse(targets[i], output)
+        if output.dry_run:
+            print(_plan(recipe, output, pace, sources))
+            return
+        job = _Job(output, sources, pace, record, Call(recipe), started)
+        if pace == "passes":
+            job.call.first_pass([_loaded(source) for source in sources])
+        elif pace == "tree" and left:
+            job.whole = job.call([_loaded(source) for source in sources])
+        for i, target in targets.items():
+            if i in left:
+                _write(job, target, i)
+            elif not output.quiet:
+                print(f"{target} is there from an earlier run of this command", file=sys.stderr)
+
+
+@dataclass
+class _Job:
+    """What writing takes; `whole` has the results where all tensors are computed at once."""
+
+    output: Output
+    sources: Sequence[Checkpoint]
+    pace: Pace
+    record: Mapping[str, Any]
+    call: Call
+    started: float
+    whole: list[dict[str, Any]] | None = None
+
+
+def _pace(recipe: Recipe) -> Pace:
+    paces = {recipe.table.paced(options) for _, options in recipe.settings()}
+    pace: Pace = next(x for x in ("tree", "passes", "tensors", "pieces") if x in paces)
+    if pace in ("tree", "passes") and recipe.patterns:
+        raise Misuse(
+            f"patterns give options to single tensors, but with these options {recipe.method} "
+            "looks at the whole model: give scope = 'leaf' if it has that, or leave them out"
+        )
+    return pace
+
+
+def _check_names(recipe: Recipe, first: Checkpoint) -> None:
+    """Raises unless all patterns match a tensor, and the dtypes are those of the recipe."""
+    for glob, _ in recipe.patterns:
+        if not fnmatch.filter(first, glob):
+            raise Misuse(f"the pattern {glob!r} matches no tensor of {first.path}")
+    for tensor in first.values():
+        is_other = tensor.dtype in WEIGHT_DTYPES and tensor.dtype.name != recipe.dtype
+        if recipe.dtype is not None and is_other:
+            raise Misuse(
+                f"the recipe asks for {recipe.dtype}, but {tensor.name!r} of {first.path} is "
+                f"{tensor.dtype}: every tensor keeps its dtype here, so leave the dtype out"
+            )
+
+
+def _targets(recipe: Recipe, output: Output) -> dict[int, Path]:
+    """The outputs by the index of the source that each is like."""
+    if recipe.table.returns != "list":
+        return {0: output.path}
+    if output.path.suffix == ".safetensors":
+        raise Misuse(f"{output.path} is one file, but every model is moved: give a folder")
+    names = [path.resolve().name.removesuffix(".safetensors") for path in recipe.models]
+    return {
+        i: output.path / (name if names.count(name) == 1 else f"{i + 1}-{name}")
+        for i, name in enumerate(names)
+    }
+
+
+def _refuse(target: Path, output: Output) -> None:
+    is_file = target.suffix == ".safetensors"
+    try:
+        partial.refuse_existing(target, output.force, is_file)
+    except FileExistsError as error:
+        raise FileExistsError(str(error).replace("force=True", "--force")) from error
+
+
+def _is_done(target: Path, record: Mapping[str, Any]) -> bool:
+    """Whether an output of several is there from a run of this recipe that was interrupted."""
+    try:
+        return json.loads((target / records.NAME).read_text())["plan"] == record["plan"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _loaded(source: Checkpoint) -> dict[str, Any]:
+    return {
+        name: jax.device_put(tensor.read())
+        for name, tensor in source.items()
+        if tensor.dtype in WEIGHT_DTYPES
+    }
+
+
+def _write(job: _Job, target: Path, index: int) -> None:
+    """Writes the output that is like the source of this index."""
+    layout, is_file = job.sources[index], target.suffix == ".safetensors"
+    shard_bytes = None if is_file else job.output.shard_bytes or SHARD
+    metadata = layout.metadata | {"wspace": json.dumps(job.record)}
+    if target != job.output.path:
+        job.output.path.mkdir(exist_ok=True)
+    try:
+        with checkpoint.create(
+            target,
+            layout,
+            shard_bytes=shard_bytes,
+            metadata=metadata,
+            others=() if is_file else layout.others,
+            force=job.output.force,
+            plan=job.record["plan"],
+        ) as writer:
+            _fill(job, writer, index)
+            certificates = job.call.certificates()
+            if not is_file:
+                said = {**job.record, "certificates": certificates}
+                writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
+    except (TypeError, ValueError):
+        # A method that fails would fail again, so what it has finished is not kept to go on with.
+        digest = planned.digest(
+            planned.planned(target, layout, shard_bytes, metadata), job.record["plan"]
+        )
+        partial.remove(target.parent / f".{target.name}.{digest}.partial", target)
+        raise
+    for name, value in certificates.items():
+        print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    if not job.output.quiet:
+        nbytes = in_bytes(sum(tensor.nbytes for tensor in layout.values()))
+        seconds = time.monotonic() - job.started
+        print(f"wrote {target}: {len(layout)} tensors, {nbytes}, {seconds:.1f} s", file=sys.stderr)
+
+
+def _fill(job: _Job, writer: Writer, index: int) -> None:
+    """Writes the tensors that are not there from before an interruption."""
+    layout, finished = job.sources[index], writer.finished
+    with Progress(sum(tensor.nbytes for tensor in layout.values()), job.output.quiet) as progress:
+        progress.skip(sum(layout[name].nbytes for name in finished))
+        if job.whole is None:
+            stream(
+                lambda points: job.call(points)[index],
+                job.sources,
+                writer,
+                entrywise=job.pace in ("pieces", "passes"),
+                advance=progress.advance,
+            )
+            return
+        for name, tensor in layout.items():
+            if name not in finished:
+                writer.write(name, job.whole[index].get(name, tensor.read()))
+                progress.advance(tensor.nbytes)
+
+
+def _plan(recipe: Recipe, output: Output, pace: Pace, sources: Sequence[Checkpoint]) -> str:
+    """What would be done."""
+    sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
+    outputs = len(recipe.models) if recipe.table.returns == "list" else 1
+    passes = 2 if pace == "passes" else 1 if pace == "tree" else outputs
+    lines = {
+        "models": ", ".join(map(str, recipe.models)),
+        **{name: str(path) for name, path in recipe.trees.items()},
+        **{name: str(value) for name, value in recipe.options.items()},
+        **{f"where {glob}": str(dict(own)) for glob, own in recipe.patterns},
+        **({"seed": str(recipe.seed)} if recipe.table.seeded else {}),
+        "output": str(output.path),
+        "reads": in_bytes(sum(sizes) * (passes + output.full_hash)),
+        "writes": in_bytes(sum(sizes[:outputs])),
+        "how": HOW[pace],
+    }
+    width = max(map(len, lines)) + 2
+    return "\n".join(
+        [
+            f"{recipe.command} {recipe.method}",
+            *(f"  {k.replace('_', '-'):<{width}}{v}" for k, v in lines.items()),
+        ]
+    )

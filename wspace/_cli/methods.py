@@ -1,0 +1,408 @@
+"""The methods of the command line: one table of what they take and how they are carried out.
+
+Options are the keyword-only and the scalar parameters of the functions, by their names. The table
+is data, so that help needs no JAX; a test holds it against the signatures.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from wspace._cli.words import Misuse, Parser, count, near, number
+
+Pace: TypeAlias = Literal["pieces", "tensors", "passes", "tree"]
+"""Whether a method treats entries by themselves, or tensors; or entries after it has seen the
+whole models once; or needs all of them at once."""
+
+HOW = {
+    "pieces": "tensor by tensor, large ones in pieces, in the memory of a few pieces",
+    "tensors": "tensor by tensor, in the memory of a few tensors",
+    "passes": "in two passes: sums over the whole models, then as pieces, in their memory",
+    "tree": "the whole models at once, the result and more of its size in memory",
+}
+
+
+class Option(NamedTuple):
+    """An option, by the name of the parameter.
+
+    Attributes:
+        name: The name of the parameter.
+        kind: `float`, `int`, `bool`, or the words to choose from.
+        help: What it is.
+        many: Whether it takes one number for each model.
+        required: Whether it must be given.
+        passed: Whether it is a parameter of the function; else it chooses how to call it.
+    """
+
+    name: str
+    kind: type | tuple[str, ...]
+    help: str
+    many: bool = False
+    required: bool = False
+    passed: bool = True
+
+
+Options: TypeAlias = Mapping[str, Any]
+
+
+class Method(NamedTuple):
+    """A method by what its function takes.
+
+    Attributes:
+        function: Where it is, such as `"merge.ties"`.
+        models: The parameter that takes the list of models, or the parameters that take one each.
+        options: What else it takes.
+        pace: How it is carried out, or a function of the options that says so.
+        base: Whether it takes a base, which then gives the dtypes.
+        others: Further parameters that take a model.
+        seeded: Whether it takes a random key.
+        returns: What it returns.
+        passes: Whether a method of the whole tree needs all of it for a few numbers only, so that
+            the second of its `tree.PASSES` goes entry by entry.
+    """
+
+    function: str
+    models: str | tuple[str, ...]
+    options: tuple[Option, ...]
+    pace: Pace | Callable[[Options], Pace]
+    base: bool = True
+    others: tuple[str, ...] = ()
+    seeded: bool = False
+    returns: Literal["weights", "record", "list"] = "weights"
+    passes: bool = False
+
+    def paced(self, options: Options) -> Pace:
+        """How it is carried out with these options."""
+        pace = self.pace(options) if callable(self.pace) else self.pace
+        return "passes" if pace == "tree" and self.passes else pace
+
+    @property
+    def trees(self) -> tuple[str, ...]:
+        """The options that take a model."""
+        return (*(("base",) if self.base else ()), *self.others)
+
+
+def _scoped(options: Options) -> Pace:
+    return "tensors" if options.get("scope") == "leaf" or options.get("preset") else "tree"
+
+
+def _by_preset(name: str, module: str = "wspace.merge.presets") -> Callable[[Options], Pace]:
+    """The pace of a function whose presets have a scope, or a vote of the whole tree."""
+
+    def pace(options: Options) -> Pace:
+        import importlib
+
+        chosen = getattr(importlib.import_module(module), name)[options.get("preset")]
+        chosen = chosen | {key: value for key, value in options.items() if value is not None}
+        whole = chosen.get("scope") == "tree" or chosen.get("zero") == "majority"
+        return "tree" if whole else "tensors"
+
+    return pace
+
+
+ALL_SYSTEMS = ("paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench")
+MERGEKIT = ("mergekit-0.1.5",)
+SCOPES = ("tree", "leaf", "row")
+
+COEFFICIENTS = Option("coefficients", float, "one number for each model, of any sign", many=True)
+NEEDED = COEFFICIENTS._replace(help="one number for each model; equal if not given")
+COSTS = Option("costs", float, "one positive number for each model: what moving it costs", True)
+SCALE = Option("scale", float, "factor of the merged displacement")
+DENSITY = Option("density", float, "share of the entries that are kept")
+T = Option("t", float, "position on the path, 0 at the first model", required=True)
+STRENGTH = Option("strength", float, "how far")
+RADIUS = Option("radius", float, "radius of the ball around the model to avoid", required=True)
+TOL = Option("tol", float, "relative residual to stop at")
+MAX_STEPS = Option("max_steps", int, "most steps")
+RTOL = Option("rtol", float, "relative size below which singular values count as zero")
+LEAST = Option("least", float, "least relative singular value to divide by")
+WHOLE = Option(
+    "scope", ("tree", "leaf"), "what is one vector: the whole model or a tensor", passed=False
+)
+LIKE_MERGEKIT = Option("preset", MERGEKIT, "as that system does: tensor by tensor", passed=False)
+VOTE = (
+    Option("vote", ("mass", "count"), "what elects the sign"),
+    Option("weighted", bool, "whether coefficients vote"),
+    Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel"),
+    Option("divide", ("count", "weight", "one", "largest"), "what a sum is divided by"),
+    SCALE,
+)
+
+
+def _preset(*systems: str) -> Option:
+    return Option("preset", systems, "take the options of that system where none are given")
+
+
+def _scope(*scopes: str) -> Option:
+    return Option("scope", scopes, "among which entries are chosen")
+
+
+RESCALE = Option("rescale", ("inverse", "norm", "none"), "how what is kept is scaled up")
+WIDTH = Option("width", float, "spread of the probabilities around the density")
+OUTLIERS = Option("outliers", float, "share of the largest entries that is dropped")
+
+MERGE: dict[str, Method] = {
+    "linear": Method("average.mean", "points", (COEFFICIENTS,), "pieces", base=False),
+    "lerp": Method("interpolate.lerp", ("start", "end"), (T,), "pieces", base=False),
+    "slerp": Method(
+        "interpolate.slerp",
+        ("start", "end"),
+        (T, WHOLE, LIKE_MERGEKIT),
+        _scoped,
+        base=False,
+        passes=True,
+    ),
+    "karcher": Method(
+        "average.karcher_mean",
+        "points",
+        (COEFFICIENTS, TOL, MAX_STEPS, WHOLE, LIKE_MERGEKIT),
+        _scoped,
+        base=False,
+        returns="record",
+        passes=True,
+    ),
+    "median": Method(
+        "average.geometric_median",
+        "points",
+        (COEFFICIENTS, TOL, MAX_STEPS, WHOLE),
+        _scoped,
+        base=False,
+        returns="record",
+    ),
+    "model_stock": Method(
+        "average.model_stock",
+        "points",
+        (
+            _preset("mergekit-0.1.5", "fusionbench"),
+            Option("statistic", ("angle", "cosine"), "what is averaged over pairs"),
+            Option("scope", SCOPES, "what has one ratio"),
+            Option("floor", float, "least cosine to take, in [-1, 1]"),
+        ),
+        _by_preset("PRESETS", "wspace.average.stock"),
+    ),
+    "task_arithmetic": Method(
+        "merge.task_arithmetic",
+        "tuned",
+        (
+            COEFFICIENTS,
+            _preset(*ALL_SYSTEMS),
+            SCALE,
+            Option("normalize", bool, "whether to divide by the sum of the coefficients"),
+        ),
+        "pieces",
+    ),
+    "ties": Method(
+        "merge.ties",
+        "tuned",
+        (
+            COEFFICIENTS,
+            _preset(*ALL_SYSTEMS),
+            DENSITY,
+            _scope(*SCOPES),
+            Option("kept", ("floor", "floor+1"), "how the count is rounded"),
+            *VOTE,
+        ),
+        _by_preset("TIES"),
+    ),
+    "dare": Method(
+        "merge.dare",
+        "tuned",
+        (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, SCALE),
+        "tensors",
+        seeded=True,
+    ),
+    "dare_ties": Method(
+        "merge.dare_ties",
+        "tuned",
+        (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, *VOTE),
+        _by_preset("DARE_TIES"),
+        seeded=True,
+    ),
+    "della": Method(
+        "merge.della",
+        "tuned",
+        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, WIDTH, _scope("row", "leaf"), RESCALE, *VOTE),
+        _by_preset("DELLA"),
+        seeded=True,
+    ),
+    "breadcrumbs": Method(
+        "merge.breadcrumbs",
+        "tuned",
+        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), SCALE),
+        _by_preset("BREADCRUMBS"),
+    ),
+    "breadcrumbs_ties": Method(
+        "merge.breadcrumbs_ties",
+        "tuned",
+        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), *VOTE),
+        _by_preset("BREADCRUMBS_TIES"),
+    ),
+    "sce": Method(
+        "merge.sce",
+        "tuned",
+        (
+            _preset(*MERGEKIT),
+            DENSITY,
+            Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel"),
+            SCALE,
+        ),
+        "tree",
+    ),
+    "ram": Method(
+        "merge.ram",
+        "tuned",
+        (
+            _preset(*MERGEKIT),
+            Option("threshold", float, "size from which an entry counts as changed"),
+            Option("relative", bool, "whether the threshold is relative"),
+            Option("boost", float, "how much entries that one model changed are raised"),
+            Option("cap", float, "most that they are raised by"),
+            SCALE,
+        ),
+        "tree",
+    ),
+    "pcb": Method("merge.pcb", "tuned", (DENSITY, SCALE), "tree"),
+    "magmax": Method("merge.magmax", "tuned", (COEFFICIENTS, SCALE), "pieces"),
+    "negmerge": Method("merge.negmerge", "tuned", (STRENGTH,), "pieces"),
+    "nearswap": Method(
+        "merge.nearswap",
+        ("tuned",),
+        (Option("threshold", float, "largest step", required=True),),
+        "pieces",
+    ),
+    "arcee_fusion": Method("merge.arcee_fusion", ("tuned",), (), "tensors"),
+    "ext_sub": Method("merge.ext_sub", ("tuned",), (STRENGTH,), "tensors", others=("avoid",)),
+    "tsv_m": Method(
+        "merge.tsv_m", "tuned", (COEFFICIENTS, SCALE, RTOL, LEAST), "tensors", returns="record"
+    ),
+    "iso_c": Method(
+        "merge.iso_c", "tuned", (COEFFICIENTS, SCALE, RTOL), "tensors", returns="record"
+    ),
+    "iso_cts": Method(
+        "merge.iso_cts",
+        "tuned",
+        (COEFFICIENTS, Option("common", float, "share of the common part"), SCALE, RTOL, LEAST),
+        "tensors",
+        returns="record",
+    ),
+    "knots": Method("merge.knots", "tuned", (COEFFICIENTS, SCALE), "tensors"),
+}
+
+STEER: dict[str, Method] = {
+    "repel": Method(
+        "negative.repel",
+        ("point",),
+        (STRENGTH._replace(required=True),),
+        "pieces",
+        base=False,
+        others=("avoid",),
+    ),
+    "retarget": Method(
+        "negative.retarget",
+        "points",
+        (NEEDED, COSTS),
+        "pieces",
+        base=False,
+        others=("target",),
+        returns="list",
+    ),
+    "exit": Method(
+        "negative.exit_ball",
+        "points",
+        (NEEDED, RADIUS, COSTS),
+        "tree",
+        base=False,
+        others=("avoid",),
+        returns="list",
+    ),
+    "guard": Method(
+        "negative.guard_hull",
+        "points",
+        (RADIUS, Option("mode", ("convex", "affine"), "which averages are kept away"), COSTS),
+        "tree",
+        base=False,
+        others=("avoid",),
+        returns="list",
+    ),
+}
+
+TABLES = {"merge": MERGE, "steer": STEER}
+
+ALIASES = {
+    "mean": "linear",
+    "karcher_mean": "karcher",
+    "geometric_median": "median",
+    "dare_linear": "dare",
+    "exit_ball": "exit",
+    "guard_hull": "guard",
+}
+
+
+def found(command: str, name: str) -> str:
+    """The name in the table of what a method is called."""
+    plain = name.replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain not in TABLES[command]:
+        raise Misuse(f"there is no method {name!r}{near(plain, TABLES[command])}")
+    return plain
+
+
+def add_options(parser: Parser, method: Method) -> None:
+    """The options of a method, in the words of a command."""
+    for name in method.trees:
+        parser.add_argument(f"--{name}", required=True, metavar="MODEL", help="required")
+    for option in method.options:
+        name = f"--{option.name.replace('_', '-')}"
+        text = option.help + (", required" if option.required else "")
+        if option.kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(option.kind, tuple):
+            parser.add_argument(name, choices=option.kind, required=option.required, help=text)
+        else:
+            parser.add_argument(
+                name,
+                type=count if option.kind is int else number,
+                nargs="+" if option.many else None,
+                metavar="X" if option.many else "N" if option.kind is int else "X",
+                required=option.required,
+                help=text,
+            )
+
+
+def checked(method: Method, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a recipe, of the types that the method takes."""
+    known = {option.name: option for option in method.options}
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise Misuse(f"{where} has an unknown option {key!r}{near(name, known)}")
+        options[name] = _of_kind(known[name], f"{key} in {where}", value)
+    return options
+
+
+def _of_kind(option: Option, where: str, value: Any) -> Any:
+    if option.many:
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise Misuse(f"{where} must be a list of finite numbers, got {value!r}")
+        return [float(x) for x in value]
+    if isinstance(option.kind, tuple):
+        if value not in option.kind:
+            raise Misuse(
+                f"{where} must be one of {', '.join(option.kind)}, got {value!r}"
+                f"{near(str(value), option.kind)}"
+            )
+        return value
+    if option.kind is bool and not isinstance(value, bool):
+        raise Misuse(f"{where} must be true or false, got {value!r}")
+    if option.kind is int and (type(value) is not int or value < 1):
+        raise Misuse(f"{where} must be an integer of at least 1, got {value!r}")
+    if option.kind is float:
+        if not _is_number(value):
+            raise Misuse(f"{where} must be a finite number, got {value!r}")
+        return float(value)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")

@@ -1,0 +1,66 @@
+"""What an output says of how it was made, and the output that may not be where an input is."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wspace._cli.words import Misuse
+from wspace.checkpoint import Checkpoint
+
+NAME = "wspace.json"
+_PIECE = 2**24
+
+
+def record(recipe: Mapping[str, Any], sources: Sequence[Checkpoint], full: bool) -> dict[str, Any]:
+    """The recipe, the versions and the inputs; `plan` is the hash of these."""
+    said: dict[str, Any] = {
+        "recipe": dict(recipe),
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in ("jax", "numpy")},
+            "python": platform.python_version(),
+            "wspace": _version(),
+        },
+        "inputs": [_input(source, full) for source in sources],
+    }
+    plan = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
+    return said | {"plan": plan.hexdigest()}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("wspace")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
+    name = "blake2b_of_files" if full else "blake2b_of_headers_sizes_and_times"
+    state = hashlib.blake2b(digest_size=16)
+    for file in source.files:
+        with open(file, "rb") as stream:
+            if full:
+                while piece := stream.read(_PIECE):
+                    state.update(piece)
+            else:
+                found = os.fstat(stream.fileno())
+                length = int.from_bytes(stream.read(8), "little")
+                state.update(stream.read(length))
+                state.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+    return {"path": str(source.path), name: state.hexdigest()}
+
+
+def refuse_overlap(output: Path, sources: Sequence[Path]) -> None:
+    """Raises if the output is an input, in one, or around one."""
+    out = output.resolve()
+    for source in sources:
+        path = source.resolve()
+        if out == path or path in out.parents or out in path.parents:
+            raise Misuse(
+                f"the output {output} and the input {source} overlap: give an output that is "
+                "neither an input, nor inside or around one"
+            )

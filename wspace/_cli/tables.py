@@ -1,0 +1,184 @@
+"""What is in checkpoints, how far they are apart, and what a guard is worth."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from wspace import checkpoint, geometry, negative
+from wspace._checks import WEIGHT_DTYPES
+from wspace._cli.calls import wide_enough
+from wspace._cli.progress import Progress
+from wspace._cli.words import Misuse, in_bytes, table
+from wspace.checkpoint import Checkpoint
+from wspace.checkpoint.streaming import alike
+
+
+def inspect(path: Path, as_json: bool) -> None:
+    """Prints what is in a checkpoint, without reading a tensor."""
+    with checkpoint.open(path) as opened:
+        tensors = list(opened.values())
+        counts = Counter(x.dtype.name for x in tensors)
+        said = {
+            "path": str(path),
+            "files": [file.name for file in opened.files],
+            "others": [other.name for other in opened.others],
+            "metadata": opened.metadata,
+            "tensors": {
+                x.name: {"dtype": x.dtype.name, "shape": list(x.shape), "bytes": x.nbytes}
+                for x in tensors
+            },
+            "elements": sum(x.size for x in tensors),
+            "bytes": sum(x.nbytes for x in tensors),
+        }
+        if as_json:
+            _print_json(said)
+            return
+        rows = [("tensor", "dtype", "shape", "bytes")]
+        rows += [
+            (x.name, x.dtype.name, " x ".join(map(str, x.shape)) or "scalar", in_bytes(x.nbytes))
+            for x in tensors
+        ]
+        print(f"{path}: {len(tensors)} tensors, {said['elements']} elements, ", end="")
+        print(f"{in_bytes(said['bytes'])} in {len(said['files'])} file(s)")
+        print("dtypes    " + (", ".join(f"{k} ({n})" for k, n in counts.items()) or "none"))
+        print("others    " + (", ".join(said["others"]) or "none"))
+        print("metadata  " + (", ".join(said["metadata"]) or "none"))
+        print()
+        print(table(rows))
+
+
+def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
+    """Prints norms, distances, angles and inner products, and which tensors differ most."""
+    with _opened(paths) as sources:
+        names = [x.name for x in sources[0].values() if x.dtype in WEIGHT_DTYPES]
+        k = len(sources)
+        grams, squares = np.zeros((2, len(names), k, k))
+        total = sum(source[name].nbytes for source in sources for name in names)
+        with Progress(total, quiet) as progress:
+            for i, name in enumerate(names):
+                points = [jax.device_put(source[name].read()) for source in sources]
+                grams[i] = np.asarray(geometry.gram(points))
+                for a in range(k):
+                    for b in range(a):
+                        found = float(geometry.distance(points[a], points[b]))
+                        squares[i, a, b] = squares[i, b, a] = found**2
+                progress.advance(sum(source[name].nbytes for source in sources))
+    gram, square = grams.sum(0), squares.sum(0)
+    norms = np.sqrt(np.diagonal(gram))
+    said: dict[str, Any] = {
+        "models": list(map(str, paths)),
+        "norms": norms,
+        "distances": np.sqrt(square),
+        "angles_in_degrees": _angles(norms, square),
+        "gram": gram,
+        "tensors": {
+            name: {
+                "norms": np.sqrt(np.diagonal(grams[i])),
+                "distances": np.sqrt(squares[i]),
+                "angles_in_degrees": _angles(np.sqrt(np.diagonal(grams[i])), squares[i]),
+            }
+            for i, name in enumerate(names)
+        },
+    }
+    if as_json:
+        _print_json(said)
+        return
+    labels = [f"{i + 1}" for i in range(k)]
+    rows = [("model", "norm", "path")]
+    rows += [(labels[i], f"{norms[i]:.6g}", str(paths[i])) for i in range(k)]
+    print(table(rows))
+    for title, key in (
+        ("distance", "distances"),
+        ("angle, degrees", "angles_in_degrees"),
+        ("inner product", "gram"),
+    ):
+        print()
+        body = [[labels[i], *(f"{x:.6g}" for x in said[key][i])] for i in range(k)]
+        print(table([[title, *labels], *body]))
+    pairs = [(a, b) for b in range(k) for a in range(b)][:4]
+    heads = [f"{title} {a + 1}-{b + 1}" for a, b in pairs for title in ("distance", "angle")]
+    rows = [("tensor", "norm 1", *heads)]
+    for name, own in said["tensors"].items():
+        cells = [
+            f"{own[key][pair]:.4g}" for pair in pairs for key in ("distances", "angles_in_degrees")
+        ]
+        rows.append((name, f"{own['norms'][0]:.4g}", *cells))
+    print()
+    print(table(rows))
+
+
+def _angles(norms: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Angles from norms and distances, by half angles, in which no small one is lost.
+
+    Zero where a norm is, as that of `geometry.angle`.
+    """
+    sums, differences = norms[:, None] + norms, norms[:, None] - norms
+    sine = np.sqrt(np.maximum(squares - differences**2, 0))
+    cosine = np.sqrt(np.maximum(sums**2 - squares, 0))
+    np.fill_diagonal(sine, 0)
+    is_defined = norms[:, None] * norms > 0
+    return np.where(is_defined, np.degrees(2 * np.arctan2(sine, cosine)), 0)
+
+
+def audit(
+    paths: Sequence[Path],
+    avoid: Path,
+    radius: float,
+    coefficients: Sequence[float] | None,
+    as_json: bool,
+) -> None:
+    """Prints what stands between the average of models and a ball around another one."""
+    if coefficients is not None and len(coefficients) != len(paths):
+        raise Misuse(f"{len(coefficients)} coefficients for {len(paths)} models: give one a model")
+    if not radius > 0:
+        raise Misuse(f"--radius must be positive, got {radius:g}")
+    with _opened((*paths, avoid)) as sources:
+        *points, center = (
+            {
+                name: jax.device_put(x.read())
+                for name, x in source.items()
+                if x.dtype in WEIGHT_DTYPES
+            }
+            for source in sources
+        )
+        report = negative.audit(points, coefficients or [1.0] * len(points), center, radius)
+        if not as_json:
+            print(report)
+            return
+        said = {x.name: getattr(report, x.name) for x in dataclasses.fields(report)}
+        said["leaves"] = [dataclasses.asdict(leaf) for leaf in report.leaves]
+        said["unmoved_leaves"] = report.unmoved_leaves
+        _print_json({"models": list(map(str, paths)), "avoid": str(avoid), **said})
+
+
+@contextlib.contextmanager
+def _opened(paths: Sequence[Path]) -> Generator[list[Checkpoint]]:
+    """Checkpoints that are points of one weight space, while they are open."""
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(checkpoint.open(path)) for path in paths]
+        stack.enter_context(wide_enough(sources))
+        alike(sources)
+        yield sources
+
+
+def _print_json(said: Any) -> None:
+    print(json.dumps(_plain(said), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    """A value in the types of JSON, which has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

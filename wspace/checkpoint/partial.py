@@ -1,0 +1,237 @@
+"""What is being written, beside the place where it is to be: locked, journaled, put in place.
+
+For an output `out`, all of them in the folder of `out`:
+
+    .out.lock                   locked while a process writes `out`, empty
+    .out.<hash>.partial/data    what becomes `out`, or the folder of the file that does
+    .out.<hash>.partial/journal a line for each finished tensor
+    .out.<hash>.partial/old     what `out` was, while it is being replaced
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Collection, Generator, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from wspace.checkpoint.tensors import writing
+
+_PIECE = 2**20
+_FLUSHED = 2**26
+
+Part: TypeAlias = tuple[int, int, int]
+"""A range of the bytes of a tensor, from `start` up to `stop`, and its checksum."""
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Generator[None]:
+    """Keeps all others, in this process or another, from writing the same output."""
+    import fcntl  # not on Windows, where the rest of the library works
+
+    file = target.parent / f".{target.name}.lock"
+    while True:
+        with writing(target):
+            number = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock removes the file when done, perhaps after it was opened here.
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(number)):
+                break
+        except BlockingIOError as error:
+            os.close(number)
+            raise BlockingIOError(
+                f"{target} is being written by another process: wait until it ends, or give "
+                "another path"
+            ) from error
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        os.close(number)
+
+
+class Journal:
+    """The finished tensors with the checksums of their parts, a line each.
+
+    A line is appended when the bytes are with the system, so it survives the death of the process
+    with them. Were the machine to stop, a line might reach the disk before its tensor: so a tensor
+    counts as finished when the bytes that are there have the checksums of the line.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Opens the journal of an earlier run, or a new one."""
+        self._number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._lock = threading.Lock()
+
+    def lines(self) -> Iterator[tuple[str, list[Part]]]:
+        """The tensors and their parts; lines that are torn or damaged are dropped."""
+        text = b"".join(iter(lambda: os.read(self._number, _PIECE), b""))
+        whole = text.rpartition(b"\n")[0] + b"\n" if b"\n" in text else b""
+        os.ftruncate(self._number, len(whole))
+        for line in whole.split(b"\n"):
+            with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
+                name, parts = json.loads(line)
+                yield str(name), [(int(start), int(stop), int(crc)) for start, stop, crc in parts]
+
+    def append(self, name: str, parts: list[Part]) -> None:
+        """Says that all bytes of a tensor were written."""
+        line = json.dumps([name, sorted(parts)], separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            os.write(self._number, line)
+
+    def close(self) -> None:
+        """Ends it."""
+        os.close(self._number)
+
+
+@contextlib.contextmanager
+def flushing(target: Path, numbers: Collection[int]) -> Generator[Callable[[int], None]]:
+    """Has open files written to disk while they grow, lest all of it wait for the end.
+
+    What it gives is to be told how many bytes were written. An error of the disk is raised when
+    the block ends: the system says it only once.
+    """
+    lock, wake = threading.Lock(), threading.Event()
+    written, ended, errors = 0, False, []
+
+    def flush() -> None:
+        while wake.wait() and not ended:
+            wake.clear()
+            try:
+                for number in numbers:
+                    os.fsync(number)
+            except OSError as error:
+                errors.append(error)
+                return
+
+    def count(nbytes: int) -> None:
+        nonlocal written
+        with lock:
+            written += nbytes
+            if written >= _FLUSHED:
+                written = 0
+                wake.set()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield count
+    finally:
+        ended = True
+        wake.set()
+        thread.join()
+    if errors:
+        with writing(target):
+            raise errors[0]
+
+
+def verified(number: int, offset: int, nbytes: int, parts: list[Part]) -> bool:
+    """Whether the bytes of a tensor in an open file are those that the parts were made of."""
+    end = 0
+    for start, stop, checksum in sorted(parts):
+        if start != end or not start < stop <= nbytes:
+            return False
+        found = 0
+        for piece in range(start, stop, _PIECE):
+            data = os.pread(number, min(_PIECE, stop - piece), offset + piece)
+            found = zlib.crc32(data, found)
+        if found != checksum:
+            return False
+        end = stop
+    return end == nbytes
+
+
+def recover(target: Path) -> None:
+    """Clears up after processes that died while writing this output, to be called when locked.
+
+    An output that was being replaced is put back, and what cannot be resumed is removed.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
+    for sibling in sorted(target.parent.iterdir()):
+        if pattern.fullmatch(sibling.name):
+            if os.path.lexists(sibling / "old") and not os.path.lexists(target):
+                os.rename(sibling / "old", target)
+            if not is_resumable(sibling):
+                remove(sibling, target)
+
+
+def is_resumable(partial: Path) -> bool:
+    """Whether there are finished tensors, and a plan that says of what."""
+    journal, data = partial / "journal", partial / "data"
+    begun = journal.is_file() and journal.stat().st_size > 0
+    return begun and data.is_dir() and any(data.iterdir())
+
+
+def refuse_existing(target: Path, force: bool, is_file: bool) -> None:
+    """Raises if the output exists and may not be replaced."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise FileExistsError(f"{target} exists: give another path, or force=True to replace it")
+    if is_file and target.is_dir():
+        raise FileExistsError(f"{target} is a folder, which no file replaces: give another path")
+    if not is_file and not (target.is_dir() and _is_checkpoint(target)):
+        raise FileExistsError(
+            f"{target} holds no .safetensors file, so it is not replaced by a checkpoint: remove "
+            "it yourself, or give another path"
+        )
+
+
+def place(partial: Path, target: Path, is_file: bool) -> None:
+    """Puts what was written in place of the output at once, all of it being on disk."""
+    data, old = partial / "data", partial / "old"
+    for file in sorted(data.iterdir()):
+        synced(file)
+    synced(data)
+    if is_file:
+        os.replace(data / target.name, target)
+    else:
+        try:
+            if os.path.lexists(target):
+                os.rename(target, old)
+            os.rename(data, target)
+        except BaseException:
+            if os.path.lexists(old) and not os.path.lexists(target):
+                os.rename(old, target)
+            raise
+    synced(target.parent)
+
+
+def remove(partial: Path, target: Path) -> None:
+    """Removes what was written, or replaced; never the only copy of the output that there was."""
+    old = partial / "old"
+    if os.path.lexists(old) and not os.path.lexists(target):
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def synced(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def pwrite(number: int, data: Any, offset: int) -> None:
+    """Writes all bytes of a buffer to a place of a file."""
+    view = memoryview(data).cast("B")
+    while view:
+        done = os.pwrite(number, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    names = os.listdir(folder)
+    return not names or any(name.endswith(".safetensors") for name in names)

@@ -1,0 +1,381 @@
+"""Checkpoints as mappings from names to tensors that stay in their files until asked for."""
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wspace.checkpoint import header
+
+__all__ = ["Checkpoint", "Stored", "open"]
+
+_TENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
+_USUAL = f"model{_TENSORS}"
+_SMALL = 2**26
+_LONGEST = 100_000_000
+
+_PICKLE = (
+    "a pickle, which can run code and is never read: convert it where you trust it, by "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+)
+_FOREIGN = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    ".gguf": "GGUF, made from other weights: give the safetensors files it was made from, or "
+    "convert it by AutoModel.from_pretrained(folder, gguf_file=name).save_pretrained(out)",
+    ".h5": "HDF5: convert it, by safetensors.numpy.save_file({name: numpy.asarray(dataset)}, "
+    "'model.safetensors') over the datasets that h5py finds in it",
+    ".msgpack": "a file of Flax: convert it, by checkpoint.save('model.safetensors', tensors) of "
+    "what flax.serialization.msgpack_restore reads, flattened to names",
+}
+_OTHERS = frozenset(
+    {*_FOREIGN, _TENSORS, ".npz", ".npy", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".keras"}
+)
+"""The suffixes of files that hold weights, and so are not carried over."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of an open checkpoint, in its file until it is read.
+
+    It has `dtype` and `shape`, as an array has, and so stands for one in a
+    [`Layout`][wspace.checkpoint.Layout].
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype in NumPy; one that NumPy lacks, such as bfloat16, is that of JAX.
+        shape: Its shape.
+        file: The file that it is in.
+        offset: Its first byte in the file.
+        nbytes: How many bytes it takes.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, {"weight": jnp.arange(6.0).reshape(2, 3)})
+        ...     with checkpoint.open(file) as opened:
+        ...         tensor = opened["weight"]
+        ...         print(tensor.dtype, tensor.shape, tensor.rows(2, 4))
+        float32 (2, 3) [2. 3.]
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    _maps: "_Maps" = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.nbytes // self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor as a read-only array on the memory map of the file.
+
+        Nothing is copied where the tensor is aligned for its dtype in the file, as it is in the
+        files of most programs; else the array is a copy. The array stays valid when the
+        checkpoint is closed, and keeps the map open.
+
+        Raises:
+            ValueError: If the checkpoint is closed, or the file changed since it was opened.
+        """
+        return self.rows(0, self.size).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The elements from `start` up to `stop` in the order of the file, as a flat array.
+
+        Otherwise as [`read`][wspace.checkpoint.Stored.read].
+
+        Raises:
+            ValueError: If not `0 <= start <= stop <= size`; also as `read`.
+        """
+        if not 0 <= start <= stop <= self.size:
+            raise ValueError(
+                f"elements {start} to {stop} of tensor {self.name!r} of {self.file} are asked "
+                f"for, but it has {self.size}"
+            )
+        mapped = self._maps.of(self.file)
+        offset = self.offset + start * self.dtype.itemsize
+        array = np.frombuffer(mapped, self.dtype, stop - start, offset)
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+
+class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
+    """The tensors of a file or a folder by name, in the order in which they lie in the files.
+
+    A context manager: leaving it closes the memory maps, but for those of arrays that are still
+    in use. Made by [`open`][wspace.checkpoint.open], and safe to read from many threads.
+
+    Attributes:
+        path: The file or folder that was opened.
+        files: The files with tensors.
+        metadata: What the headers of the files say in `__metadata__`; where two differ, the last.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(pathlib.Path(folder, "model.safetensors"), {"w": jnp.ones((2, 3))})
+        ...     _ = pathlib.Path(folder, "config.json").write_text("{}")
+        ...     with checkpoint.open(folder) as opened:
+        ...         print([x.name for x in opened.others], {k: v.shape for k, v in opened.items()})
+        ['config.json'] {'w': (2, 3)}
+    """
+
+    def __init__(self, path: Path, headers: Mapping[Path, header.Header]) -> None:
+        """Collects the tensors of files whose headers were read."""
+        self.path = path
+        self.files = tuple(headers)
+        self.metadata: dict[str, str] = {}
+        self._maps = _Maps({file: head.state for file, head in headers.items()})
+        self._tensors: dict[str, Stored] = {}
+        for file, head in headers.items():
+            self.metadata |= head.metadata
+            for name, entry in head.entries.items():
+                self._tensors[name] = Stored(
+                    name, entry.dtype, entry.shape, file, entry.offset, entry.nbytes, self._maps
+                )
+
+    @property
+    def others(self) -> tuple[Path, ...]:
+        """The configuration, tokenizer and other small files of a folder, to be carried over.
+
+        All regular files of up to 64 MiB in the folder itself, sorted, but for hidden ones, files
+        of weights in any format and their indices. Empty for a single file.
+
+        Raises:
+            ValueError: If one is a symbolic link that leads out of the folder, and not to the
+                `blobs` of a snapshot of the Hugging Face hub.
+        """
+        if not self.path.is_dir():
+            return ()
+        others = []
+        for file in sorted(self.path.iterdir()):
+            hidden, indexes = file.name.startswith("."), file.name.endswith(".index.json")
+            if hidden or indexes or file.suffix.lower() in _OTHERS or not file.is_file():
+                continue
+            _stays(self.path, file)
+            if file.stat().st_size <= _SMALL:
+                others.append(file)
+        return tuple(others)
+
+    def close(self) -> None:
+        """Closes the memory maps, but for those of arrays that are still in use."""
+        self._maps.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a checkpoint of any size: its headers are read, its tensors when they are asked for.
+
+    A folder holds `model.safetensors`, or another single `.safetensors` file, or several with an
+    index `*.safetensors.index.json`. Every header is checked in full: a file whose tensors do not
+    cover it exactly, or whose header says anything twice, is refused before a tensor is read.
+    Nothing is ever unpickled.
+
+    An index can name only files of its folder. A symbolic link in the folder is followed, but one
+    that an index names may lead only into the folder, or to the `blobs` of a snapshot of the
+    Hugging Face hub, which keeps its files so. The files must stay as they are while they are
+    open: one that was replaced or changed before it is first read is refused, but the system ends
+    a process that reads what was cut off since.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        A mapping from the names of the tensors to [`Stored`][wspace.checkpoint.Stored]; also a
+            context manager that closes it.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, the folder has no tensors, or files
+            that its index names are missing.
+        ValueError: If a file is truncated, corrupt, or of another format, which the message says
+            how to convert; if there are several files and no index; if the index and the files
+            disagree, or it names a file outside of the folder.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(pathlib.Path(folder, "model.safetensors"), {"bias": jnp.zeros(2)})
+        ...     with checkpoint.open(folder) as opened:
+        ...         print({name: tensor.read() for name, tensor in opened.items()})
+        {'bias': array([0., 0.], dtype=float32)}
+
+    References:
+        The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.suffix.lower() in _FOREIGN and path.is_file():
+            raise ValueError(f"{path} is {_FOREIGN[path.suffix.lower()]}")
+        return Checkpoint(path, {path: header.read(path)})
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): check its permissions"
+        ) from error
+    indices = [name for name in names if name.endswith(_INDEX)]
+    if not indices:
+        file = path / _only(path, names)
+        return Checkpoint(path, {file: header.read(file)})
+    if len(indices) > 1:
+        raise ValueError(
+            f"{path} has several indices, {', '.join(indices)}: leave one of them, or give one file"
+        )
+    shards = _index(path / indices[0])
+    if _USUAL in names and _USUAL not in shards.values():
+        raise ValueError(
+            f"{path} has both {_USUAL} and {indices[0]}, which names other files: remove what is "
+            f"not meant, or give {path / _USUAL}"
+        )
+    return Checkpoint(path, _sharded(path, indices[0], shards))
+
+
+class _Maps:
+    """Memory maps of files, each made when it is first asked for."""
+
+    def __init__(self, states: Mapping[Path, tuple[int, ...]]) -> None:
+        self._states = states
+        self._maps: dict[Path, mmap.mmap] | None = {}
+        self._lock = threading.Lock()
+
+    def of(self, file: Path) -> mmap.mmap:
+        with self._lock:
+            if self._maps is None:
+                raise ValueError(f"{file} is closed: read inside of the with statement")
+            if file not in self._maps:
+                self._maps[file] = self._map(file)
+            return self._maps[file]
+
+    def close(self) -> None:
+        # Not closed by force: a map ends with the last array on it.
+        with self._lock:
+            self._maps = None
+
+    def _map(self, file: Path) -> mmap.mmap:
+        with header.opened(file) as stream:
+            if header.state_of(stream.fileno()) != self._states[file]:
+                raise ValueError(f"{file} changed since it was opened: open it again")
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        return mapped
+
+
+def _only(folder: Path, names: list[str]) -> str:
+    """The one file with tensors of a folder that has no index."""
+    files = [name for name in names if name.endswith(_TENSORS) and not name.startswith(".")]
+    if _USUAL in files:
+        return _USUAL
+    if len(files) > 1:
+        raise ValueError(
+            f"{folder} has {len(files)} {_TENSORS} files and no index: give one of "
+            f"{', '.join(files[:8])}, or restore the *{_INDEX} that belongs to them"
+        )
+    if files:
+        return files[0]
+    for name in names:
+        if foreign := _FOREIGN.get(Path(name).suffix.lower()):
+            raise ValueError(f"{folder} has no {_TENSORS} file, and {name} is {foreign}")
+    raise FileNotFoundError(f"{folder} has no {_TENSORS} file: check the path")
+
+
+def _index(file: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says it; every name is that of a file beside it."""
+    with header.opened(file) as stream:
+        text = stream.read(_LONGEST + 1)
+    try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"it is longer than {_LONGEST} bytes")
+        shards = header.mapping(text).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError("it has no weight_map")
+        for name, shard in shards.items():
+            if not _is_plain(shard):
+                raise ValueError(f"{name!r} is in {shard!r}, which names no {_TENSORS} file there")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no index of the files beside it ({error}): copy or download it again"
+        ) from error
+    return shards
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a value is the name of a file with tensors, and of nothing outside of its folder."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.endswith(_TENSORS)
+        and not {"/", "\\", ":"} & set(name)
+    )
+
+
+def _sharded(folder: Path, index: str, shards: dict[str, str]) -> dict[Path, header.Header]:
+    """The headers of the files of an index, if they hold what it says."""
+    files = {shard: folder / shard for shard in sorted(set(shards.values()))}
+    missing = [shard for shard, file in files.items() if not os.path.lexists(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {index} names: "
+            f"download {', '.join(missing[:8])}"
+        )
+    headers = {}
+    for shard, file in files.items():
+        _stays(folder, file)
+        headers[file] = header.read(file)
+        for name in headers[file].entries:
+            if shards.get(name) != shard:
+                where = f"is in {shards[name]}" if name in shards else "does not exist"
+                raise ValueError(
+                    f"{file} has a tensor {name!r}, which {where} as {index} says: restore the "
+                    "files and the index as they were saved together"
+                )
+    for name, shard in shards.items():
+        if name not in headers[files[shard]].entries:
+            raise ValueError(
+                f"{files[shard]} lacks the tensor {name!r} that {index} says it has: restore the "
+                "files and the index as they were saved together"
+            )
+    return headers
+
+
+def _stays(folder: Path, file: Path) -> None:
+    """Raises if a file is a link out of its folder, and not into the blobs of a hub's snapshot."""
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if target.parent not in homes:
+        raise ValueError(f"{file} is a link that leaves its folder: put a copy of {target} there")
