@@ -77,7 +77,7 @@ def plain(words: Sequence[str]) -> list[str]:
     def written(word: str) -> str:
         with contextlib.suppress(ValueError):
             if word.startswith("-") and math.isfinite(float(word)):
-                return format(Decimal(repr(float(word))), "f")
+                return format(Decimal(word), "f")
         return word
 
     return [written(word) for word in words]
