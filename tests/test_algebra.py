@@ -155,7 +155,8 @@ def test_the_root_of_the_inner_product_keeps_half_the_digits():
     x = edit(0, 4)["w"]
     nothing = lowrank.combine((1, -1), (x, regauged({"w": x}, 0)["w"]))
     root = jnp.sqrt(jnp.abs(lowrank.vdot(nothing, nothing)))
-    assert root > 100 * lowrank.norm(nothing)
+    assert root > 100 * lowrank.norm(nothing) or root == 0  # by chance, and as wrong
+    assert lowrank.norm(nothing) > 0
 
 
 @given(seed=seeds, rank=ranks)
