@@ -21,6 +21,15 @@ LAYOUTS = (
 )
 FLOAT = jax.dtypes.canonicalize_dtype(jnp.float64)
 UNIT = float(np.finfo(np.dtype(FLOAT)).eps)
+VIEWS = [
+    lambda x: x,
+    np.asfortranarray,
+    lambda x: x.T,
+    lambda x: x[..., ::-1] if x.ndim else x,
+    lambda x: np.repeat(x[None], 2, axis=0)[::2],
+    lambda x: np.broadcast_to(x[None], (2, *x.shape)),
+]
+"""Arrays of other strides than the one they are made of."""
 ENTRIES = st.just(0.0) | st.floats(2**-10, 8, width=32) | st.floats(-8, -(2**-10), width=32)
 
 layouts = st.sampled_from(LAYOUTS)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.strategies import VIEWS
 from tests.test_stored import arrays, names, same
 from wspace import checkpoint
 from wspace.checkpoint import header
@@ -19,14 +20,6 @@ from wspace.checkpoint import writer as module
 safetensors = pytest.importorskip("safetensors")
 library = pytest.importorskip("safetensors.numpy")
 
-VIEWS = [
-    lambda x: x,
-    np.asfortranarray,
-    lambda x: x.T,
-    lambda x: x[..., ::-1] if x.ndim else x,
-    lambda x: np.repeat(x[None], 2, axis=0)[::2],
-    lambda x: np.broadcast_to(x[None], (2, *x.shape)),
-]
 MODEL = {
     "b": np.arange(5, dtype=np.int8),
     "w": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -54,7 +54,7 @@ def solved(
 
     state = jax.lax.stop_gradient(start), jnp.int32(0)
     found, taken = jax.lax.while_loop(unfinished, step, state)
-    # A scan, since two steps written out take twice as long to compile.
+    # A scan, so that the step is compiled once.
     polished, _ = jax.lax.scan(
         lambda w, _: (newton(lambda w: gap(w, *data), w), None), found, length=2
     )
