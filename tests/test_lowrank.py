@@ -48,6 +48,12 @@ def test_singular_values_are_those_of_numpy(shape, data):
     np.testing.assert_allclose(singular_values(x), wanted, atol=64 * UNIT * wanted.max())
 
 
+def test_singular_values_of_a_tall_matrix_take_memory_like_its_own():
+    x = jax.ShapeDtypeStruct((3000, 3), FLOAT)
+    memory = singular_values.lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * memory.argument_size_in_bytes
+
+
 @each_shape
 @given(seed=st.integers(0, 2**16), rank=st.sampled_from([0, 1, 3, 8]))
 def test_singular_values_of_factors_are_those_of_the_product(shape, seed, rank):

@@ -42,7 +42,7 @@ def singular_values(x: Leaf | LowRank) -> Float[Array, "... k"]:
     matrix, _ = core_of(x)
     if not matrix.size:
         return jnp.zeros((*matrix.shape[:-2], min(matrix.shape[-2:])), matrix.dtype)
-    return jnp.linalg.svd(matrix, compute_uv=False)
+    return jnp.linalg.svd(matrix, full_matrices=False, compute_uv=False)
 
 
 def tail_curve(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
