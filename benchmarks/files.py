@@ -269,7 +269,7 @@ def agreement(
     for dtype in dict.fromkeys((options.dtype, "float32")):
         measured(theirs(options.peer, name, folders, other, dtype))
         count = apart = 0
-        largest = of_inputs = 0.0
+        largest = of_inputs = rest = 0.0
         either = np.zeros(3, int)
         for tensor, x in tensors(mine):
             y = _tensor(other, tensor)
@@ -278,16 +278,18 @@ def agreement(
             differ = steps > 1
             count, apart = count + x.size, apart + np.count_nonzero(differ)
             largest = max(largest, float(steps.max()))
-            of_inputs = max(of_inputs, float(roundings(x, y, *points).max()))
+            coarse = roundings(x, y, *points)
+            of_inputs = max(of_inputs, float(coarse.max()))
             if name == "ties":
                 last, votes = undecided(*points, dtype=dtype)
                 either += [np.sum(votes), np.sum(differ & last), np.sum(differ & votes & ~last)]
+                rest = max(rest, float(coarse[~(last | votes)].max(initial=0)))
         said = f"{apart} of {count} entries ({apart / count:.2e}) more than a rounding apart"
         said += f", at most {largest:.3g} roundings, or {of_inputs:.3g} of the inputs"
         if name == "ties":
             cancel, last, votes = either
             said += f"; {last} of them where the trim ends, {votes} more where votes cancel"
-            said += f" (which they do in {cancel} entries)"
+            said += f" (which they do in {cancel} entries), all others at most {rest:.3g}"
         print(f"{name}, mergekit in {dtype}: {said}")
         shutil.rmtree(other)
     shutil.rmtree(mine)
