@@ -209,7 +209,7 @@ def merges(gib: float, rounds: int, names: Sequence[str]) -> None:
             report(name, times, {"copy, donated": 2 * size}, method.moved * size)
             if "mergekit" in contenders:
                 medians = {k: statistics.median(ms) for k, ms in times.items()}
-                ratios = (f"{form} {medians['mergekit'] / medians[form]:.1f} x" for form in names)
+                ratios = (f"{form} {medians['mergekit'] / medians[form]:.1f} x" for form in ours)
                 print(f"    to mergekit: {', '.join(ratios)}", end="")
                 if "dare" not in name:
                     apart = difference(contenders["eager"](), contenders["mergekit"]())

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wspace import average, checkpoint, interpolate, merge, tree
-from wspace.checkpoint import streaming
+from wspace import _lazy, average, checkpoint, interpolate, merge, tree
+from wspace.checkpoint.stored import Stored
 from wspace.checkpoint.streaming import stream
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -58,12 +58,12 @@ def assert_same(found, wanted):
     st.sampled_from([1, 4, 5, 12, 100]),
     st.integers(0, 99),
 )
-def test_an_entrywise_function_in_pieces_is_that_of_trees(tmp_path_factory, c, chunk, seed):
+def test_a_lazy_function_in_pieces_is_that_of_trees(tmp_path_factory, c, piece, seed):
     folder = tmp_path_factory.mktemp("pieces")
     sources = models(len(c), folder, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "CHUNK", chunk)
-        out = streamed(lambda xs: average.mean(xs, c), sources, folder / "out", entrywise=True)
+        patch.setattr(_lazy, "PIECE", piece)
+        out = streamed(lambda xs: average.mean(xs, c), sources, folder / "out", lazy=True)
     assert_same(out, average.mean([loaded(x) for x in sources], c))
 
 
@@ -78,17 +78,27 @@ def test_a_leafwise_function_is_that_of_trees(tmp_path):
     assert_same(streamed(ties, sources, tmp_path / "ties"), ties([loaded(x) for x in sources]))
 
 
-def test_all_large_pieces_have_one_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK", 5)
+def test_a_lazy_function_is_called_once_and_its_leaves_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lazy, "PIECE", 5)
     sources = models(2, tmp_path)
-    lengths = []
+    spans, calls = [], []
+    rows = Stored.rows
+
+    def seen(tensor, start, stop):
+        spans.append((tensor.name, start, stop))
+        return rows(tensor, start, stop)
+
+    monkeypatch.setattr(Stored, "rows", seen)
 
     def mean(points):
-        lengths.extend(x.shape for x in points[0].values() if x.size >= 5)
+        calls.append(len(points))
         return average.mean(points)
 
-    streamed(mean, sources, tmp_path / "out", entrywise=True)
-    assert set(lengths) == {(5,)}
+    streamed(mean, sources, tmp_path / "out", lazy=True)
+    assert calls == [2]
+    assert [x for x in spans if x[0] == "a"] == [
+        ("a", start, stop) for start, stop in ((0, 5), (5, 10), (10, 12)) for _ in sources
+    ]
 
 
 def test_progress_adds_up_to_the_bytes_that_are_written(tmp_path):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from wspace import _lazy
 from wspace._numerics import accumulator
 from wspace.typing import WeightsLike
 
@@ -44,7 +45,8 @@ def _(primals: Any, tangents: Any) -> Any:
     return row_sums(products), [jnp.sum(x, axis=-1) if x.ndim else x for x in rates]
 
 
-@functools.partial(jax.jit, static_argnames=("formula", "wide"))
+@_lazy.reading
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def leaf_row_sums(
     formula: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], wide: type
 ) -> list[Array]:
@@ -52,7 +54,8 @@ def leaf_row_sums(
     return row_sums(formula([leaf.astype(wide) for leaf in leaves]))
 
 
-@functools.partial(jax.jit, static_argnames=("formula", "wide"))
+@_lazy.reading
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _leaf_sums(
     formula: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], wide: type
 ) -> Array:

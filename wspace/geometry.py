@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wspace import _checks, tree
+from wspace import _checks, _lazy, tree
 from wspace._numerics import accumulator, safe_sqrt, split
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -70,6 +70,7 @@ def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
     return tree.norm(tree.combine((1, -1), tree.widened(x, y)))
 
 
+@_lazy.reading
 @jax.jit
 def _chord_sums(ratio: Scalar, x: Array, y: Array) -> Float[Array, "3"]:
     # The products of the high halves are exact, so x - ratio y and x + ratio y keep all digits
@@ -84,7 +85,7 @@ def _chord_sums(ratio: Scalar, x: Array, y: Array) -> Float[Array, "3"]:
 
 def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, both with small relative error; 0, 1 at zero."""
-    wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves((x, y))))
+    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in jax.tree.leaves((x, y))))
     x_norm, y_norm = tree.norm(x).astype(wide), tree.norm(y).astype(wide)
     nothing = y_norm == 0
     ratio = x_norm / jnp.where(nothing, 1, y_norm)

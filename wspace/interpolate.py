@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lazy, geometry, tree
 from wspace import _products as products
 from wspace._numerics import accumulator, arcsin_of_root_squared, safe_sqrt, sinc_of_square
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -265,5 +265,5 @@ def _path(points: Sequence[WeightsLike], t: ScalarLike) -> tuple[list[WeightsLik
     """The points as a list, `t` in the dtype of arithmetic on them, and the last index."""
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(points)))
+    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in jax.tree.leaves(points)))
     return points, jnp.asarray(_checks.scalar("t", t)).astype(wide), len(points) - 1

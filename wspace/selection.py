@@ -25,8 +25,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PyTree, UInt, UInt32
 
-from wspace import _checks
+from wspace import _checks, _lazy
 from wspace._numerics import accumulator
+from wspace._sifting import codes_of, last_of
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["kth_magnitude", "top_mask"]
@@ -34,6 +35,7 @@ __all__ = ["kth_magnitude", "top_mask"]
 PIVOTS = 7  # as many counters as fuse into one pass over memory
 SAMPLE = 2**14  # entries whose quantiles are the first pivots
 FEW = 2**14  # entries of a leaf up to which they are sorted
+FEW_OF_LAZY = 2**24  # entries of lazy leaves that are taken into memory
 SMALL = 2**22  # entries of a leaf up to which dispatching passes takes longer than the passes do
 
 Count: TypeAlias = UInt32[Array, "... 2"]
@@ -93,14 +95,17 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
     """
     leaves, size = _entries(x)
     need, below, above = _asked(k, 1, size)
-    return jnp.where(below | above, jnp.nan, _kth(leaves, need))
+    kth = _kth_value if _lazy.is_lazy(leaves) else _kth
+    return jnp.where(below | above, jnp.nan, kth(leaves, need))
 
 
-@jax.custom_jvp
-def _kth(leaves: Sequence[Array], need: Count) -> Scalar:
+def _kth_value(leaves: Sequence[Any], need: Count) -> Scalar:
     (key,) = _last(leaves, need, exact=True)
     magnitude = lax.bitcast_convert_type(key, _wide(leaves))
     return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
+
+
+_kth = jax.custom_jvp(_kth_value)
 
 
 @_kth.defjvp
@@ -162,7 +167,7 @@ def cut_for(x: WeightsLike, k: Any) -> Cut:
 
 def _entries(x: WeightsLike) -> tuple[list[Array], int]:
     _checks.same_layout(x=x)
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    leaves = [_lazy.array(leaf) for leaf in jax.tree.leaves(x)]
     for leaf in leaves:
         if leaf.size >= 2**32:
             raise ValueError(
@@ -225,8 +230,10 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
     and the number of passes is decided here. A small leaf has one program for all, and the least
     ones are sorted, which takes less time to compile.
     """
-    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
     size = leaves[0].size if len(leaves) == 1 else math.inf
+    if _lazy.is_lazy(leaves):
+        return _last_of_lazy(leaves, need)[: 1 if exact else 3]
+    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
     if 0 < size <= FEW and not _axes(leaves[0]):
         return _last_by_sorting(leaves[0], need, _wide(leaves))[: 1 if exact else 3]
     if size <= SMALL or _checks.is_traced(leaves, need):
@@ -236,7 +243,7 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _last_by_sorting(x: Array, need: Count, wide: type) -> tuple[Array, ...]:
-    dtype, nan = _codes(wide)
+    dtype, nan = codes_of(wide)
     below = jnp.asarray(nan, dtype) - _code(x.reshape(-1), wide)
     places = jnp.arange(x.size - 1, -1, -1, dtype=jnp.uint32)
     below, places = lax.sort((below, places), num_keys=1, is_stable=True)
@@ -255,7 +262,7 @@ def _levels(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, .
     Keys fall from the first entry to the last. On each level the entries are those that have the
     keys found before, and of them as many are needed as the entries above leave to be selected.
     """
-    codes = _codes(_wide(leaves))
+    codes = codes_of(_wide(leaves))
     largest = max((leaf.size for leaf in leaves), default=0)
     heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(largest)]
     total = _count(sum(leaf.size for leaf in leaves))
@@ -282,6 +289,29 @@ def _search(counted: Callable[[Array], Count], state: _State, need: Count, exact
     while state.unfinished:
         state = _step(state, counted(state.pivots), need, exact)
     return state
+
+
+def _last_of_lazy(leaves: Sequence[Any], need: Count) -> tuple[Array, ...]:
+    """The keys of the last entry selected, for leaves that are to be read as seldom as possible."""
+    codes = codes_of(_wide(leaves))
+
+    def bounds() -> tuple[int, int]:
+        total = _count(sum(leaf.size for leaf in leaves))
+        state = _begun(codes.dtype(codes.nan + 1), total, need, None, True)
+        while state.unfinished and _known(_inside(state.bracket, need)[1]) > FEW_OF_LAZY:
+            state = _step(state, _counts(leaves, (), state.pivots), need, True)
+        return int(state.bracket.low), int(state.bracket.high)
+
+    if not any(leaf.size for leaf in leaves):
+        return jnp.zeros((), codes.dtype), jnp.uint32(0), jnp.uint32(0)
+    last = last_of(leaves, _known(need), bounds)
+    number, place = len(leaves) - 1 - last.leaf, leaves[last.leaf].size - 1 - last.place
+    return jnp.asarray(last.code, codes.dtype), jnp.uint32(number), jnp.uint32(place)
+
+
+def _known(count: Count) -> int:
+    high, low = np.asarray(count).tolist()
+    return (high << 16) + low
 
 
 @jax.jit
@@ -358,22 +388,9 @@ def _pick(sample: UInt[Array, " sample"], share: Scalar) -> UInt[Array, " pivots
     return jnp.maximum(picked, 1)
 
 
-class _Codes(NamedTuple):
-    """The integers that magnitudes of a dtype are: an unsigned dtype, and the largest, of NaN."""
-
-    dtype: type
-    nan: int
-
-
-def _codes(wide: type) -> _Codes:
-    if wide == jnp.float64:
-        return _Codes(jnp.uint64, 0x7FF0000000000001)
-    return _Codes(jnp.uint32, 0x7F800001)
-
-
 def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
     """An integer of the order of the magnitudes, in which all NaN are one."""
-    dtype, nan = _codes(wide)
+    dtype, nan = codes_of(wide)
     bits = lax.bitcast_convert_type(x.astype(wide), dtype)
     return jnp.minimum(bits & jnp.asarray(jnp.iinfo(dtype).max >> 1, dtype), nan)
 
@@ -382,22 +399,40 @@ def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> 
     """How many entries that have the given keys reach each pivot with their next one."""
     wide, last = _wide(leaves), len(leaves) - 1
     total = jnp.zeros((PIVOTS, 2), jnp.uint32)
+    only = None if len(keys) < 2 or _checks.is_traced(leaves, keys) else int(keys[1])
     for i, leaf in enumerate(leaves):
-        if leaf.size:
-            total = _leaf_counts(total, leaf, np.uint32(last - i), keys, pivots, wide)
+        number = np.uint32(last - i)
+        if only not in (None, number):
+            continue
+        for span in _lazy.spans(leaf) if leaf.size else ():
+            x, first = _lazy.entries(leaf, span), _first(leaf, span)
+            total = _leaf_counts(total, x, first, number, keys, pivots, wide)
     return total
 
 
-@functools.partial(jax.jit, static_argnums=5)
+def _first(leaf: Any, span: _lazy.Span) -> np.uint32:
+    """The key of the place of the first entry of a span."""
+    return np.uint32(max(leaf.size, 1) - 1 - (span[0] if span else 0))
+
+
+@functools.partial(jax.jit, static_argnums=6)
 def _leaf_counts(
-    others: Count, x: Array, number: Any, keys: tuple[Array, ...], pivots: Array, wide: type
+    others: Count,
+    x: Array,
+    first: Any,
+    number: Any,
+    keys: tuple[Array, ...],
+    pivots: Array,
+    wide: type,
 ) -> Count:
     """The counts of other leaves, and those of this one added."""
 
-    def local(x: Array, starts: Sequence[Array], number: Array, keys: Any, pivots: Array) -> Array:
+    def local(
+        x: Array, starts: Sequence[Array], first: Array, number: Array, keys: Any, pivots: Array
+    ) -> Array:
         # Zero in a way that XLA cannot see: it would write down, ahead of a loop, the keys of all.
         zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
-        own = _keys(x, starts, shape, number, wide, zero)
+        own = _keys(x, starts, shape, first, number, wide, zero)
         among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
         reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
         # One variadic reduction reads the entries once; seven sums would write them first.
@@ -407,54 +442,72 @@ def _leaf_counts(
         return jnp.stack(counts)
 
     shape = x.shape
-    counts = _shardwise(local, x, jnp.asarray(number), keys, pivots, summed=True)
+    places = jnp.asarray(first), jnp.asarray(number)
+    counts = _shardwise(local, x, *places, keys, pivots, summed=True)
     return _sum(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
 
 
 def _keys(
-    x: Array, starts: Sequence[Array], shape: Sequence[int], number: Array, wide: type, zero: Any
+    x: Array,
+    starts: Sequence[Array],
+    shape: Sequence[int],
+    first: Array,
+    number: Array,
+    wide: type,
+    zero: Any,
 ) -> tuple[Array, ...]:
     """The keys of entries, in order of precedence; all fall from the first entry to the last."""
     code = _code(jnp.where(zero == 0, x, 0), wide)
-    place = jnp.full(x.shape, max(math.prod(shape), 1) - 1, jnp.uint32) + zero.astype(jnp.uint32)
+    place = jnp.broadcast_to(first, x.shape) + zero.astype(jnp.uint32)
     for axis, start in enumerate(starts):
         stride = jnp.uint32(math.prod(shape[axis + 1 :]))
         place -= (lax.broadcasted_iota(jnp.uint32, x.shape, axis) + start) * stride
     return code, jnp.broadcast_to(number, x.shape), place
 
 
-def _selected(x: Array, number: Array, cut: Cut, wide: type) -> Bool[Array, "*s"]:
-    def local(x: Array, starts: Sequence[Array], number: Array, cut: Cut) -> Array:
-        own = _keys(x, starts, shape, number, wide, jnp.uint32(0))
+def _selected(x: Array, first: Array, number: Array, cut: Cut, wide: type) -> Bool[Array, "*s"]:
+    def local(x: Array, starts: Sequence[Array], first: Array, number: Array, cut: Cut) -> Array:
+        own = _keys(x, starts, shape, first, number, wide, jnp.uint32(0))
         inside = jnp.asarray(True)
         for key, least in reversed(list(zip(own, cut.keys, strict=True))):
             inside = (key > least) | ((key == least) & inside)
         return inside & ~cut.nothing
 
     shape = x.shape
-    return _shardwise(local, x, number, cut)
+    return _shardwise(local, x, jnp.asarray(first), number, cut)
 
 
-def _kept(x: Array, number: Array, cut: Cut, wide: type) -> Array:
-    return jnp.where(_selected(x, number, cut, wide), x, 0)
+def _kept(x: Array, first: Array, number: Array, cut: Cut, wide: type) -> Array:
+    return jnp.where(_selected(x, first, number, cut, wide), x, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _on_leaf(function: Any, x: Array, number: Array, cut: Cut, wide: type) -> Array:
-    return function(x, number, cut, wide)
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _on_leaf(function: Any, x: Array, first: Any, number: Any, cut: Cut, wide: type) -> Array:
+    return function(x, first, number, cut, wide)
 
 
 def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTree:
     leaves, structure = jax.tree.flatten(x)
-    leaves, last = [jnp.asarray(leaf) for leaf in leaves], len(leaves) - 1
+    leaves, last = [_lazy.array(leaf) for leaf in leaves], len(leaves) - 1
     wide = _wide(leaves)
-    return structure.unflatten(
-        _on_leaf(function, leaf, np.uint32(last - i), cut, wide) for i, leaf in enumerate(leaves)
-    )
+
+    def called(i: int, leaf: Any) -> Any:
+        def on(span: _lazy.Span, memo: _lazy.Memo) -> Array:
+            x = _lazy.entries(leaf, span, memo)
+            return _on_leaf(function, x, _first(leaf, span), np.uint32(last - i), cut, wide)
+
+        if not isinstance(leaf, _lazy.Lazy):
+            return on(None, {})
+        dtype = bool if function is _selected else leaf.dtype
+        return _lazy.Lazy(leaf.shape, dtype, on, leaf.in_pieces)
+
+    return structure.unflatten(called(i, leaf) for i, leaf in enumerate(leaves))
 
 
 def _axes(x: Array) -> tuple[str, ...]:
     """The axes of the mesh that a leaf is spread over."""
+    if isinstance(x, _lazy.Lazy):
+        return ()
     names = (
         (name,) if isinstance(name, str) else name or () for name in jax.typeof(x).sharding.spec
     )

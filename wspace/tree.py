@@ -18,7 +18,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, PyTree, UInt32
 
-from wspace import _checks
+from wspace import _checks, _lazy
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -41,7 +41,7 @@ MANY = 64
 
 
 def elementwise(
-    formula: Callable[[Sequence[Scalar], Sequence[Array]], Array],
+    formula: Callable[[Sequence[Scalar], Sequence[Array]], Array], *, rounded: bool = True
 ) -> Callable[[Sequence[ScalarLike], Sequence[WeightsLike]], Weights]:
     r"""Lifts a formula on the entries of arrays to trees, under the dtype policy of this module.
 
@@ -56,6 +56,8 @@ def elementwise(
         formula: Takes the scalars and the arrays, both as sequences and in the dtype of the
             arithmetic, and returns an array of the arrays' shape. It must be a pure function,
             defined once: each new one compiles anew.
+        rounded: Whether the result is rounded to the dtype of the first tree; else a leaf stays in
+            that of the arithmetic, for what is computed on the way to a result.
 
     Returns:
         The same formula on sequences of scalars and of trees of one layout, which returns a
@@ -69,13 +71,17 @@ def elementwise(
         {'w': Array([2., 1.], dtype=float32)}
     """
 
+    def dtype(_: Any, leaves: Sequence[Any]) -> Any:
+        return leaves[0].dtype if rounded else accumulator(*(leaf.dtype for leaf in leaves))
+
+    @_lazy.entrywise(dtype)
     @jax.jit
     def on_leaves(scalars: Sequence[Any], leaves: Sequence[Array]) -> Array:
         wide = accumulator(*(leaf.dtype for leaf in leaves))
         result = formula(
             [jnp.asarray(c).astype(wide) for c in scalars], [leaf.astype(wide) for leaf in leaves]
         )
-        return result.astype(leaves[0].dtype)
+        return result.astype(dtype(scalars, leaves))
 
     def on_trees(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
         return jax.tree.map(lambda *leaves: on_leaves(scalars, leaves), *trees)
@@ -84,7 +90,8 @@ def elementwise(
 
     def either(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
         shapes = {np.shape(leaf) for leaf in jax.tree.leaves(trees[0])}
-        return (at_once if len(shapes) > MANY else on_trees)(scalars, trees)
+        many = len(shapes) > MANY and not _lazy.is_lazy(trees)
+        return (at_once if many else on_trees)(scalars, trees)
 
     return either
 
@@ -146,14 +153,14 @@ def upcast(x: WeightsLike) -> Weights:
         {'w': Array([1., 1.], dtype=float32)}
     """
     _checks.same_layout(x=x)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(accumulator(leaf.dtype)), x)
+    return jax.tree.map(lambda leaf: _lazy.array(leaf).astype(accumulator(leaf.dtype)), x)
 
 
 def widened(*trees: PyTree) -> list[Any]:
     """Trees of any layouts in one dtype, that of arithmetic on all their leaves together."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(trees)]
+    leaves = [_lazy.array(leaf) for leaf in jax.tree.leaves(trees)]
     wide = accumulator(*(leaf.dtype for leaf in leaves))
-    return [jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), x) for x in trees]
+    return [jax.tree.map(lambda leaf: _lazy.array(leaf).astype(wide), x) for x in trees]
 
 
 def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
@@ -177,9 +184,10 @@ def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
         Array([1, 1], dtype=bfloat16)
     """
     _checks.same_layout(x=x, like=like)
-    return jax.tree.map(lambda leaf, other: jnp.asarray(leaf).astype(other.dtype), x, like)
+    return jax.tree.map(lambda leaf, other: _lazy.array(leaf).astype(other.dtype), x, like)
 
 
+@_lazy.reading
 @functools.partial(jax.jit, static_argnums=2)
 def _dot(x: Array, y: Array, wide: type) -> Scalar:
     return jnp.sum(x.astype(wide) * y.astype(wide))
@@ -215,7 +223,7 @@ def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
     """
     _checks.same_layout(x=x, y=y)
     leaves, others = jax.tree.leaves(x), jax.tree.leaves(y)
-    wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in (*leaves, *others)))
+    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in (*leaves, *others)))
     sums = [_dot(a, b, wide) for a, b in zip(leaves, others, strict=True) if a.size]
     return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros((), wide)
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import fnmatch
-import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,11 @@ class Recipe:
         first = [self.trees["base"]] if self.table.base else []
         return (*first, *self.models, *(self.trees[name] for name in self.table.others))
 
+    @property
+    def outputs(self) -> int:
+        """How many results there are."""
+        return len(self.models) if self.table.returns == "list" else 1
+
     def settings(self) -> list[tuple[str, Mapping[str, Any]]]:
         """The options of every pattern with those of the recipe, and then these alone."""
         return [(glob, {**self.options, **own}) for glob, own in self.patterns] + [
@@ -88,28 +92,35 @@ class Call:
         """Finds the function."""
         self._recipe, self._method = recipe, recipe.table
         self._function = _named(recipe.table.function)
-        self._second: Callable[..., Any] | None = None
         self._settings = recipe.settings()
         self._records: list[Any] = []
         self.count = len(recipe.sources)
 
     def __call__(self, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The results, one for each output, of trees, one for each source."""
-        if self._second is not None:
-            return self._parted(self._second(points))
-        name = next(iter(points[0]), "")
-        options = next(own for glob, own in self._settings if fnmatch.fnmatchcase(name, glob))
-        return self._parted(self.result(points, options))
+        results: list[dict[str, Any]] = [{} for _ in range(self._recipe.outputs)]
+        for names, options in self._groups(points[0]):
+            part = [{name: x[name] for name in names} for x in points]
+            for result, own in zip(results, self._parted(self.result(part, options)), strict=True):
+                result.update(own)
+        return results
 
-    def first_pass(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Computes from whole trees the numbers that the second pass takes entry by entry."""
-        passes = tree.PASSES[self._function]
-        numbers, _ = passes.measure(**self._given(points, self._recipe.options))
-        self._second = functools.partial(passes.finish, passes.solve(*numbers))
+    def _groups(self, names: Iterable[str]) -> list[tuple[list[str], Mapping[str, Any]]]:
+        """Names of tensors, and the options that these have."""
+        groups: list[tuple[list[str], Mapping[str, Any]]] = [([], x) for _, x in self._settings]
+        for name in names:
+            matches = (fnmatch.fnmatchcase(name, glob) for glob, _ in self._settings)
+            groups[next(i for i, matched in enumerate(matches) if matched)][0].append(name)
+        return [group for group in groups if group[0]]
 
     def result(self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
         """What the function returns."""
-        return self._function(**self._given(points, options))
+        given, method = self._given(points, options), self._method
+        chosen = any(not option.passed for option in method.options)
+        if not chosen or method.is_whole(options):
+            return self._function(**given)
+        first = given.pop(method.models if isinstance(method.models, str) else method.models[0])
+        return tree.per_leaf(self._function)(first, **given)
 
     def _given(
         self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
@@ -145,7 +156,9 @@ class Call:
         worst = {"residual": np.max, "steps": np.max, "converged": np.all, "trusted": np.min}
         records, self._records = self._records, []
         return {
-            name: worst[name]([np.asarray(record[name]) for record in records]).item()
+            name: worst[name](
+                np.stack(jax.tree.leaves([record[name] for record in records]))
+            ).item()
             for name in (records[0] if records else ())
             if name in worst
         }

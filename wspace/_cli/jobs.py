@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from wspace import checkpoint
 from wspace._checks import WEIGHT_DTYPES
 from wspace._cli import records
 from wspace._cli.calls import Call, Recipe, wide_enough
-from wspace._cli.methods import HOW, Pace
+from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
 from wspace.checkpoint import Checkpoint, Writer, partial, planned
@@ -37,7 +35,8 @@ class Output:
 
 def run(recipe: Recipe, output: Output) -> None:
     """Carries a recipe out."""
-    started, pace = time.monotonic(), _pace(recipe)
+    started = time.monotonic()
+    _refuse_patterns(recipe)
     records.refuse_overlap(output.path, recipe.sources)
     recipe.checked()
     with contextlib.ExitStack() as stack:
@@ -65,13 +64,9 @@ def run(recipe: Recipe, output: Output) -> None:
         for i in left:
             _refuse(targets[i], output)
         if output.dry_run:
-            print(_plan(recipe, output, pace, sources))
+            print(_plan(recipe, output, sources))
             return
-        job = _Job(output, sources, pace, record, Call(recipe), started)
-        if pace == "passes":
-            job.call.first_pass([_loaded(source) for source in sources])
-        elif pace == "tree" and left:
-            job.whole = job.call([_loaded(source) for source in sources])
+        job = _Job(output, sources, record, Call(recipe), recipe.table.lazy, started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
@@ -81,26 +76,31 @@ def run(recipe: Recipe, output: Output) -> None:
 
 @dataclass
 class _Job:
-    """What writing takes; `whole` has the results where all tensors are computed at once."""
+    """What writing takes; `results` has all outputs where they are computed at once."""
 
     output: Output
     sources: Sequence[Checkpoint]
-    pace: Pace
     record: Mapping[str, Any]
     call: Call
+    lazy: bool
     started: float
-    whole: list[dict[str, Any]] | None = None
+    results: list[dict[str, Any]] | None = None
+
+    def result(self, points: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any]:
+        """What the function gives for one output."""
+        if not self.lazy:
+            return self.call(points)[index]
+        if self.results is None:
+            self.results = self.call(points)
+        return dict(self.results[index])
 
 
-def _pace(recipe: Recipe) -> Pace:
-    paces = {recipe.table.paced(options) for _, options in recipe.settings()}
-    pace: Pace = next(x for x in ("tree", "passes", "tensors", "pieces") if x in paces)
-    if pace in ("tree", "passes") and recipe.patterns:
+def _refuse_patterns(recipe: Recipe) -> None:
+    if recipe.patterns and any(recipe.table.is_whole(own) for _, own in recipe.settings()):
         raise Misuse(
             f"patterns give options to single tensors, but with these options {recipe.method} "
             "looks at the whole model: give scope = 'leaf' if it has that, or leave them out"
         )
-    return pace
 
 
 def _check_names(recipe: Recipe, first: Checkpoint) -> None:
@@ -146,14 +146,6 @@ def _is_done(target: Path, record: Mapping[str, Any]) -> bool:
         return False
 
 
-def _loaded(source: Checkpoint) -> dict[str, Any]:
-    return {
-        name: jax.device_put(tensor.read())
-        for name, tensor in source.items()
-        if tensor.dtype in WEIGHT_DTYPES
-    }
-
-
 def _write(job: _Job, target: Path, index: int) -> None:
     """Writes the output that is like the source of this index."""
     layout, is_file = job.sources[index], target.suffix == ".safetensors"
@@ -196,26 +188,21 @@ def _fill(job: _Job, writer: Writer, index: int) -> None:
     layout, finished = job.sources[index], writer.finished
     with Progress(sum(tensor.nbytes for tensor in layout.values()), job.output.quiet) as progress:
         progress.skip(sum(layout[name].nbytes for name in finished))
-        if job.whole is None:
-            stream(
-                lambda points: job.call(points)[index],
-                job.sources,
-                writer,
-                entrywise=job.pace in ("pieces", "passes"),
-                advance=progress.advance,
-            )
-            return
-        for name, tensor in layout.items():
-            if name not in finished:
-                writer.write(name, job.whole[index].get(name, tensor.read()))
-                progress.advance(tensor.nbytes)
+        stream(
+            lambda points: job.result(points, index),
+            job.sources,
+            writer,
+            lazy=job.lazy,
+            advance=progress.advance,
+        )
 
 
-def _plan(recipe: Recipe, output: Output, pace: Pace, sources: Sequence[Checkpoint]) -> str:
+def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:
     """What would be done."""
     sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
-    outputs = len(recipe.models) if recipe.table.returns == "list" else 1
-    passes = 2 if pace == "passes" else 1 if pace == "tree" else outputs
+    whole = any(recipe.table.is_whole(own) for _, own in recipe.settings())
+    how = "tensors" if not recipe.table.lazy else "passes" if whole else "pieces"
+    passes = recipe.outputs + output.full_hash
     lines = {
         "models": ", ".join(map(str, recipe.models)),
         **{name: str(path) for name, path in recipe.trees.items()},
@@ -223,9 +210,9 @@ def _plan(recipe: Recipe, output: Output, pace: Pace, sources: Sequence[Checkpoi
         **{f"where {glob}": str(dict(own)) for glob, own in recipe.patterns},
         **({"seed": str(recipe.seed)} if recipe.table.seeded else {}),
         "output": str(output.path),
-        "reads": in_bytes(sum(sizes) * (passes + output.full_hash)),
-        "writes": in_bytes(sum(sizes[:outputs])),
-        "how": HOW[pace],
+        "reads": in_bytes(sum(sizes) * passes) + (", and more for the sums" if whole else ""),
+        "writes": in_bytes(sum(sizes[: recipe.outputs])),
+        "how": HOW[how],
     }
     width = max(map(len, lines)) + 2
     return "\n".join(

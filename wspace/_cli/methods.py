@@ -10,16 +10,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from wspace._cli.words import Misuse, Parser, count, near, number
 
-Pace: TypeAlias = Literal["pieces", "tensors", "passes", "tree"]
-"""Whether a method treats entries by themselves, or tensors; or entries after it has seen the
-whole models once; or needs all of them at once."""
-
 HOW = {
-    "pieces": "tensor by tensor, large ones in pieces, in the memory of a few pieces",
+    "pieces": "piece by piece, in the memory of a few pieces",
+    "passes": "sums or counts over the whole models first, then piece by piece, in the memory of a "
+    "few tensors",
     "tensors": "tensor by tensor, in the memory of a few tensors",
-    "passes": "in two passes: sums over the whole models, then as pieces, in their memory",
-    "tree": "the whole models at once, the result and more of its size in memory",
 }
+"""How a method is carried out, in words."""
 
 
 class Option(NamedTuple):
@@ -52,29 +49,29 @@ class Method(NamedTuple):
         function: Where it is, such as `"merge.ties"`.
         models: The parameter that takes the list of models, or the parameters that take one each.
         options: What else it takes.
-        pace: How it is carried out, or a function of the options that says so.
+        whole: Whether what becomes of a tensor depends on the others, or a function of the options
+            that says so.
         base: Whether it takes a base, which then gives the dtypes.
         others: Further parameters that take a model.
         seeded: Whether it takes a random key.
         returns: What it returns.
-        passes: Whether a method of the whole tree needs all of it for a few numbers only, so that
-            the second of its `tree.PASSES` goes entry by entry.
+        lazy: Whether it can be computed in pieces, by `checkpoint.stream(..., lazy=True)`; else it
+            treats every tensor by itself.
     """
 
     function: str
     models: str | tuple[str, ...]
     options: tuple[Option, ...]
-    pace: Pace | Callable[[Options], Pace]
+    whole: bool | Callable[[Options], bool] = False
     base: bool = True
     others: tuple[str, ...] = ()
     seeded: bool = False
     returns: Literal["weights", "record", "list"] = "weights"
-    passes: bool = False
+    lazy: bool = True
 
-    def paced(self, options: Options) -> Pace:
-        """How it is carried out with these options."""
-        pace = self.pace(options) if callable(self.pace) else self.pace
-        return "passes" if pace == "tree" and self.passes else pace
+    def is_whole(self, options: Options) -> bool:
+        """Whether with these options what becomes of a tensor depends on the others."""
+        return self.whole(options) if callable(self.whole) else self.whole
 
     @property
     def trees(self) -> tuple[str, ...]:
@@ -82,22 +79,21 @@ class Method(NamedTuple):
         return (*(("base",) if self.base else ()), *self.others)
 
 
-def _scoped(options: Options) -> Pace:
-    return "tensors" if options.get("scope") == "leaf" or options.get("preset") else "tree"
+def _scoped(options: Options) -> bool:
+    return options.get("scope") != "leaf" and not options.get("preset")
 
 
-def _by_preset(name: str, module: str = "wspace.merge.presets") -> Callable[[Options], Pace]:
-    """The pace of a function whose presets have a scope, or a vote of the whole tree."""
+def _by_preset(name: str, module: str = "wspace.merge.presets") -> Callable[[Options], bool]:
+    """For a function whose presets have a scope, or a vote of the whole tree."""
 
-    def pace(options: Options) -> Pace:
+    def is_whole(options: Options) -> bool:
         import importlib
 
         chosen = getattr(importlib.import_module(module), name)[options.get("preset")]
         chosen = chosen | {key: value for key, value in options.items() if value is not None}
-        whole = chosen.get("scope") == "tree" or chosen.get("zero") == "majority"
-        return "tree" if whole else "tensors"
+        return chosen.get("scope") == "tree" or chosen.get("zero") == "majority"
 
-    return pace
+    return is_whole
 
 
 ALL_SYSTEMS = ("paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench")
@@ -142,15 +138,14 @@ WIDTH = Option("width", float, "spread of the probabilities around the density")
 OUTLIERS = Option("outliers", float, "share of the largest entries that is dropped")
 
 MERGE: dict[str, Method] = {
-    "linear": Method("average.mean", "points", (COEFFICIENTS,), "pieces", base=False),
-    "lerp": Method("interpolate.lerp", ("start", "end"), (T,), "pieces", base=False),
+    "linear": Method("average.mean", "points", (COEFFICIENTS,), base=False),
+    "lerp": Method("interpolate.lerp", ("start", "end"), (T,), base=False),
     "slerp": Method(
         "interpolate.slerp",
         ("start", "end"),
         (T, WHOLE, LIKE_MERGEKIT),
         _scoped,
         base=False,
-        passes=True,
     ),
     "karcher": Method(
         "average.karcher_mean",
@@ -159,7 +154,6 @@ MERGE: dict[str, Method] = {
         _scoped,
         base=False,
         returns="record",
-        passes=True,
     ),
     "median": Method(
         "average.geometric_median",
@@ -189,7 +183,6 @@ MERGE: dict[str, Method] = {
             SCALE,
             Option("normalize", bool, "whether to divide by the sum of the coefficients"),
         ),
-        "pieces",
     ),
     "ties": Method(
         "merge.ties",
@@ -208,7 +201,6 @@ MERGE: dict[str, Method] = {
         "merge.dare",
         "tuned",
         (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, SCALE),
-        "tensors",
         seeded=True,
     ),
     "dare_ties": Method(
@@ -246,7 +238,7 @@ MERGE: dict[str, Method] = {
             Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel"),
             SCALE,
         ),
-        "tree",
+        True,
     ),
     "ram": Method(
         "merge.ram",
@@ -259,33 +251,32 @@ MERGE: dict[str, Method] = {
             Option("cap", float, "most that they are raised by"),
             SCALE,
         ),
-        "tree",
+        True,
     ),
-    "pcb": Method("merge.pcb", "tuned", (DENSITY, SCALE), "tree"),
-    "magmax": Method("merge.magmax", "tuned", (COEFFICIENTS, SCALE), "pieces"),
-    "negmerge": Method("merge.negmerge", "tuned", (STRENGTH,), "pieces"),
+    "pcb": Method("merge.pcb", "tuned", (DENSITY, SCALE), True),
+    "magmax": Method("merge.magmax", "tuned", (COEFFICIENTS, SCALE)),
+    "negmerge": Method("merge.negmerge", "tuned", (STRENGTH,)),
     "nearswap": Method(
         "merge.nearswap",
         ("tuned",),
         (Option("threshold", float, "largest step", required=True),),
-        "pieces",
     ),
-    "arcee_fusion": Method("merge.arcee_fusion", ("tuned",), (), "tensors"),
-    "ext_sub": Method("merge.ext_sub", ("tuned",), (STRENGTH,), "tensors", others=("avoid",)),
+    "arcee_fusion": Method("merge.arcee_fusion", ("tuned",), (), lazy=False),
+    "ext_sub": Method("merge.ext_sub", ("tuned",), (STRENGTH,), others=("avoid",), lazy=False),
     "tsv_m": Method(
-        "merge.tsv_m", "tuned", (COEFFICIENTS, SCALE, RTOL, LEAST), "tensors", returns="record"
+        "merge.tsv_m", "tuned", (COEFFICIENTS, SCALE, RTOL, LEAST), returns="record", lazy=False
     ),
     "iso_c": Method(
-        "merge.iso_c", "tuned", (COEFFICIENTS, SCALE, RTOL), "tensors", returns="record"
+        "merge.iso_c", "tuned", (COEFFICIENTS, SCALE, RTOL), returns="record", lazy=False
     ),
     "iso_cts": Method(
         "merge.iso_cts",
         "tuned",
         (COEFFICIENTS, Option("common", float, "share of the common part"), SCALE, RTOL, LEAST),
-        "tensors",
         returns="record",
+        lazy=False,
     ),
-    "knots": Method("merge.knots", "tuned", (COEFFICIENTS, SCALE), "tensors"),
+    "knots": Method("merge.knots", "tuned", (COEFFICIENTS, SCALE), lazy=False),
 }
 
 STEER: dict[str, Method] = {
@@ -293,7 +284,6 @@ STEER: dict[str, Method] = {
         "negative.repel",
         ("point",),
         (STRENGTH._replace(required=True),),
-        "pieces",
         base=False,
         others=("avoid",),
     ),
@@ -301,7 +291,6 @@ STEER: dict[str, Method] = {
         "negative.retarget",
         "points",
         (NEEDED, COSTS),
-        "pieces",
         base=False,
         others=("target",),
         returns="list",
@@ -310,7 +299,7 @@ STEER: dict[str, Method] = {
         "negative.exit_ball",
         "points",
         (NEEDED, RADIUS, COSTS),
-        "tree",
+        True,
         base=False,
         others=("avoid",),
         returns="list",
@@ -319,7 +308,7 @@ STEER: dict[str, Method] = {
         "negative.guard_hull",
         "points",
         (RADIUS, Option("mode", ("convex", "affine"), "which averages are kept away"), COSTS),
-        "tree",
+        True,
         base=False,
         others=("avoid",),
         returns="list",

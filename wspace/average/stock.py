@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks
+from wspace import _checks, _lazy
 from wspace import _products as products
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -107,7 +107,8 @@ def model_stock(
                 sums = jnp.stack([jnp.expand_dims(x, -1) for x in found])
             ratios.append(_ratio(sums, floor, options))
     groups = zip(*rows, strict=True)
-    mixed = [_drawn(t, group) for t, group in zip(ratios, groups, strict=True)]
+    drawn = _drawn_by_row if options.scope == "row" else _drawn
+    mixed = [drawn(t, group) for t, group in zip(ratios, groups, strict=True)]
     return structure.unflatten(mixed)
 
 
@@ -142,7 +143,13 @@ def _ratios(sums: Array, floor: Scalar, statistic: str) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _drawn(t: Array, leaves: Sequence[Array]) -> Array:
+def _drawn_leaf(t: Array, leaves: Sequence[Array]) -> Array:
     base, *points = (leaf.astype(t.dtype) for leaf in leaves)
     total = functools.reduce(jnp.add, [x - base for x in points])
     return (base + t / len(points) * total).astype(leaves[0].dtype)
+
+
+_drawn, _drawn_by_row = (
+    _lazy.entrywise(lambda _, leaves: leaves[0].dtype, in_pieces=in_pieces)(_drawn_leaf)
+    for in_pieces in (True, False)
+)

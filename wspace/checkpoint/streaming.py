@@ -3,71 +3,69 @@
 import difflib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
-from wspace import _checks
+from wspace import _checks, _lazy
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer
 
 __all__ = ["stream"]
 
-CHUNK = 2**22
-"""Elements of a piece of a tensor, all of which are compiled for once."""
+ALIGNMENT = 64
+"""Bytes that the address of an array must be a multiple of for JAX to use it on a processor."""
 
 WAITING = 4
 """Pieces that may be computed ahead of those written."""
 
 
-class _Piece(NamedTuple):
-    """A range of elements of a tensor, computed from a start that may lie before it."""
-
-    name: str
-    start: int
-    stop: int
-    whole: bool
-
-
 def stream(
-    function: Callable[[list[dict[str, Array]]], dict[str, Array]],
+    function: Callable[[list[dict[str, Any]]], dict[str, Any]],
     sources: Sequence[Checkpoint],
     writer: Writer,
     *,
-    entrywise: bool = False,
+    lazy: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    r"""Writes what a function of trees makes of checkpoints, one tensor after another.
+    r"""Writes what a function of trees makes of checkpoints, in the memory of a few tensors.
 
     $$
-    \theta_\ell = f(\theta_{1\ell}, \dots, \theta_{k\ell})_\ell
+    \theta = f(\theta_1, \dots, \theta_k)
     $$
 
-    The function is called with trees of one leaf, under its own name, so that the result is, bit
-    for bit, that of the function on whole trees if it treats every leaf by itself. Tensors are
-    read as they are needed and written on threads while the next ones are computed; no more than
-    a few are in memory at once. Those that the writer has from before an interruption are skipped.
+    The result is, bit for bit, that of the function in memory. It is called in one of two ways.
 
-    Tensors that are no weights, of integers or booleans, are those of the first source; in the
-    others they must be the same.
+    For every tensor alone, as a tree of one leaf under its own name: right for any function that
+    treats each leaf by itself.
+
+    With `lazy=True` once, with whole trees whose leaves are read from the files when their entries
+    are needed, and are in no memory before and after. What the function returns is then computed
+    and written in pieces, so that not even one large tensor need fit. The averages, paths, merges
+    and steering of this library can be called so, but for those by singular values; a function of
+    your own if it is made of them and of `tree.elementwise`, `tree.combine`, `tree.vdot` and
+    `tree.norm`. Sums read a whole tensor at a time, and every sum and every count is one more
+    reading of the files.
+
+    Tensors are read as they are needed and written on threads while the next ones are computed.
+    Those that the writer has from before an interruption are skipped. Tensors that are no weights,
+    of integers or booleans, are those of the first source; in the others they must be the same.
 
     Args:
         function: Takes a list of one tree a source and returns a tree, such as
             `lambda points: average.mean(points, (0.7, 0.3))`.
         sources: Open checkpoints with tensors of the same names and shapes, at least one.
         writer: Where the result goes; it has the names, shapes and dtypes of the first source.
-        entrywise: Whether an entry of the result depends only on the entries at its place, as in
-            linear combinations. Large tensors are then taken in pieces, as flat arrays of one
-            length, so that memory does not grow with them.
+        lazy: Whether the function is called once with whole trees.
         advance: Called with the number of bytes that were written, from several threads.
 
     Raises:
         ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; or
             as the function does.
-        TypeError: If a tensor is of a dtype in which nothing is computed, such as float8.
+        TypeError: If a tensor is of a dtype in which nothing is computed, such as float8; with
+            `lazy`, also if the function is no such function.
 
     Examples:
         >>> import pathlib, tempfile
@@ -79,33 +77,31 @@ def stream(
         ...     checkpoint.save(folder / "c.safetensors", {"w": jnp.array([3.0, 4.0])})
         ...     a, c = (checkpoint.open(folder / f"{x}.safetensors") for x in "ac")
         ...     with checkpoint.create(folder / "b.safetensors", a) as writer:
-        ...         checkpoint.stream(average.mean, [a, c], writer)
+        ...         checkpoint.stream(average.mean, [a, c], writer, lazy=True)
         ...     checkpoint.load(folder / "b.safetensors")
         {'w': Array([2., 3.], dtype=float32)}
     """
     sources = _checks.listed("sources", sources)
     alike(sources)
-    first = sources[0]
-    finished = writer.finished
     waiting: deque[Future[None]] = deque()
 
-    def put(piece: _Piece, array: Any) -> None:
+    def put(name: str, span: _lazy.Span, leaf: Any) -> None:
         # Here, not where it is called, the computation is waited for.
-        array = np.asarray(array)
-        if piece.whole:
-            writer.write(piece.name, array)
+        array = np.asarray(_lazy.entries(leaf, span))
+        if span is None:
+            writer.write(name, array)
         else:
-            array = array[len(array) - (piece.stop - piece.start) :]
-            writer.write_part(piece.name, piece.start, array)
+            writer.write_part(name, span[0], array)
         if advance is not None:
             advance(array.nbytes)
 
-    with ThreadPoolExecutor(2) as pool:
+    with _lazy.threads() as pool:
         try:
-            for piece in _pieces(first, finished, entrywise):
-                waiting.append(pool.submit(put, piece, _computed(function, sources, piece)))
-                if len(waiting) > WAITING:
-                    waiting.popleft().result()
+            for name, leaf in _results(function, sources, writer.finished, lazy):
+                for span in _lazy.spans(leaf):
+                    waiting.append(pool.submit(put, name, span, leaf))
+                    if len(waiting) > WAITING:
+                        waiting.popleft().result()
             while waiting:
                 waiting.popleft().result()
         except BaseException:
@@ -113,32 +109,54 @@ def stream(
             raise
 
 
-def _pieces(source: Checkpoint, finished: frozenset[str], entrywise: bool) -> Iterator[_Piece]:
-    for name, tensor in source.items():
-        if name in finished:
-            continue
-        if not entrywise or tensor.size <= CHUNK or not _is_weight(tensor):
-            yield _Piece(name, 0, tensor.size, True)
-            continue
-        for start in range(0, tensor.size, CHUNK):
-            yield _Piece(name, start, min(start + CHUNK, tensor.size), False)
+def _results(
+    function: Callable[..., Any],
+    sources: Sequence[Checkpoint],
+    finished: frozenset[str],
+    lazy: bool,
+) -> Iterator[tuple[str, Any]]:
+    """The tensors of the result by name, but for those that are finished."""
+    left = [tensor for name, tensor in sources[0].items() if name not in finished]
+    weights = [tensor.name for tensor in left if _is_weight(tensor)]
+    whole: dict[str, Any] = {}
+    if lazy and weights:
+        whole = function([_lazily(source) for source in sources])
+    for tensor in left:
+        name = tensor.name
+        if not _is_weight(tensor):
+            yield name, tensor.read()
+        elif lazy:
+            yield name, whole.pop(name)
+        else:
+            arrays = [{name: jax.device_put(_aligned(source[name].read()))} for source in sources]
+            try:
+                yield name, function(arrays)[name]
+            except (TypeError, ValueError) as error:
+                error.add_note(f"at tensor {name!r}")
+                raise
 
 
-def _computed(function: Any, sources: Sequence[Checkpoint], piece: _Piece) -> Any:
-    name = piece.name
-    if not _is_weight(sources[0][name]):
-        return sources[0][name].read()
-    if piece.whole:
-        arrays = [source[name].read() for source in sources]
-    else:
-        # The last piece reaches back, so that all have one length.
-        start = piece.stop - min(CHUNK, piece.stop)
-        arrays = [source[name].rows(start, piece.stop) for source in sources]
-    try:
-        return function([{name: jax.device_put(array)} for array in arrays])[name]
-    except (TypeError, ValueError) as error:
-        error.add_note(f"at tensor {name!r}")
-        raise
+def _lazily(source: Checkpoint) -> dict[str, Any]:
+    return {name: _leaf(tensor) for name, tensor in source.items() if _is_weight(tensor)}
+
+
+def _leaf(tensor: Stored) -> _lazy.Lazy:
+    def read(span: _lazy.Span, _: _lazy.Memo) -> jax.Array:
+        return jax.device_put(_aligned(tensor.read() if span is None else tensor.rows(*span)))
+
+    return _lazy.Lazy(tensor.shape, tensor.dtype, read)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array where JAX can use it as it is; its own copying takes several times as long."""
+    start = -array.ctypes.data % ALIGNMENT
+    if not start:
+        return array
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy
 
 
 def _is_weight(tensor: Stored) -> bool:

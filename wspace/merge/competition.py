@@ -1,14 +1,15 @@
 r"""Merges in which models compete for every entry: by magnitude, variance, or having changed it."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int32
 
-from wspace import _checks, tree
+from wspace import _checks, _lazy, tree
 from wspace.merge import presets
 from wspace.merge.consensus import Zero, disjoint_merge, elect
 from wspace.merge.sparsify import count
@@ -159,6 +160,7 @@ def sce(
     return added(base, edit, options.scale + undefined)
 
 
+@_lazy.entrywise(lambda x, *_: x.dtype)
 @jax.jit
 def _selected(x: Array, mask: Array, variance: Array) -> Array:
     return jnp.where(mask & (variance > 0), x, 0)
@@ -263,25 +265,29 @@ def ram(
 
 def _peak(x: WeightsLike) -> Scalar:
     """The largest magnitude in a tree, 0 where there is nothing."""
-    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)]
+    parts = itertools.chain.from_iterable(_lazy.parts([leaf]) for leaf in jax.tree.leaves(x))
+    peaks = [jnp.max(jnp.abs(part), initial=0) for (part,) in parts]
     return jax.tree.reduce_associative(jnp.maximum, peaks) if peaks else jnp.zeros(())
 
 
 def _boosts(cuts: Sequence[Any], edits: Sequence[Weights], boost: Any, cap: Any) -> list[Scalar]:
-    tallies = [_tally(cuts, leaves) for leaves in zip(*map(jax.tree.leaves, edits), strict=True)]
+    tallies = [
+        sum(_tally(cuts, part) for part in _lazy.parts(leaves)).astype(leaves[0].dtype)
+        for leaves in zip(*map(jax.tree.leaves, edits), strict=True)
+    ]
     alone, shared = sum(tallies[1:], tallies[0]) if tallies else jnp.zeros((2, len(edits)))
     boost, cap = (jnp.asarray(number).astype(alone.dtype) for number in (boost, cap))
     return list(1 + boost * jnp.minimum(shared / jnp.maximum(alone, 1), cap))
 
 
 @jax.jit
-def _tally(cuts: Sequence[Any], leaves: Sequence[Array]) -> Float[Array, "2 k"]:
+def _tally(cuts: Sequence[Any], leaves: Sequence[Array]) -> Int32[Array, "2 k"]:
     changed = [
         jnp.abs(x) > jnp.asarray(cut).astype(x.dtype) for x, cut in zip(leaves, cuts, strict=True)
     ]
     number = sum(c.astype(jnp.int32) for c in changed)
     counts = [[jnp.sum(c & (number == 1)), jnp.sum(c & (number > 1))] for c in changed]
-    return jnp.asarray(counts, leaves[0].dtype).T
+    return jnp.asarray(counts, jnp.int32).T
 
 
 @tree.elementwise

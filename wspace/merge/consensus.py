@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
-from wspace import _checks, tree
+from wspace import _checks, _lazy, tree
 from wspace.merge.task import total
 from wspace.typing import Coefficients, Scalar, Weights, WeightsLike
 
@@ -92,8 +92,17 @@ def elect(
 
 def _balance(signs: Weights) -> Scalar:
     """The sum of all entries."""
-    sums = [jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(signs)]
+    sums = [
+        functools.reduce(jnp.add, map(_majority, _lazy.parts([leaf]))).astype(jnp.float32)
+        for leaf in jax.tree.leaves(signs)
+    ]
     return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())
+
+
+@jax.jit
+def _majority(leaves: Sequence[Array]) -> Int32[Array, ""]:
+    (signs,) = leaves
+    return jnp.sum((signs > 0).astype(jnp.int32) - (signs < 0).astype(jnp.int32), dtype=jnp.int32)
 
 
 def disjoint_merge(

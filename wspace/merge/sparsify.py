@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace import _checks, tree
+from wspace import _checks, _lazy, tree
 from wspace._numerics import accumulator
 from wspace.selection import keep_top, top_mask
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -76,7 +76,7 @@ def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope
     """The entries whose place by falling magnitude is in a band, given how many there are."""
     if scope == "tree":
         return _between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
-    return jax.tree.map(lambda leaf: _in_leaf(jnp.asarray(leaf), band, scope), x)
+    return jax.tree.map(lambda leaf: _in_leaf(_lazy.array(leaf), band, scope), x)
 
 
 def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
@@ -89,9 +89,16 @@ def _between(x: WeightsLike, start: int, stop: int) -> Weights:
     if not start:
         return keep_top(x, stop)
     inside, above = top_mask(x, stop), top_mask(x, start)
-    return jax.tree.map(lambda leaf, i, a: jnp.where(i & ~a, leaf, 0), x, inside, above)
+    return jax.tree.map(_between_masks, x, inside, above)
 
 
+@_lazy.entrywise(lambda leaf, *_: leaf.dtype)
+@jax.jit
+def _between_masks(leaf: Array, inside: Array, above: Array) -> Array:
+    return jnp.where(inside & ~above, leaf, 0)
+
+
+@_lazy.entrywise(lambda leaf, *_: leaf.dtype, in_pieces=False)
 @jax.jit
 def _in_rows(leaf: Array, start: Any, stop: Any) -> Array:
     place = places(leaf)
@@ -149,10 +156,11 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
     _checks.same_layout(x=x)
     keys = tree.split_key_like(key, x)
     return jax.tree.map(
-        lambda key, leaf: _dropped(key, jnp.asarray(leaf), density, rescale), keys, x
+        lambda key, leaf: _dropped(key, _lazy.array(leaf), density, rescale), keys, x
     )
 
 
+@_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _dropped(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
     wide = leaf.astype(accumulator(leaf.dtype))

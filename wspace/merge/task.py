@@ -14,10 +14,13 @@ from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["task_arithmetic", "task_vector"]
 
 
-@tree.elementwise
 def _difference(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     base, tuned = arrays
     return tuned - base
+
+
+_rounded_difference = tree.elementwise(_difference)
+_exact_difference = tree.elementwise(_difference, rounded=False)
 
 
 def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
@@ -50,7 +53,7 @@ def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
         [arXiv:2212.04089](https://arxiv.org/abs/2212.04089).
     """
     _checks.same_layout(base=base, tuned=tuned)
-    return _difference((), (base, tuned))
+    return _rounded_difference((), (base, tuned))
 
 
 def siblings(
@@ -63,9 +66,8 @@ def siblings(
 
 
 def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights]:
-    """The task vectors in the dtype of arithmetic on base and models together."""
-    base, *tuned = tree.widened(base, *tuned)
-    return [_difference((), (base, x)) for x in tuned]
+    """The task vectors in the dtype of arithmetic."""
+    return [_exact_difference((), (base, x)) for x in tuned]
 
 
 @tree.elementwise

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wspace import _checks, tree
+from wspace import _checks, _lazy, tree
 from wspace._numerics import accumulator, placed_like, replicated
 from wspace.merge.sparsify import Rescale, Scope, band_of, chosen, count, norm_ratio, places
 from wspace.typing import Weights, WeightsLike
@@ -149,10 +149,11 @@ def magprune(
     _checks.same_layout(x=x)
     keys = tree.split_key_like(key, x)
     return jax.tree.map(
-        lambda key, leaf: _pruned(key, jnp.asarray(leaf), density, width, scope, rescale), keys, x
+        lambda key, leaf: _pruned(key, _lazy.array(leaf), density, width, scope, rescale), keys, x
     )
 
 
+@_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _pruned(
     key: Array, leaf: Array, density: float, width: float, scope: RankScope, rescale: Rescale
