@@ -172,11 +172,18 @@ def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
         checkpoint.load(tmp_path / "file" / "x.safetensors")
 
 
-@pytest.mark.parametrize("where", ["file/x.safetensors", "none/x.safetensors", "folder"])
-def test_where_nothing_can_be_written_nothing_is_left(tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [
+        ("file/x.safetensors", r"cannot write .*give a path in a folder that exists"),
+        ("none/x.safetensors", r"cannot write .*give a path in a folder that exists"),
+        ("folder", r"folder exists: give another path, or create\(\.\.\., force=True\)"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_left(tmp_path, where, match):
     (tmp_path / "file").write_bytes(b"as it was")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match=r"cannot write .*give a path in a folder that exists"):
+    with pytest.raises(OSError, match=match):
         checkpoint.save(tmp_path / where, {"x": jnp.ones(1)})
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "folder"]
     assert (tmp_path / "file").read_bytes() == b"as it was"

@@ -14,8 +14,7 @@ import pytest
 
 from tests.test_writer import MODEL, content, stopped, written
 from wspace import checkpoint
-from wspace.checkpoint import partial
-from wspace.checkpoint import writer as module
+from wspace.checkpoint import partial, pieces
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -247,7 +246,7 @@ def test_an_interrupted_job_leaves_no_other_files_to_the_next(tmp_path):
 
 
 def test_a_tensor_of_many_pieces_verifies(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PIECE", 16)
+    monkeypatch.setattr(pieces, "_PIECE", 16)
     monkeypatch.setattr(partial, "_PIECE", 20)
     stopped(tmp_path / "out", ["w"], plan="job")
     assert stopped(tmp_path / "out", [], plan="job") == {"w", "e"}

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tests.strategies import VIEWS
 from tests.test_stored import arrays, names, same
 from wspace import checkpoint
-from wspace.checkpoint import header
-from wspace.checkpoint import writer as module
+from wspace.checkpoint import header, pieces
 
 safetensors = pytest.importorskip("safetensors")
 library = pytest.importorskip("safetensors.numpy")
@@ -122,7 +121,7 @@ def test_parts_in_any_order_make_the_same_file_as_whole_tensors(folder, data, mo
 @pytest.mark.parametrize("dtype", [np.int8, jnp.bfloat16, np.float64])
 @pytest.mark.parametrize("view", VIEWS)
 def test_tensors_of_many_pieces_are_written_in_order(tmp_path, monkeypatch, dtype, view):
-    monkeypatch.setattr(module, "_PIECE", 64)
+    monkeypatch.setattr(pieces, "_PIECE", 64)
     x = view(np.arange(7 * 11 * 3).reshape(7, 11, 3).astype(dtype))
     written(tmp_path / "x.safetensors", {"x": x}, plan="")
     assert same(library.load_file(tmp_path / "x.safetensors")["x"], np.ascontiguousarray(x))

@@ -9,7 +9,7 @@ them are data only: reading one runs no code.
 from wspace.checkpoint.adapter import load_adapter, save_adapter
 from wspace.checkpoint.stored import Checkpoint, Stored, open
 from wspace.checkpoint.streaming import stream
-from wspace.checkpoint.tensors import load, save
+from wspace.checkpoint.trees import load, save
 from wspace.checkpoint.writer import Layout, Writer, create
 
 __all__ = [

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wspace.checkpoint.tensors import flat, load, named, packed, read, write_all, writing
+from wspace.checkpoint.tensors import flat, named, packed, read, write_all, writing
+from wspace.checkpoint.trees import load
 from wspace.lowrank import LowRank, from_lora, to_lora
 from wspace.lowrank.factors import factors_of, matrix_shape
 from wspace.typing import Leaf

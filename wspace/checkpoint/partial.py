@@ -15,10 +15,11 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wspace.checkpoint.planned import INDEX, Files, index
 from wspace.checkpoint.tensors import writing
 
 _PIECE = 2**20
@@ -26,6 +27,50 @@ _FLUSHED = 2**26
 
 Part: TypeAlias = tuple[int, int, int]
 """A range of the bytes of a tensor, from `start` up to `stop`, and its checksum."""
+
+
+@contextlib.contextmanager
+def output(
+    files: Files, copies: Mapping[str, Path], aside: Path, target: Path, force: bool
+) -> Generator[None]:
+    """Files of full size while they are written, put in place at the end if nothing raises."""
+    with locked(target):
+        with writing(target):
+            recover(target)
+        refuse_existing(target, force, files.is_file)
+        try:
+            with writing(target):
+                _make(files, copies, aside / "data")
+            yield
+            refuse_existing(target, force, files.is_file)
+            with writing(target):
+                if len(files.starts) > 1:
+                    (aside / "data" / INDEX).write_bytes(index(files))
+                place(aside, target, files.is_file)
+        except BaseException:
+            if not is_resumable(aside):
+                remove(aside, target)
+            raise
+        remove(aside, target)
+
+
+def _make(files: Files, copies: Mapping[str, Path], data: Path) -> None:
+    """Makes the files, or those that an earlier run left, as long as they will be."""
+    data.mkdir(parents=True, exist_ok=True)
+    for file in data.iterdir():
+        if file.name not in files.starts:
+            file.unlink()
+    for file, size in files.sizes.items():
+        number = os.open(data / file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(number, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(number, 0, size)
+            pwrite(number, files.starts[file], 0)
+        finally:
+            os.close(number)
+    for name, other in copies.items():
+        shutil.copyfile(other, data / name)
 
 
 @contextlib.contextmanager

@@ -92,6 +92,14 @@ class Stored:
         """
         return self.rows(0, self.size).reshape(self.shape)
 
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of the tensor, such as the shard of a device; no more of the file is read.
+
+        The index is a slice along each axis. Otherwise as
+        [`read`][wspace.checkpoint.Stored.read].
+        """
+        return _aligned(self._mapped(0, self.size).reshape(self.shape)[..., *index])
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The elements from `start` up to `stop` in the order of the file, as a flat array.
 
@@ -105,13 +113,12 @@ class Stored:
                 f"elements {start} to {stop} of tensor {self.name!r} of {self.file} are asked "
                 f"for, but it has {self.size}"
             )
-        mapped = self._maps.of(self.file)
+        return _aligned(self._mapped(start, stop))
+
+    def _mapped(self, start: int, stop: int) -> np.ndarray:
+        """Elements on the memory map, perhaps not aligned."""
         offset = self.offset + start * self.dtype.itemsize
-        array = np.frombuffer(mapped, self.dtype, stop - start, offset)
-        if not array.flags.aligned:
-            array = array.copy()
-            array.flags.writeable = False
-        return array
+        return np.frombuffer(self._maps.of(self.file), self.dtype, stop - start, offset)
 
 
 class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
@@ -292,6 +299,14 @@ class _Maps:
         if hasattr(mmap, "MADV_SEQUENTIAL"):
             mapped.madvise(mmap.MADV_SEQUENTIAL)
         return mapped
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A read-only array, copied if it is not aligned."""
+    if not array.flags.aligned:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
 
 
 def _only(folder: Path, names: list[str]) -> str:

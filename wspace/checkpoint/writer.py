@@ -1,12 +1,12 @@
 """Checkpoints of any size written tensor by tensor, put in place at once, and resumed."""
 
 import contextlib
+import json
 import os
-import shutil
 import threading
 import zlib
 from bisect import bisect
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from wspace.checkpoint import header, partial
-from wspace.checkpoint.planned import INDEX, Files, carried, digest, index, planned, refuse_name
+from wspace.checkpoint.hosts import Hosts, leads
+from wspace.checkpoint.pieces import is_whole, joined, pieces, runs
+from wspace.checkpoint.planned import Files, carried, digest, planned, refuse_name
 from wspace.checkpoint.stored import Stored
 from wspace.checkpoint.tensors import writing
 
 __all__ = ["Layout", "Writer", "create"]
-
-_PIECE = 2**20
 
 Layout: TypeAlias = Mapping[str, Stored | jax.ShapeDtypeStruct | jax.Array | np.ndarray]
 """The tensors of a checkpoint to be written, in order: from names to anything with a dtype and a
@@ -31,7 +31,8 @@ class Writer:
     """Writes the tensors of a checkpoint, in any order and from any thread.
 
     Made by [`create`][wspace.checkpoint.create]. Every tensor is written exactly once, whole or
-    in parts.
+    in parts. Of an array that is spread over devices, each process writes the shards that it has,
+    the first of equal ones, and nothing is gathered.
 
     Examples:
         >>> import tempfile
@@ -58,6 +59,7 @@ class Writer:
         self._lock = threading.Lock()
         self._taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files.places}
         self._parts: dict[str, list[partial.Part]] = {name: [] for name in files.places}
+        self._shared: dict[str, int] = {}
         self._left = {name: place.entry.nbytes for name, place in files.places.items()}
         self._finished = {name for name, left in self._left.items() if not left}
         self._journal: partial.Journal | None = None
@@ -66,7 +68,8 @@ class Writer:
     def finished(self) -> frozenset[str]:
         """The names of the tensors that are written, before an interruption or since.
 
-        Those without elements are finished from the start.
+        Those without elements are finished from the start. In a run of several processes, those
+        that this one wrote all of.
         """
         with self._lock:
             return frozenset(self._finished)
@@ -76,7 +79,8 @@ class Writer:
 
         Args:
             name: A name of the layout.
-            array: An array of the dtype and shape that the layout says, of any strides.
+            array: An array of the dtype and shape that the layout says, of any strides. Where it
+                is shared by several processes, all of them call this.
 
         Raises:
             ValueError: If the layout has no such name, another dtype or another shape, or the
@@ -89,7 +93,7 @@ class Writer:
                 f"{name!r} is given as an array of shape {array.shape}, but the layout says "
                 f"{entry.shape}: reshape it, or write parts of it by write_part"
             )
-        self._write(name, 0, np.asarray(array))
+        self._write(name, 0, array)
 
     def write_part(self, name: str, start: int, array: jax.Array | np.ndarray) -> None:
         """Writes consecutive elements of a tensor, from the one with the flat index `start`.
@@ -111,7 +115,7 @@ class Writer:
                 f"a part of {name!r} is given as an array of shape {array.shape} from element "
                 f"{start}: it must be flat and end in the {size} elements of the tensor"
             )
-        self._write(name, start * entry.dtype.itemsize, np.asarray(array))
+        self._write(name, start, array)
 
     def add(self, name: str, data: bytes) -> None:
         """Puts a small file, such as a record of how the weights were made, into the folder.
@@ -141,25 +145,30 @@ class Writer:
             )
         return entry
 
-    def _write(self, name: str, start: int, array: np.ndarray) -> None:
-        """Writes elements from this byte of the tensor on."""
+    def _write(self, name: str, start: int, array: jax.Array | np.ndarray) -> None:
+        """Writes what this process has of an array, from this element of the tensor on."""
         if not array.size:
             return
         place = self._files.places[name]
         if place.file not in self._streams:
             raise ValueError(f"{name!r} is written too late: write inside of the with statement")
-        span = start, start + array.nbytes
+        first = start * array.dtype.itemsize
+        span = first, first + array.nbytes
         self._take(name, span)
-        position, checksum = place.entry.offset + start, 0
+        parts = []
         try:
             with writing(self._folder / place.file):
-                for piece in _pieces(array):
-                    if self._journal is not None:
-                        checksum = zlib.crc32(piece, checksum)
-                    partial.pwrite(self._streams[place.file], piece, position)
-                    position += len(piece)
-                    self._count(len(piece))
-                self._finish(name, (*span, checksum))
+                for element, run in runs(array):
+                    begin = first + element * run.itemsize
+                    position, checksum = place.entry.offset + begin, 0
+                    for piece in pieces(run):
+                        if self._journal is not None:
+                            checksum = zlib.crc32(piece, checksum)
+                        partial.pwrite(self._streams[place.file], piece, position)
+                        position += len(piece)
+                        self._count(len(piece))
+                    parts.append((begin, begin + run.nbytes, checksum))
+                self._finish(name, parts, getattr(array, "is_fully_addressable", True))
         except BaseException:
             with self._lock:
                 self._taken[name].remove(span)
@@ -178,11 +187,15 @@ class Writer:
                 )
             taken.insert(i, span)
 
-    def _finish(self, name: str, part: partial.Part) -> None:
-        """Counts a range of bytes as written."""
+    def _finish(self, name: str, parts: list[partial.Part], is_own: bool) -> None:
+        """Counts ranges of bytes as written, of an array of this process or of a shared one."""
+        nbytes = sum(stop - start for start, stop, _ in parts)
         with self._lock:
-            self._parts[name].append(part)
-            self._left[name] -= part[1] - part[0]
+            if is_own:
+                self._parts[name] += parts
+            else:
+                self._shared[name] = self._shared.get(name, 0) + nbytes
+            self._left[name] -= nbytes
             if self._left[name]:
                 return
         if self._journal is not None:
@@ -203,14 +216,26 @@ class Writer:
     def _close(self) -> None:
         self._streams = {}
 
-    def _complete(self) -> None:
-        """Raises unless every tensor is written."""
+    def _complete(self, hosts: Hosts) -> None:
+        """Raises unless every tensor is written, by this process or by all of them together."""
         missing = [name for name in self._files.places if name not in self._finished]
+        if hosts.count > 1:
+            shares = [json.loads(said) for said in hosts.gather(json.dumps(self._share()))]
+            missing = [
+                name
+                for name, place in self._files.places.items()
+                if not is_whole([share.get(name, []) for share in shares], place.entry.nbytes)
+            ]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self._files.places)} tensors were not written whole, so "
-                f"nothing is put in place: write {', '.join(map(repr, missing[:8]))}"
+                f"{len(missing)} of {len(self._files.places)} tensors were not written whole"
+                f"{' and once' if hosts.count > 1 else ''}, so nothing is put in place: write "
+                f"{', '.join(map(repr, missing[:8]))}"
             )
+
+    def _share(self) -> dict[str, int | list[list[int]]]:
+        """What this process wrote of each tensor: bytes of a shared array, or ranges of its own."""
+        return {name: joined(parts) for name, parts in self._parts.items() if parts} | self._shared
 
 
 @contextlib.contextmanager
@@ -232,10 +257,17 @@ def create(
     output that was there stays as it was. Tensors are aligned in the files for being read by
     memory map.
 
+    In a run of several processes, by `jax.distributed`, all of them call this with the same path,
+    on one file system, and options, and each writes what it has: its shards of a global array,
+    or tensors and parts of its own, which no other process may write. They begin and end the block
+    together, and the output has the same bytes as one that a single process writes. Where a process
+    raises, nothing is put in place, and the others raise when they come to the end of the block.
+
     With a `plan`, an interrupted job is taken up again: called with the same path, layout, options
     and plan, the writer's `finished` has the tensors that were written before the interruption,
     each read again and compared with its checksum (CRC-32, which is fast enough to cost nothing
     beside the disk: it is to find accidents, not forgeries). Only the others need to be written.
+    This is for one process.
     What is left of a job is a hidden folder `.<name>.<hash>.partial` beside the output, used for
     the same job alone; remove it to give the job up.
 
@@ -260,7 +292,9 @@ def create(
         BlockingIOError: If another process is writing the same output.
         OSError: If the output cannot be written, such as on a full disk.
         ValueError: If an option does not fit a single file, a file in `others` has no name of its
-            own, or, at the end, if a tensor was not written.
+            own, or, at the end, if a tensor was not written; if several processes differ in what
+            they write, or have a `plan`.
+        RuntimeError: If another process of the run failed.
         TypeError: If `layout` or `metadata` is no mapping from strings, or a dtype has no name in
             the format.
 
@@ -280,71 +314,44 @@ def create(
          'model.safetensors.index.json']
     """
     target = Path(os.path.abspath(path))
-    files = planned(target, layout, shard_bytes, metadata)
-    copies = carried(files, others)
-    aside = target.parent / f".{target.name}.{digest(files, plan)}.partial"
-    with partial.locked(target):
-        with writing(target):
-            partial.recover(target)
-        partial.refuse_existing(target, force, files.is_file)
-        try:
-            with contextlib.ExitStack() as stack:
-                with writing(target):
-                    writer = _started(files, aside, target, plan is not None, stack)
-                    for name, other in copies.items():
-                        shutil.copyfile(other, aside / "data" / name)
-                yield writer
-                writer._complete()
-            partial.refuse_existing(target, force, files.is_file)
-            with writing(target):
-                if len(files.starts) > 1:
-                    (aside / "data" / INDEX).write_bytes(index(files))
-                partial.place(aside, target, files.is_file)
-        except BaseException:
-            if not partial.is_resumable(aside):
-                partial.remove(aside, target)
-            raise
-        partial.remove(aside, target)
+    hosts = Hosts(target.name)
+    with contextlib.ExitStack() as output, contextlib.ExitStack() as opened:
+        with hosts.together():
+            files = planned(target, layout, shard_bytes, metadata)
+            copies = carried(files, others)
+            if hosts.count > 1 and plan is not None:
+                raise ValueError("plan is for one process: leave it out in a run of several")
+        job = digest(files, plan)
+        if set(hosts.gather(job)) != {job}:
+            raise ValueError(
+                f"the processes differ in the layout or metadata of {target}: give all the same"
+            )
+        aside = target.parent / f".{target.name}.{job}.partial"
+        with hosts.together():
+            if leads():
+                output.enter_context(partial.output(files, copies, aside, target, force))
+        with hosts.together(), writing(target):
+            writer = opened.enter_context(_opened(files, aside, target, plan is not None))
+        with hosts.together(), opened:
+            yield writer
+        writer._complete(hosts)
+        with hosts.together():
+            output.close()
 
 
-def _started(
-    files: Files, aside: Path, target: Path, resumable: bool, stack: contextlib.ExitStack
-) -> Writer:
+@contextlib.contextmanager
+def _opened(files: Files, aside: Path, target: Path, resumable: bool) -> Generator[Writer]:
     """A writer into files of full size, with what is left of an earlier run."""
-    data = aside / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for file in data.iterdir():
-        if file.name not in files.starts:
-            file.unlink()
-    streams = {}
-    for file, size in files.sizes.items():
-        number = os.open(data / file, os.O_RDWR | os.O_CREAT, 0o666)
-        stack.callback(os.close, number)
-        os.ftruncate(number, size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(number, 0, size)
-        partial.pwrite(number, files.starts[file], 0)
-        streams[file] = number
-    count = stack.enter_context(partial.flushing(target, streams.values()))
-    writer = Writer(files, data, streams, count)
-    stack.callback(writer._close)
-    if resumable:
-        journal = partial.Journal(aside / "journal")
-        stack.callback(journal.close)
-        writer._resume(journal)
-    return writer
-
-
-def _pieces(array: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of an array in the order of its elements, whatever its strides, in pieces."""
-    bits: Any = array.view(f"u{array.itemsize}")
-    step = _PIECE // array.itemsize
-    if bits.flags.c_contiguous:
-        flat = bits.reshape(-1)
-        for start in range(0, flat.size, step):
-            yield memoryview(flat[start : start + step]).cast("B")
-    else:
-        in_order: Any = np.nditer
-        flags = ["external_loop", "buffered"], ["readonly", "contig"]
-        for piece in in_order(bits, *flags, order="C", buffersize=step):
-            yield memoryview(piece).cast("B")
+    data, streams = aside / "data", {}
+    with contextlib.ExitStack() as stack:
+        for file in files.sizes:
+            streams[file] = os.open(data / file, os.O_RDWR)
+            stack.callback(os.close, streams[file])
+        count = stack.enter_context(partial.flushing(target, streams.values()))
+        writer = Writer(files, data, streams, count)
+        stack.callback(writer._close)
+        if resumable:
+            journal = partial.Journal(aside / "journal")
+            stack.callback(journal.close)
+            writer._resume(journal)
+        yield writer

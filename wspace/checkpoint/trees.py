@@ -1,0 +1,183 @@
+"""Trees of named tensors in memory: from files, and to files, on one device or on many."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array, Float
+
+from wspace import _checks
+from wspace.checkpoint import header, stored
+from wspace.checkpoint.hosts import leads
+from wspace.checkpoint.stored import Checkpoint, Stored
+from wspace.checkpoint.tensors import flat
+from wspace.checkpoint.writer import create
+
+__all__ = ["load", "save"]
+
+
+def save(
+    path: str | os.PathLike[str], weights: Mapping[str, Float[Array | np.ndarray, "..."]]
+) -> None:
+    """Writes named tensors to a safetensors file, or to a folder with one.
+
+    The output is written aside, flushed to disk and put in place at once: it is there whole, or as
+    it was before. Every value comes back from [`load`][wspace.checkpoint.load] bit for bit,
+    bfloat16 included, whatever the strides of the array.
+
+    Arrays that are spread over devices are written shard by shard, and never gathered. In a run of
+    several processes, by `jax.distributed`, all of them call this; each writes its shards of
+    global arrays, and the first one all others.
+
+    For more files, or other options, [`create`][wspace.checkpoint.create].
+
+    Args:
+        path: A file if it ends in `.safetensors`, replaced if it exists; else a folder, which must
+            not exist, for `model.safetensors`.
+        weights: A flat mapping from names to floating-point arrays.
+
+    Raises:
+        TypeError: If `weights` is not a flat mapping from strings to arrays, or an array is not
+            floating-point.
+        ValueError: If a tensor has the name `__metadata__`, which the format keeps for itself.
+        FileExistsError: If the folder exists; `create` replaces one by `force`.
+        OSError: If the output cannot be written.
+        RuntimeError: If another process of the run failed.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, {"1.weight": jnp.ones((1, 2), jnp.bfloat16)})
+        ...     checkpoint.load(file)
+        {'1.weight': Array([[1, 1]], dtype=bfloat16)}
+
+    References:
+        The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
+    """
+    flat(weights=weights)
+    is_file = Path(path).suffix == ".safetensors"
+    try:
+        with create(path, weights, force=is_file) as writer:
+            for name, array in weights.items():
+                is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
+                if is_shared or leads():
+                    writer.write(name, array)
+    except FileExistsError as error:
+        raise FileExistsError(
+            str(error).replace("force=True", "create(..., force=True)")
+        ) from error
+
+
+def load(
+    path: str | os.PathLike[str],
+    sharding: Sharding
+    | Mapping[str, Sharding | None]
+    | Callable[[str, Stored], Sharding | None]
+    | None = None,
+) -> dict[str, Array]:
+    """Reads the named tensors of a safetensors file, or of a folder of them.
+
+    With a `sharding`, each tensor becomes one array over the devices of that, and each process of
+    a run reads only what its devices hold. So a model loads that fits no single device or machine.
+    For weights that fit nowhere, [`open`][wspace.checkpoint.open].
+
+    Args:
+        path: A file written by [`save`][wspace.checkpoint.save] or by any other program, or a
+            folder with such files, as [`open`][wspace.checkpoint.open] takes it.
+        sharding: How the tensors lie on devices: one for all, or one for each, by name or as a
+            function of the name and the tensor, of which dtype and shape are known. `None`, for all
+            or for one, is the default device.
+
+    Returns:
+        The tensors by name, in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder lacks one.
+        ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file, or
+            holds a tensor that is not float64, float32, bfloat16 or float16; also if it holds
+            float64 while JAX has 64-bit values disabled; if a sharding does not fit the shape of
+            its tensor, or the names of `sharding` are not those of the tensors.
+        TypeError: If what is given as a sharding is none.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from wspace import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, {"bias": np.zeros(2, np.float32)})
+        ...     _ = file.write_bytes(file.read_bytes()[:-1])
+        ...     try:
+        ...         checkpoint.load(file)
+        ...     except ValueError as error:
+        ...         print(str(error).partition(" is ")[2].partition(" (")[0])
+        truncated or no safetensors file
+
+    References:
+        The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
+    """
+    with stored.open(path) as checkpoint:
+        shardings = _shardings(sharding, checkpoint)
+        return {name: _array(tensor, shardings[name]) for name, tensor in checkpoint.items()}
+
+
+def _shardings(sharding: object, checkpoint: Checkpoint) -> dict[str, Sharding | None]:
+    """The sharding of each tensor, none of which is missing or meant for no tensor."""
+    if sharding is None or isinstance(sharding, Sharding):
+        return dict.fromkeys(checkpoint, sharding)
+    if isinstance(sharding, Mapping):
+        for name in checkpoint.keys() ^ sharding.keys():
+            which = "lacks tensor" if name in checkpoint else "has a name that is no tensor"
+            raise ValueError(
+                f"sharding {which} {name!r} of {checkpoint.path}: give one for each tensor, or None"
+            )
+        return {name: _checked(name, sharding[name]) for name in checkpoint}
+    if callable(sharding):
+        return {name: _checked(name, sharding(name, x)) for name, x in checkpoint.items()}
+    return {name: _checked(name, sharding) for name in checkpoint}
+
+
+def _checked(name: str, sharding: object) -> Sharding | None:
+    if sharding is None or isinstance(sharding, Sharding):
+        return sharding
+    raise TypeError(
+        f"sharding of tensor {name!r} is {sharding!r}, but must be a Sharding of jax.sharding, or "
+        "None: give such as jax.sharding.NamedSharding(mesh, spec)"
+    )
+
+
+def _array(tensor: Stored, sharding: Sharding | None) -> Array:
+    where = f"tensor {tensor.name!r} of {tensor.file}"
+    if tensor.dtype not in _checks.WEIGHT_DTYPES:
+        raise ValueError(
+            f"{where} has dtype {header.NAMES[tensor.dtype]}; weights are F64, F32, BF16 and F16: "
+            "convert or leave out others where the file is written"
+        )
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+        raise ValueError(
+            f"{where} is float64, which JAX would round to float32 here: "
+            'call jax.config.update("jax_enable_x64", True) first'
+        )
+    # Copied, so that no array keeps the map of the file open.
+    if sharding is None:
+        return jnp.array(tensor.read())
+    try:
+        sharding.shard_shape(tensor.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} has shape {tensor.shape}, which {sharding} does not divide into shards: give "
+            "a function (name, tensor) as sharding, with one that does, such as that of jax.P()"
+        ) from error
+
+    def shard(index: Any) -> np.ndarray:
+        return np.array(tensor.part(index))
+
+    return jax.make_array_from_callback(tensor.shape, sharding, shard, tensor.dtype)
