@@ -15,30 +15,56 @@ Share: TypeAlias = int | list[list[int]]
 def runs(array: jax.Array | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """What this process is to write of an array: consecutive elements, and the index of the first.
 
-    A run of an array that is not spread over devices is all of it. Else those of a shard are its
-    rows along the last axis that is cut, and each shard is that of one device in all processes.
+    Of an array that is not spread over devices it is all. Else it is the rows, along the last axis
+    that is cut, of those shards that no device before has, in this process or another.
     """
     if not isinstance(array, jax.Array) or (
         array.is_fully_addressable and len(array.sharding.device_set) == 1
     ):
         yield 0, np.asarray(array)
         return
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0 and shard.data.size:
-            yield from _rows(np.asarray(shard.data), shard.index, array.shape)
+    sizes = array.sharding.shard_shape(array.shape)
+    cut = max((axis for axis, size in enumerate(sizes) if size < array.shape[axis]), default=0)
+    shards = [
+        (tuple(part.start or 0 for part in shard.index), shard.data)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0 and shard.data.size
+    ]
+    for starts, neighbours in _adjacent(shards, cut):
+        blocks = [np.asarray(shard) for shard in neighbours]
+        block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=cut)
+        yield from _rows(block, starts, array.shape)
+
+
+def _adjacent(
+    shards: list[tuple[tuple[int, ...], jax.Array]], cut: int
+) -> Iterator[tuple[tuple[int, ...], list[jax.Array]]]:
+    """Groups shards that lie side by side along an axis, so that their rows are written as one.
+
+    Along the first axis each is a group of its own: its rows are consecutive already.
+    """
+    shards = sorted(shards, key=lambda shard: (*shard[0][:cut], *shard[0][cut + 1 :], *shard[0]))
+    while shards:
+        (starts, first), *shards = shards
+        group, end = [first], list(starts)
+        while cut and shards:
+            end[cut] += group[-1].shape[cut]
+            if shards[0][0] != tuple(end):
+                break
+            group.append(shards.pop(0)[1])
+        yield starts, group
 
 
 def _rows(
-    block: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]
+    block: np.ndarray, starts: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The runs of a block that lies at an index of a tensor."""
+    """The runs of a block that begins at an index of a tensor."""
     steps = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
     cut = max((axis for axis, size in enumerate(block.shape) if size < shape[axis]), default=0)
-    first = sum((part.start or 0) * step for part, step in zip(index, steps, strict=False))
-    starts = np.array(first, np.int64)
+    first = np.array(sum(start * step for start, step in zip(starts, steps, strict=False)))
     for size, step in zip(block.shape[:cut], steps, strict=False):
-        starts = starts[..., None] + step * np.arange(size)
-    yield from zip(starts.ravel().tolist(), block.reshape(starts.size, -1), strict=True)
+        first = first[..., None] + step * np.arange(size)
+    yield from zip(first.ravel().tolist(), block.reshape(first.size, -1), strict=True)
 
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:

@@ -177,7 +177,13 @@ def _array(tensor: Stored, sharding: Sharding | None) -> Array:
             "a function (name, tensor) as sharding, with one that does, such as that of jax.P()"
         ) from error
 
+    read: dict[str, np.ndarray] = {}
+
     def shard(index: Any) -> np.ndarray:
-        return np.array(tensor.part(index))
+        # Once for all devices that hold it; slices are not hashable.
+        key = str(index)
+        if key not in read:
+            read[key] = np.array(tensor.part(index))
+        return read[key]
 
     return jax.make_array_from_callback(tensor.shape, sharding, shard, tensor.dtype)
