@@ -1,0 +1,235 @@
+"""Laws of `wspace.checkpoint` in a run of two processes, with the devices of both in one mesh."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_writer import content, written
+from wspace import average, checkpoint, interpolate, merge, negative
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHAPES = {"rows": (8, 3), "columns": (3, 8), "whole": (5,), "scalar": (), "empty": (0, 4)}
+OWN = {name: np.arange(12, dtype=np.float32) + i for i, name in enumerate(("a", "b", "c"))}
+
+PROCESS = """
+import json, pathlib, sys, tempfile
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+me = int(sys.argv[2])
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, me)
+
+import numpy as np
+from tests.test_hosts import OWN, mesh_of, merged, sharding_on
+from wspace import checkpoint
+
+folder, said = pathlib.Path(sys.argv[3]), {}
+
+
+def says(case):
+    def run(function):
+        try:
+            said[case] = function()
+        except BaseException as error:
+            said[case] = f"{type(error).__name__}: {error}"
+    return run
+
+
+points = [checkpoint.load(folder / f"{x}.safetensors", sharding_on(mesh_of())) for x in "abc"]
+for name, weights in merged(*points):
+    checkpoint.save(folder / f"{name}.safetensors", weights)
+checkpoint.save(folder / "local", OWN)
+
+
+def filled(name, write, layout=OWN, **options):
+    with checkpoint.create(folder / name, layout, **options) as writer:
+        write(writer)
+    return sorted(writer.finished)
+
+
+def shares(writer):
+    if me == 0:
+        writer.write("a", OWN["a"])
+        writer.write_part("b", 8, OWN["b"][8:])
+        writer.write_part("b", 0, OWN["b"][:4])
+    else:
+        writer.write("c", OWN["c"])
+        writer.write_part("b", 4, OWN["b"][4:8])
+
+
+def missing(writer):
+    if me == 0:
+        writer.write("a", OWN["a"])
+    writer.write_part("b", 0, OWN["b"][:6])
+
+
+def fails(writer):
+    shares(writer)
+    if me == 1:
+        raise KeyboardInterrupt("by hand")
+
+
+@says("shares")
+def _():
+    return filled("shares", shares, shard_bytes=48, others=[folder / "config.json"])
+
+
+@says("missing")
+def _():
+    return filled("missing", missing)
+
+
+@says("twice")
+def _():
+    return filled("twice", lambda writer: [writer.write(*item) for item in OWN.items()])
+
+
+@says("failing")
+def _():
+    return filled("failing", fails)
+
+
+@says("again")
+def _():
+    return filled("shares", shares)
+
+
+@says("other-layout")
+def _():
+    return filled("other-layout", shares, {"a": np.zeros(1 + me)})
+
+
+@says("planned")
+def _():
+    return filled("planned", shares, plan="x")
+
+
+@says("elsewhere")
+def _():
+    if me == 1:
+        global folder
+        folder = pathlib.Path(tempfile.mkdtemp())
+    return filled("elsewhere", shares)
+
+
+print(json.dumps(said))
+"""
+
+
+def mesh_of():
+    kinds = (jax.sharding.AxisType.Explicit,)
+    return jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=kinds)
+
+
+def sharding_on(mesh):
+    """Cuts a tensor along the first axis that all devices can share."""
+
+    def sharding(_, tensor):
+        axis = next((i for i, size in enumerate(tensor.shape) if size and size % 4 == 0), None)
+        spec = ["x" if i == axis else None for i in range(len(tensor.shape))]
+        return jax.NamedSharding(mesh, jax.P(*spec))
+
+    return sharding
+
+
+def merged(a, b, c):
+    yield "mean", average.mean([a, b], [0.7, 0.3])
+    yield "sum", merge.task_arithmetic(c, [a, b], [0.5, -0.9])
+    yield "repelled", negative.repel(a, b, 0.5)
+    yield "between", interpolate.slerp(a, b, 0.3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with what two processes wrote together, and what each of them says."""
+    folder = tmp_path_factory.mktemp("hosts")
+    for i, name in enumerate("abc"):
+        draw = np.random.default_rng(i).normal
+        model = {x: draw(size=shape).astype(np.float32) for x, shape in SHAPES.items()}
+        model["half"] = draw(size=(2, 4)).astype(jnp.bfloat16)
+        checkpoint.save(folder / f"{name}.safetensors", model)
+    (folder / "config.json").write_text("{}")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, str(i), str(folder)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        texts = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], texts
+    return folder, [json.loads(out.splitlines()[-1]) for out, _ in texts]
+
+
+def test_two_processes_write_what_one_writes_bit_for_bit(run):
+    folder, _ = run
+    files = [folder / f"{x}.safetensors" for x in "abc"]
+    whole = dict(merged(*map(checkpoint.load, files)))
+    shards = dict(merged(*(checkpoint.load(file, sharding_on(mesh_of())) for file in files)))
+    for name in whole:
+        found = content(folder / f"{name}.safetensors")
+        checkpoint.save(folder / "alone.safetensors", shards[name])
+        assert found == content(folder / "alone.safetensors")
+        if name != "between":  # whose norms are summed in the order of the shards
+            checkpoint.save(folder / "alone.safetensors", whole[name])
+            assert found == content(folder / "alone.safetensors")
+        else:
+            loaded = checkpoint.load(folder / f"{name}.safetensors")
+            for x, leaf in whole[name].items():
+                np.testing.assert_allclose(
+                    np.asarray(loaded[x], np.float64),
+                    np.asarray(leaf, np.float64),
+                    rtol=4 * float(jnp.finfo(leaf.dtype).eps),
+                )
+
+
+def test_tensors_and_parts_of_each_process_make_one_output(run, tmp_path):
+    folder, said = run
+    config = [folder / "config.json"]
+    alone = written(tmp_path / "shares", OWN, shard_bytes=48, others=config)
+    assert content(folder / "shares") == content(alone)
+    assert content(folder / "local") == content(written(tmp_path / "local", OWN))
+    # Nor does what failed in between keep later outputs from being written, or refused.
+    assert [x["shares"] for x in said] == [["a"], ["c"]]
+    assert "exists: give another path" in said[0]["again"]
+    assert said[1]["again"].startswith("RuntimeError: process 0 failed")
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [
+        ("missing", "ValueError: 2 of 3 tensors .*write 'b', 'c'", None),
+        ("twice", "ValueError: 3 of 3 tensors were not written whole and once", None),
+        ("failing", "RuntimeError: process 1 failed, .* KeyboardInterrupt: by hand", "Keyboard"),
+        ("other-layout", "ValueError: the processes differ in the layout", None),
+        ("planned", "ValueError: plan is for one process: leave it out", None),
+        ("elsewhere", "RuntimeError: process 1 failed, .* cannot write", "OSError: cannot write"),
+    ],
+)
+def test_what_fails_in_one_process_is_refused_in_all_and_leaves_nothing(run, case, first, second):
+    folder, said = run
+    for found, match in zip(said, (first, second or first), strict=True):
+        assert re.search(match, found[case])
+    assert [file.name for file in folder.iterdir() if case in file.name] == []
