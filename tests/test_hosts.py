@@ -21,7 +21,7 @@ SHAPES = {"rows": (8, 3), "columns": (3, 8), "whole": (5,), "scalar": (), "empty
 OWN = {name: np.arange(12, dtype=np.float32) + i for i, name in enumerate(("a", "b", "c"))}
 
 PROCESS = """
-import json, pathlib, sys, tempfile
+import importlib.util, json, pathlib, sys, tempfile
 import jax
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -51,6 +51,11 @@ points = [checkpoint.load(folder / f"{x}.safetensors", sharding_on(mesh_of())) f
 for name, weights in merged(*points):
     checkpoint.save(folder / f"{name}.safetensors", weights)
 checkpoint.save(folder / "local", OWN)
+if importlib.util.find_spec("orbax"):
+    tree = {"model": {name: x for name, x in points[0].items() if x.size}}
+    checkpoint.save_orbax(folder / "tree", tree)
+    loaded = checkpoint.load_orbax(folder / "tree", sharding_on(mesh_of()))
+    checkpoint.save(folder / "tree.safetensors", loaded["model"])
 
 
 def filled(name, write, layout=OWN, **options):
@@ -148,7 +153,8 @@ def merged(a, b, c):
     yield "mean", average.mean([a, b], [0.7, 0.3])
     yield "sum", merge.task_arithmetic(c, [a, b], [0.5, -0.9])
     yield "repelled", negative.repel(a, b, 0.5)
-    yield "between", interpolate.slerp(a, b, 0.3)
+    some = [{name: x[name] for name in ("rows", "scalar", "half")} for x in (a, b)]
+    yield "between", interpolate.slerp(*some, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +173,7 @@ def run(tmp_path_factory):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, port, str(i), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -203,6 +209,19 @@ def test_two_processes_write_what_one_writes_bit_for_bit(run):
                     np.asarray(leaf, np.float64),
                     rtol=4 * float(jnp.finfo(leaf.dtype).eps),
                 )
+
+
+def test_a_tree_of_orbax_goes_through_two_processes(run):
+    pytest.importorskip("orbax.checkpoint")
+    folder, _ = run
+    wanted = checkpoint.load(folder / "a.safetensors")
+    del wanted["empty"]
+    for found in (
+        checkpoint.load_orbax(folder / "tree")["model"],
+        checkpoint.load(folder / "tree.safetensors"),
+    ):
+        assert found.keys() == wanted.keys()
+        assert all((found[name] == wanted[name]).all() for name in wanted)
 
 
 def test_tensors_and_parts_of_each_process_make_one_output(run, tmp_path):

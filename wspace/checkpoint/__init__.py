@@ -7,6 +7,7 @@ them are data only: reading one runs no code.
 """
 
 from wspace.checkpoint.adapter import load_adapter, save_adapter
+from wspace.checkpoint.orbax import load_orbax, save_orbax
 from wspace.checkpoint.stored import Checkpoint, Stored, open
 from wspace.checkpoint.streaming import stream
 from wspace.checkpoint.trees import load, save
@@ -20,8 +21,10 @@ __all__ = [
     "create",
     "load",
     "load_adapter",
+    "load_orbax",
     "open",
     "save",
     "save_adapter",
+    "save_orbax",
     "stream",
 ]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from wspace import _checks
 from wspace.checkpoint import header, stored
 from wspace.checkpoint.hosts import leads
-from wspace.checkpoint.stored import Checkpoint, Stored
+from wspace.checkpoint.stored import Stored
 from wspace.checkpoint.tensors import flat
 from wspace.checkpoint.writer import create
 
@@ -125,58 +125,17 @@ def load(
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
     with stored.open(path) as checkpoint:
-        shardings = _shardings(sharding, checkpoint)
-        return {name: _array(tensor, shardings[name]) for name, tensor in checkpoint.items()}
-
-
-def _shardings(sharding: object, checkpoint: Checkpoint) -> dict[str, Sharding | None]:
-    """The sharding of each tensor, none of which is missing or meant for no tensor."""
-    if sharding is None or isinstance(sharding, Sharding):
-        return dict.fromkeys(checkpoint, sharding)
-    if isinstance(sharding, Mapping):
-        for name in checkpoint.keys() ^ sharding.keys():
-            which = "lacks tensor" if name in checkpoint else "has a name that is no tensor"
-            raise ValueError(
-                f"sharding {which} {name!r} of {checkpoint.path}: give one for each tensor, or None"
-            )
-        return {name: _checked(name, sharding[name]) for name in checkpoint}
-    if callable(sharding):
-        return {name: _checked(name, sharding(name, x)) for name, x in checkpoint.items()}
-    return {name: _checked(name, sharding) for name in checkpoint}
-
-
-def _checked(name: str, sharding: object) -> Sharding | None:
-    if sharding is None or isinstance(sharding, Sharding):
-        return sharding
-    raise TypeError(
-        f"sharding of tensor {name!r} is {sharding!r}, but must be a Sharding of jax.sharding, or "
-        "None: give such as jax.sharding.NamedSharding(mesh, spec)"
-    )
+        chosen = shardings(sharding, checkpoint, checkpoint.path)
+        return {name: _array(tensor, chosen[name]) for name, tensor in checkpoint.items()}
 
 
 def _array(tensor: Stored, sharding: Sharding | None) -> Array:
     where = f"tensor {tensor.name!r} of {tensor.file}"
-    if tensor.dtype not in _checks.WEIGHT_DTYPES:
-        raise ValueError(
-            f"{where} has dtype {header.NAMES[tensor.dtype]}; weights are F64, F32, BF16 and F16: "
-            "convert or leave out others where the file is written"
-        )
-    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
-        raise ValueError(
-            f"{where} is float64, which JAX would round to float32 here: "
-            'call jax.config.update("jax_enable_x64", True) first'
-        )
+    refuse_dtype(where, tensor.dtype)
+    refuse_cut(where, tensor.shape, sharding)
     # Copied, so that no array keeps the map of the file open.
     if sharding is None:
         return jnp.array(tensor.read())
-    try:
-        sharding.shard_shape(tensor.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"{where} has shape {tensor.shape}, which {sharding} does not divide into shards: give "
-            "a function (name, tensor) as sharding, with one that does, such as that of jax.P()"
-        ) from error
-
     read: dict[str, np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
@@ -187,3 +146,53 @@ def _array(tensor: Stored, sharding: Sharding | None) -> Array:
         return read[key]
 
     return jax.make_array_from_callback(tensor.shape, sharding, shard, tensor.dtype)
+
+
+def shardings(
+    sharding: Any, tensors: Mapping[str, Any], where: Path | str
+) -> dict[str, Sharding | None]:
+    """The sharding of each tensor, none of which is missing or meant for no tensor."""
+    if isinstance(sharding, Mapping):
+        for name in sorted(tensors.keys() ^ sharding.keys()):
+            which = "lacks tensor" if name in tensors else "has a name that is no tensor"
+            raise ValueError(
+                f"sharding {which} {name!r} of {where}: give one for each tensor, or None"
+            )
+        chosen = {name: sharding[name] for name in tensors}
+    elif callable(sharding):
+        chosen = {name: sharding(name, tensor) for name, tensor in tensors.items()}
+    else:
+        chosen = dict.fromkeys(tensors, sharding)
+    for name, one in chosen.items():
+        if one is not None and not isinstance(one, Sharding):
+            raise TypeError(
+                f"sharding of tensor {name!r} is {one!r}, but must be a Sharding of jax.sharding, "
+                "or None: give such as jax.sharding.NamedSharding(mesh, spec)"
+            )
+    return chosen
+
+
+def refuse_dtype(where: str, dtype: np.dtype) -> None:
+    """Raises unless JAX has arrays of weights of this dtype now."""
+    if dtype not in _checks.WEIGHT_DTYPES:
+        raise ValueError(
+            f"{where} has dtype {header.NAMES.get(dtype, dtype)}; weights are F64, F32, BF16 and "
+            "F16: convert or leave out others where the file is written"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{where} is float64, which JAX would round to float32 here: "
+            'call jax.config.update("jax_enable_x64", True) first'
+        )
+
+
+def refuse_cut(where: str, shape: tuple[int, ...], sharding: Sharding | None) -> None:
+    """Raises if a tensor of this shape cannot be cut into the shards."""
+    try:
+        if sharding is not None:
+            sharding.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} has shape {shape}, which {sharding} does not divide into shards: give a "
+            "function (name, tensor) as sharding, with one that does, such as that of jax.P()"
+        ) from error
