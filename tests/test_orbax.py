@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_by_name(folder, refuses):
     [
         ({}, ValueError, "no arrays"),
         ({"a": {"b": jnp.ones((0, 2))}}, ValueError, r"no elements at 'a\.b'"),
-        ({"a": [jnp.ones(2)]}, TypeError, r"\['a'\]\[0\] is of ArrayImpl .*: name what is in"),
+        ({"a": [jnp.ones(2)]}, TypeError, r"\['a'\]\[0\] is of ArrayImpl, .*: name what is in"),
         ({"a": None}, TypeError, r"\['a'\] is of NoneType"),
         ({"a": {1: jnp.ones(2)}}, TypeError, r"\['a'\]\[1\]"),
         (jnp.ones(2), TypeError, "the tree is of"),
