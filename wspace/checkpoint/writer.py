@@ -331,6 +331,11 @@ def create(
             if leads():
                 output.enter_context(partial.output(files, copies, aside, target, force))
         with hosts.together(), writing(target):
+            if not aside.is_dir():
+                raise ValueError(
+                    f"process {hosts.index} does not see {aside}, which process 0 made: give a "
+                    "path on a file system that all processes see"
+                )
             writer = opened.enter_context(_opened(files, aside, target, plan is not None))
         with hosts.together(), opened:
             yield writer
