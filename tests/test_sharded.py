@@ -18,7 +18,7 @@ MODEL = {
     "rows": RNG.normal(size=(8, 6)).astype(np.float32),
     "columns": RNG.normal(size=(3, 8)).astype(np.float32),
     "middle": RNG.normal(size=(2, 8, 3)).astype(np.float16),
-    "grid": RNG.normal(size=(4, 6)).astype(np.float32),
+    "grid": RNG.normal(size=(8, 6)).astype(np.float32),
     "far": RNG.normal(size=(3, 4, 2)).astype(np.float32),
     "half": RNG.normal(size=(16,)).astype(jnp.bfloat16),
     "replicated": RNG.normal(size=(5,)).astype(np.float32),
@@ -172,6 +172,7 @@ def test_a_job_in_shards_goes_on(file, shardings, tmp_path, monkeypatch):
         ([4, 4], False),
         ([12, 12], False),
         ([6, [[0, 6]]], False),
+        ([12, [[0, 6]]], False),
         ([[], []], False),
     ],
 )
