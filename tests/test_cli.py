@@ -423,6 +423,37 @@ def test_force_replaces_the_output(points):
     assert_same("P", average.mean([points["A"], points["C"]]))
 
 
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        ("linear {} {}", lambda x, y, _: average.mean([x, y])),
+        ("slerp {} {} --t 0.3", lambda x, y, _: interpolate.slerp(x, y, 0.3)),
+        ("knots {1} C --base {0}", lambda x, y, c: merge.knots(x, [y, c])),
+    ],
+)
+@pytest.mark.parametrize("names", [("A", "LONG"), ("LONG", "A")])
+def test_common_rows_are_combined_and_the_rest_is_kept(words, function, names, folder, capsys):
+    written(folder / "LONG", 9, 0.2, LAYOUT | {"embed.weight": ((7, 4), ml_dtypes.bfloat16)})
+    line = f"merge {words.format(*names)} -o OUT"
+    assert run(line) == 2
+    assert "give --common-rows" in capsys.readouterr().err
+    assert run(line, "--common-rows") == 0
+    points = {name: weights(name) for name in ("A", "C", "LONG")}
+    rest = points[names[0]]["embed.weight"][5:]
+    points["LONG"]["embed.weight"] = points["LONG"]["embed.weight"][:5]
+    wanted = function(*(points[name] for name in (*names, "C")))
+    wanted["embed.weight"] = jnp.concatenate([wanted["embed.weight"], rest])
+    assert_same("OUT", wanted)
+
+
+def test_a_recipe_may_ask_for_common_rows(folder):
+    written(folder / "LONG", 9, 0.2, LAYOUT | {"embed.weight": ((7, 4), ml_dtypes.bfloat16)})
+    (folder / "x.toml").write_text('method = "linear"\nmodels = ["A", "LONG"]\ncommon_rows = true')
+    assert run("merge --recipe x.toml -o OUT") == 0
+    assert run("merge linear A LONG --common-rows -o SAME") == 0
+    assert_same("OUT", weights("SAME"))
+
+
 @pytest.mark.parametrize("interruption", ["keys", "signal"])
 def test_an_interrupted_run_goes_on(interruption, folder, points, monkeypatch, capsys):
     write, written = Writer._write, threading.Event()

@@ -31,6 +31,8 @@ class Recipe:
         patterns: Globs on tensor names with options for these; the first that matches counts.
         seed: What the random key is made from, where the method takes one.
         dtype: The dtype that all weights must have, if the recipe says one.
+        common_rows: Whether tensors may differ in their number of rows, and then are merged in
+            those that all have.
     """
 
     command: str
@@ -41,6 +43,7 @@ class Recipe:
     patterns: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     seed: int = 0
     dtype: str | None = None
+    common_rows: bool = False
 
     @property
     def table(self) -> Method:

@@ -1,6 +1,7 @@
 """The commands: their options, and what each of them calls."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -156,7 +157,8 @@ def _from_file(words: Sequence[str]) -> tuple[Callable[[], Any], Any]:
     def recipe() -> Any:
         from wspace._cli import recipes
 
-        return recipes.read(options.recipe, options.seed)
+        read = recipes.read(options.recipe, options.seed)
+        return dataclasses.replace(read, common_rows=read.common_rows or options.common_rows)
 
     return recipe, options
 
@@ -188,6 +190,7 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
             {tree: Path(getattr(options, tree)) for tree in method.trees},
             {key: value for key, value in given.items() if value is not None},
             seed=getattr(options, "seed", 0),
+            common_rows=options.common_rows,
         )
 
     return recipe, options
@@ -195,6 +198,13 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
 
 def _add_weights_options(parser: Parser) -> None:
     add_run_options(parser)
+    parser.add_argument(
+        "--common-rows",
+        action="store_true",
+        help="of tensors with different numbers of rows, such as embeddings of vocabularies that "
+        "were extended, combine the rows that all models have, and keep the others of the model "
+        "that the output is like",
+    )
     parser.add_argument(
         "--shard-size",
         type=size,

@@ -40,8 +40,9 @@ def run(recipe: Recipe, output: Output) -> None:
     records.refuse_overlap(output.path, recipe.sources)
     recipe.checked()
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(checkpoint.open(path)) for path in recipe.sources]
-        stack.enter_context(wide_enough(sources))
+        layouts = [stack.enter_context(checkpoint.open(path)) for path in recipe.sources]
+        stack.enter_context(wide_enough(layouts))
+        sources = _in_common(recipe, layouts)
         alike(sources)
         _check_names(recipe, sources[0])
         targets = _targets(recipe, output)
@@ -54,6 +55,7 @@ def run(recipe: Recipe, output: Output) -> None:
                 "options": dict(recipe.options),
                 "patterns": [{"match": glob, **own} for glob, own in recipe.patterns],
                 **({"seed": recipe.seed} if recipe.table.seeded else {}),
+                **({"common_rows": True} if recipe.common_rows else {}),
             },
             sources,
             output.full_hash and not output.dry_run,
@@ -66,7 +68,7 @@ def run(recipe: Recipe, output: Output) -> None:
         if output.dry_run:
             print(_plan(recipe, output, sources))
             return
-        job = _Job(output, sources, record, Call(recipe), recipe.table.lazy, started)
+        job = _Job(output, layouts, sources, record, Call(recipe), recipe.table.lazy, started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
@@ -76,9 +78,13 @@ def run(recipe: Recipe, output: Output) -> None:
 
 @dataclass
 class _Job:
-    """What writing takes; `results` has all outputs where they are computed at once."""
+    """What writing takes; `results` has all outputs where they are computed at once.
+
+    The outputs are like `layouts`, of which `sources` may have fewer rows.
+    """
 
     output: Output
+    layouts: Sequence[Checkpoint]
     sources: Sequence[Checkpoint]
     record: Mapping[str, Any]
     call: Call
@@ -101,6 +107,23 @@ def _refuse_patterns(recipe: Recipe) -> None:
             f"patterns give options to single tensors, but with these options {recipe.method} "
             "looks at the whole model: give scope = 'leaf' if it has that, or leave them out"
         )
+
+
+def _in_common(recipe: Recipe, layouts: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The models with those rows of every tensor that all of them have."""
+    counts = {}
+    for name, tensor in layouts[0].items():
+        shapes = [x[name].shape for x in layouts if name in x]
+        if len(set(shapes)) == 1 or not all(x and x[1:] == tensor.shape[1:] for x in shapes):
+            continue
+        if not recipe.common_rows:
+            raise Misuse(
+                f"tensor {name!r} has {', '.join(str(x[0]) for x in shapes)} rows in the models, "
+                "as where a vocabulary was extended: give --common-rows to combine the rows that "
+                "all have, and to keep the others of the model that the output is like"
+            )
+        counts[name] = min(x[0] for x in shapes)
+    return [x.first_rows({name: n for name, n in counts.items() if name in x}) for x in layouts]
 
 
 def _check_names(recipe: Recipe, first: Checkpoint) -> None:
@@ -148,7 +171,7 @@ def _is_done(target: Path, record: Mapping[str, Any]) -> bool:
 
 def _write(job: _Job, target: Path, index: int) -> None:
     """Writes the output that is like the source of this index."""
-    layout, is_file = job.sources[index], target.suffix == ".safetensors"
+    layout, is_file = job.layouts[index], target.suffix == ".safetensors"
     shard_bytes = None if is_file else job.output.shard_bytes or SHARD
     metadata = layout.metadata | {"wspace": json.dumps(job.record)}
     if target != job.output.path:
@@ -185,7 +208,7 @@ def _write(job: _Job, target: Path, index: int) -> None:
 
 def _fill(job: _Job, writer: Writer, index: int) -> None:
     """Writes the tensors that are not there from before an interruption."""
-    layout, finished = job.sources[index], writer.finished
+    layout, finished = job.layouts[index], writer.finished
     with Progress(sum(tensor.nbytes for tensor in layout.values()), job.output.quiet) as progress:
         progress.skip(sum(layout[name].nbytes for name in finished))
         stream(
@@ -195,6 +218,11 @@ def _fill(job: _Job, writer: Writer, index: int) -> None:
             lazy=job.lazy,
             advance=progress.advance,
         )
+        for name, tensor in layout.items():
+            start = job.sources[index][name].size
+            if name not in finished and start < tensor.size:
+                writer.write_part(name, start, tensor.rows(start, tensor.size))
+                progress.advance(tensor.nbytes - job.sources[index][name].nbytes)
 
 
 def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:

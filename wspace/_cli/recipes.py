@@ -9,7 +9,7 @@ from wspace._cli.calls import Recipe
 from wspace._cli.methods import MERGE, checked, found
 from wspace._cli.words import Misuse, near
 
-_KEYS = ("method", "models", "seed", "options", "patterns")
+_KEYS = ("method", "models", "seed", "common_rows", "options", "patterns")
 _PRESET = "mergekit-0.1.5"
 _WITHOUT = ("linear", "slerp", "karcher")
 """Methods of mergekit that take no base, but for the first model of a slerp."""
@@ -67,6 +67,8 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         seed = said.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise Misuse(f"seed in {file} must be an integer from 0 to {2**32 - 1}, got {seed!r}")
+    if not isinstance(said.get("common_rows", False), bool):
+        raise Misuse(f"common_rows in {file} must be true or false, got {said['common_rows']!r}")
     parted = []
     for i, pattern in enumerate(patterns):
         where = f"pattern {i + 1} of {file}"
@@ -82,6 +84,7 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         checked(method, f"options of {file}", said.get("options", {})),
         tuple(parted),
         seed,
+        common_rows=said.get("common_rows", False),
     )
 
 

@@ -1,5 +1,8 @@
 """Checkpoints as mappings from names to tensors that stay in their files until asked for."""
 
+import copy
+import dataclasses
+import math
 import mmap
 import os
 import threading
@@ -180,6 +183,22 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
             if file.stat().st_size <= _SMALL:
                 others.append(file)
         return tuple(others)
+
+    def first_rows(self, counts: Mapping[str, int]) -> "Checkpoint":
+        """The same checkpoint with only the first rows of some tensors, by name.
+
+        Of embeddings of vocabularies that were extended, these are the rows that all have. Nothing
+        is read; both are closed together.
+        """
+        cut = copy.copy(self)
+        cut._tensors = dict(self._tensors)
+        for name, count in counts.items():
+            tensor = self._tensors[name]
+            length = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+            cut._tensors[name] = dataclasses.replace(
+                tensor, shape=(count, *tensor.shape[1:]), nbytes=count * length
+            )
+        return cut
 
     def close(self) -> None:
         """Closes the memory maps, but for those of arrays that are still in use."""

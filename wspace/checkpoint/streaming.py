@@ -57,7 +57,8 @@ def stream(
         function: Takes a list of one tree a source and returns a tree, such as
             `lambda points: average.mean(points, (0.7, 0.3))`.
         sources: Open checkpoints with tensors of the same names and shapes, at least one.
-        writer: Where the result goes; it has the names, shapes and dtypes of the first source.
+        writer: Where the result goes; it has the names and dtypes of the first source, and its
+            shapes, or more rows, which are left to be written.
         lazy: Whether the function is called once with whole trees.
         advance: Called with the number of bytes that were written, from several threads.
 
@@ -88,16 +89,18 @@ def stream(
     def put(name: str, span: _lazy.Span, leaf: Any) -> None:
         # Here, not where it is called, the computation is waited for.
         array = np.asarray(_lazy.entries(leaf, span))
-        if span is None:
-            writer.write(name, array)
-        else:
-            writer.write_part(name, span[0], array)
+        writer.write_part(name, span[0] if span else 0, array.reshape(-1))
         if advance is not None:
             advance(array.nbytes)
 
     with _lazy.threads() as pool:
         try:
             for name, leaf in _results(function, sources, writer.finished, lazy):
+                if leaf.shape != sources[0][name].shape:
+                    raise ValueError(
+                        f"the function returned shape {leaf.shape} for tensor {name!r}, which has "
+                        f"shape {sources[0][name].shape}: return an array of its shape"
+                    )
                 for span in _lazy.spans(leaf):
                     waiting.append(pool.submit(put, name, span, leaf))
                     if len(waiting) > WAITING:
