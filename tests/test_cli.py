@@ -513,6 +513,8 @@ def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     assert "\r" not in told
     assert run("merge", "linear", "A", "C", "-o", "OUT", "--force", "--quiet") == 0
     assert capsys.readouterr().err == ""
+    assert run("merge", "slerp", "A", "C", "--t", "0.5", "-o", "OUT", "--force") == 0
+    assert re.search(r"^0%  \d+ B of 120 B  208 B read so far$", capsys.readouterr().err, re.M)
 
 
 def test_on_a_terminal_progress_is_a_bar_that_is_wiped(capsys, monkeypatch):

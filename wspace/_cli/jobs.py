@@ -217,6 +217,7 @@ def _fill(job: _Job, writer: Writer, index: int) -> None:
             writer,
             lazy=job.lazy,
             advance=progress.advance,
+            look=progress.look,
         )
         for name, tensor in layout.items():
             start = job.sources[index][name].size

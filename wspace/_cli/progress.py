@@ -21,7 +21,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._is_bar = sys.stderr.isatty()
         self._pause = float("inf") if quiet else _BAR if self._is_bar else _LINE
         self._lock = threading.Lock()
-        self._done = self._skipped = 0
+        self._done = self._skipped = self._looked = 0
         self._start = self._said = time.monotonic()
         self._drawn = False
 
@@ -33,11 +33,22 @@ class Progress(AbstractContextManager["Progress"]):
     def advance(self, nbytes: int) -> None:
         """Counts bytes that were written now."""
         with self._lock:
+            if self._done == self._skipped:
+                self._start = time.monotonic()
             self._done += nbytes
-            now = time.monotonic()
-            if now - self._said >= self._pause:
-                self._said = now
-                self._say(now)
+            self._tell()
+
+    def look(self, nbytes: int) -> None:
+        """Counts bytes that were read, which is told as long as none is written."""
+        with self._lock:
+            self._looked += nbytes
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._said >= self._pause:
+            self._said = now
+            self._say(now)
 
     def __exit__(
         self,
@@ -56,6 +67,8 @@ class Progress(AbstractContextManager["Progress"]):
         if self._done - self._skipped > 0.01 * self._total:  # less says nothing of the rest
             left = _in_time((self._total - self._done) / rate)
             text += f"  {in_bytes(round(rate))}/s  {left} left"
+        elif self._done == self._skipped:
+            text += f"  {in_bytes(self._looked)} read so far"
         if self._is_bar:
             filled = round(24 * share)
             sys.stderr.write(f"\r\x1b[K[{'#' * filled}{'.' * (24 - filled)}] {text}")

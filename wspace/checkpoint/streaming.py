@@ -29,6 +29,7 @@ def stream(
     *,
     lazy: bool = False,
     advance: Callable[[int], None] | None = None,
+    look: Callable[[int], None] | None = None,
 ) -> None:
     r"""Writes what a function of trees makes of checkpoints, in the memory of a few tensors.
 
@@ -61,6 +62,8 @@ def stream(
             shapes, or more rows, which are left to be written.
         lazy: Whether the function is called once with whole trees.
         advance: Called with the number of bytes that were written, from several threads.
+        look: So called with the number that were read, with `lazy`; sums and counts read before
+            anything is written.
 
     Raises:
         ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; or
@@ -95,7 +98,8 @@ def stream(
 
     with _lazy.threads() as pool:
         try:
-            for name, leaf in _results(function, sources, writer.finished, lazy):
+            trees = [_lazily(source, look) for source in sources] if lazy else None
+            for name, leaf in _results(function, sources, writer.finished, trees):
                 if leaf.shape != sources[0][name].shape:
                     raise ValueError(
                         f"the function returned shape {leaf.shape} for tensor {name!r}, which has "
@@ -116,19 +120,19 @@ def _results(
     function: Callable[..., Any],
     sources: Sequence[Checkpoint],
     finished: frozenset[str],
-    lazy: bool,
+    trees: list[dict[str, Any]] | None,
 ) -> Iterator[tuple[str, Any]]:
     """The tensors of the result by name, but for those that are finished."""
     left = [tensor for name, tensor in sources[0].items() if name not in finished]
     weights = [tensor.name for tensor in left if _is_weight(tensor)]
     whole: dict[str, Any] = {}
-    if lazy and weights:
-        whole = function([_lazily(source) for source in sources])
+    if trees is not None and weights:
+        whole = function(trees)
     for tensor in left:
         name = tensor.name
         if not _is_weight(tensor):
             yield name, tensor.read()
-        elif lazy:
+        elif trees is not None:
             yield name, whole.pop(name)
         else:
             arrays = [{name: jax.device_put(_aligned(source[name].read()))} for source in sources]
@@ -139,13 +143,16 @@ def _results(
                 raise
 
 
-def _lazily(source: Checkpoint) -> dict[str, Any]:
-    return {name: _leaf(tensor) for name, tensor in source.items() if _is_weight(tensor)}
+def _lazily(source: Checkpoint, look: Callable[[int], None] | None) -> dict[str, Any]:
+    return {name: _leaf(tensor, look) for name, tensor in source.items() if _is_weight(tensor)}
 
 
-def _leaf(tensor: Stored) -> _lazy.Lazy:
+def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> _lazy.Lazy:
     def read(span: _lazy.Span, _: _lazy.Memo) -> jax.Array:
-        return jax.device_put(_aligned(tensor.read() if span is None else tensor.rows(*span)))
+        array = tensor.read() if span is None else tensor.rows(*span)
+        if look is not None:
+            look(array.nbytes)
+        return jax.device_put(_aligned(array))
 
     return _lazy.Lazy(tensor.shape, tensor.dtype, read)
 
