@@ -7,6 +7,7 @@ So a function of trees that is made of such kernels runs on weights larger than 
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -17,6 +18,9 @@ from jaxtyping import Array, DTypeLike
 
 PIECE = 2**20
 """Entries of a piece of a leaf: few enough for all that is computed of them to stay in caches."""
+
+THREADS = max(2, min(os.cpu_count() or 2, 8))
+"""Pieces that are computed at the same time."""
 
 Span: TypeAlias = tuple[int, int] | None
 """The entries from a flat index up to another, as a flat array, or all in the leaf's shape."""
@@ -151,7 +155,7 @@ def computed(values: Any) -> Any:
 def threads() -> ThreadPoolExecutor:
     """Threads that compute in the precision that is enabled where they are asked for."""
     enabled = jax.config.read("jax_enable_x64")
-    return ThreadPoolExecutor(2, initializer=lambda: jax.enable_x64(enabled).__enter__())
+    return ThreadPoolExecutor(THREADS, initializer=lambda: jax.enable_x64(enabled).__enter__())
 
 
 def spans(*leaves: Any) -> list[Span]:
@@ -163,11 +167,6 @@ def spans(*leaves: Any) -> list[Span]:
     if not lazy or not all(leaf.in_pieces for leaf in lazy):
         return [None]
     return [(i, min(i + PIECE, size)) for i in range(0, max(size, 1), PIECE)]
-
-
-def length(leaf: Any, span: Span) -> int:
-    """The number of entries of a span."""
-    return leaf.size if span is None else span[1] - span[0]
 
 
 def entries(leaf: Any, span: Span, memo: Memo | None = None) -> Any:

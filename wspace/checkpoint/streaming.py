@@ -19,7 +19,7 @@ ALIGNMENT = 64
 """Bytes that the address of an array must be a multiple of for JAX to use it on a processor."""
 
 WAITING = 4
-"""Pieces that may be computed ahead of those written."""
+"""Tensors that may be computed ahead of those written."""
 
 
 def stream(
@@ -107,7 +107,7 @@ def stream(
                     )
                 for span in _lazy.spans(leaf):
                     waiting.append(pool.submit(put, name, span, leaf))
-                    if len(waiting) > WAITING:
+                    if len(waiting) > (2 * _lazy.THREADS if lazy else WAITING):
                         waiting.popleft().result()
             while waiting:
                 waiting.popleft().result()
