@@ -10,10 +10,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike
 
 PIECE = 2**20
@@ -22,7 +23,15 @@ PIECE = 2**20
 THREADS = max(2, min(os.cpu_count() or 2, 8))
 """Pieces that are computed at the same time."""
 
-Span: TypeAlias = tuple[int, int] | None
+
+class Runs(NamedTuple):
+    """Entries of a sample: as many from each of some flat indices on, as one flat array."""
+
+    starts: tuple[int, ...]
+    length: int
+
+
+Span: TypeAlias = tuple[int, int] | Runs | None
 """The entries from a flat index up to another, as a flat array, or all in the leaf's shape."""
 
 Memo: TypeAlias = dict[int, Array]
@@ -131,9 +140,21 @@ def _alike(leaf: Any, shape: Sequence[int]) -> Any:
         return leaf
 
     def compute(span: Span, _: Memo) -> Array:
-        return jnp.asarray(leaf if span is None else leaf.reshape(-1)[slice(*span)])
+        return jnp.asarray(leaf if span is None else taken(leaf.reshape(-1), span))
 
     return Lazy(shape, leaf.dtype, compute)
+
+
+def taken(flat: Any, span: tuple[int, int] | Runs) -> Any:
+    """The entries of a span of a flat array."""
+    if isinstance(span, Runs):
+        return np.concatenate([flat[start : start + span.length] for start in span.starts])
+    return flat[slice(*span)]
+
+
+def start_of(span: Span) -> int:
+    """The flat index of the first entry; of a sample, whose places do not count, 0."""
+    return 0 if span is None or isinstance(span, Runs) else span[0]
 
 
 def reading(kernel: Callable[..., Any]) -> Callable[..., Any]:

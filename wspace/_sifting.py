@@ -19,7 +19,8 @@ HELD = 2**25  # entries up to which the codes of all are held in memory
 SAMPLE = 2**14  # of these, entries that the guess is made from
 RUN = 256  # of more, entries read at one place
 APART = 2**19  # and from one place to the next
-INDEPENDENT = 16  # entries that a run is taken for
+RUNS = 32  # runs that are computed at once
+INDEPENDENT = 32  # entries that a run is taken for
 DEVIATIONS = 4  # by which the share of larger entries may differ from that of the sample
 COMMON = 1 / 64  # share of the sample from which a magnitude is counted and not taken out
 
@@ -56,7 +57,7 @@ class _Piece(NamedTuple):
     @property
     def start(self) -> int:
         """The place of its first entry in the leaf."""
-        return self.span[0] if self.span else 0
+        return _lazy.start_of(self.span)
 
 
 class Last(NamedTuple):
@@ -81,7 +82,7 @@ def last_of(leaves: Sequence[Any], need: int, bounds: Callable[[], tuple[int, in
             sample = np.concatenate([codes[:: max(size // SAMPLE, 1)] for codes in held])
             read, independent = held.__getitem__, len(sample)
         else:
-            sample, independent = _runs(leaves, size)
+            sample, independent = _runs(leaves)
 
             def read(k: int) -> np.ndarray:
                 return _codes(pieces[k])
@@ -97,16 +98,19 @@ def last_of(leaves: Sequence[Any], need: int, bounds: Callable[[], tuple[int, in
     return Last(code, pieces[k].leaf, place + pieces[k].start)
 
 
-def _runs(leaves: Sequence[Any], size: int) -> tuple[np.ndarray, int]:
+def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
     """The codes of runs of entries from everywhere, and how many of them count as independent."""
-    places = np.arange(0, size, APART)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    runs = []
-    for place, i in zip(places, np.searchsorted(ends, places, "right"), strict=True):
-        x = leaves[i]
-        start = min(int(place - ends[i]) + x.size, max(x.size - RUN, 0))
-        runs.append(_codes(_Piece(i, x, (start, min(start + RUN, x.size)))))
-    return np.concatenate(runs), INDEPENDENT * len(runs)
+    samples, count = [], 0
+    for i, x in enumerate(leaves):
+        number = -(-x.size // APART)
+        # Always as many in one array, which is one program for all.
+        for k in range(0, number, RUNS):
+            places = np.arange(k, min(k + RUNS, number)) * x.size // number
+            starts = np.resize(np.minimum(places, max(x.size - RUN, 0)), RUNS)
+            runs = _lazy.Runs(tuple(starts.tolist()), min(RUN, x.size))
+            samples.append(_codes(_Piece(i, x, runs))[: len(places) * runs.length])
+            count += len(places)
+    return np.concatenate(samples), INDEPENDENT * count
 
 
 def _guess(sample: np.ndarray, share: float, independent: int, top: int) -> _Range:
@@ -116,8 +120,9 @@ def _guess(sample: np.ndarray, share: float, independent: int, top: int) -> _Ran
     below, above = ((1 - share + x) * len(sample) for x in (-spread, spread))
     low = int(sample[int(below)]) if below >= 1 else 0
     high = int(sample[int(np.ceil(above))]) + 1 if above < len(sample) - 1 else top
-    codes, counts = np.unique(sample, return_counts=True)
-    common = codes[counts > COMMON * len(sample)].tolist()
+    # In order, a common code is where it was as many places before.
+    before = max(int(COMMON * len(sample)), 1)
+    common = np.unique(sample[before:][sample[before:] == sample[:-before]]).tolist()
     return _Range(low, high, [code for code in common if low <= code < high])
 
 
@@ -163,8 +168,9 @@ def _sifted(
     left -= before
     last = int(np.partition(codes, len(codes) - left)[len(codes) - left])
     index = int(np.flatnonzero(codes == last)[left - np.count_nonzero(codes > last) - 1])
-    k = int(np.searchsorted(np.cumsum([len(x) for x in kept]), index, "right"))
-    return last, k, int(np.concatenate(places)[index])
+    ends = np.cumsum([len(x) for x in kept])
+    k = int(np.searchsorted(ends, index, "right"))
+    return last, k, int(places[k][index - ends[k]])  # from the end of the piece
 
 
 def _codes(piece: _Piece) -> np.ndarray:

@@ -412,7 +412,7 @@ def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> 
 
 def _first(leaf: Any, span: _lazy.Span) -> np.uint32:
     """The key of the place of the first entry of a span."""
-    return np.uint32(max(leaf.size, 1) - 1 - (span[0] if span else 0))
+    return np.uint32(max(leaf.size, 1) - 1 - _lazy.start_of(span))
 
 
 @functools.partial(jax.jit, static_argnums=6)

@@ -92,7 +92,7 @@ def stream(
     def put(name: str, span: _lazy.Span, leaf: Any) -> None:
         # Here, not where it is called, the computation is waited for.
         array = np.asarray(_lazy.entries(leaf, span))
-        writer.write_part(name, span[0] if span else 0, array.reshape(-1))
+        writer.write_part(name, _lazy.start_of(span), array.reshape(-1))
         if advance is not None:
             advance(array.nbytes)
 
@@ -149,7 +149,13 @@ def _lazily(source: Checkpoint, look: Callable[[int], None] | None) -> dict[str,
 
 def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> _lazy.Lazy:
     def read(span: _lazy.Span, _: _lazy.Memo) -> jax.Array:
-        array = tensor.read() if span is None else tensor.rows(*span)
+        if span is None:
+            array = tensor.read()
+        elif isinstance(span, _lazy.Runs):
+            rows = (tensor.rows(start, start + span.length) for start in span.starts)
+            array = np.concatenate(list(rows))
+        else:
+            array = tensor.rows(*span)
         if look is not None:
             look(array.nbytes)
         return jax.device_put(_aligned(array))

@@ -2,14 +2,14 @@ r"""Which sign a merged entry has, and what the task vectors of that sign come t
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from wspace import _checks, _lazy, tree
-from wspace.merge.task import total
+from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, Weights, WeightsLike
 
 __all__ = ["disjoint_merge", "elect"]
@@ -19,14 +19,15 @@ Zero: TypeAlias = Literal["zero", "plus", "majority"]
 Divide: TypeAlias = Literal["count", "weight", "one", "largest"]
 
 
-@tree.elementwise
-def _mass(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    return jnp.sign(total(scalars, arrays))
+def _elected(vote: Vote, coefficients: Sequence[Any], edits: Sequence[Array]) -> Array:
+    if vote == "mass":
+        return jnp.sign(total(coefficients, edits))
+    return jnp.sign(sum(jnp.sign(c * x) for c, x in zip(coefficients, edits, strict=True)))
 
 
-@tree.elementwise
-def _count(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    return jnp.sign(sum(jnp.sign(c * x) for c, x in zip(scalars, arrays, strict=True)))
+@functools.cache
+def _election(vote: Vote) -> Callable[..., Weights]:
+    return tree.elementwise(functools.partial(_elected, vote))
 
 
 @tree.elementwise
@@ -82,8 +83,7 @@ def elect(
     edits = _checks.listed("edits", edits)
     _checks.same_layout(**_checks.each("edits", edits))
     known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits)))
-    elected = _mass if _checks.one_of("vote", vote, get_args(Vote)) == "mass" else _count
-    signs = elected(known, edits)
+    signs = _election(_checks.one_of("vote", vote, get_args(Vote)))(known, edits)
     if _checks.one_of("zero", zero, get_args(Zero)) == "zero":
         return signs
     balance = _balance(signs) if zero == "majority" else jnp.ones(())
@@ -169,17 +169,59 @@ def _merged(divide: Divide, weighted: bool) -> Callable[..., Weights]:
     @tree.elementwise
     def formula(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         *edits, sign = arrays
-        terms = [c * x for c, x in zip(coefficients, edits, strict=True)]
-        voters = terms if weighted else edits
-        agree = [(jnp.sign(v) == sign) & (sign != 0) for v in voters]
-        kept = [jnp.where(a, x, 0) for a, x in zip(agree, terms, strict=True)]
-        if divide == "largest":
-            return functools.reduce(lambda x, y: jnp.where(jnp.abs(y) > jnp.abs(x), y, x), kept)
-        total = sum(kept[1:], kept[0])
-        if divide == "one":
-            return total
-        shares = [jnp.ones((), sign.dtype)] * len(edits) if divide == "count" else coefficients
-        by = sum(jnp.where(a, c, 0) for a, c in zip(agree, shares, strict=True))
-        return total / jnp.where(by == 0, 1, by)
+        return _combined(divide, weighted, coefficients, edits, sign)
+
+    return formula
+
+
+def _combined(
+    divide: Divide,
+    weighted: bool,
+    coefficients: Sequence[Scalar],
+    edits: Sequence[Array],
+    sign: Array,
+) -> Array:
+    terms = [c * x for c, x in zip(coefficients, edits, strict=True)]
+    voters = terms if weighted else edits
+    agree = [(jnp.sign(v) == sign) & (sign != 0) for v in voters]
+    kept = [jnp.where(a, x, 0) for a, x in zip(agree, terms, strict=True)]
+    if divide == "largest":
+        return functools.reduce(lambda x, y: jnp.where(jnp.abs(y) > jnp.abs(x), y, x), kept)
+    together = sum(kept[1:], kept[0])
+    if divide == "one":
+        return together
+    shares = [jnp.ones((), sign.dtype)] * len(edits) if divide == "count" else coefficients
+    by = sum(jnp.where(a, c, 0) for a, c in zip(agree, shares, strict=True))
+    return together / jnp.where(by == 0, 1, by)
+
+
+def agreed(
+    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Any
+) -> Weights:
+    """The base plus what the task vectors agree on: election, disjoint merge, scale."""
+    for name, words in (("vote", Vote), ("zero", Zero), ("divide", Divide)):
+        _checks.one_of(name, getattr(options, name), get_args(words))
+    if options.zero == "majority":  # of the whole tree
+        votes = coefficients if options.weighted else None
+        signs = elect(edits, votes, vote=options.vote, zero=options.zero)
+        edit = disjoint_merge(
+            edits, signs, coefficients, divide=options.divide, weighted=options.weighted
+        )
+        return added(base, edit, options.scale)
+    scale = _checks.scalar("scale", options.scale)
+    in_one_pass = _agreement(options.vote, options.zero, options.divide, options.weighted)
+    return in_one_pass((scale, *coefficients), (base, *edits))
+
+
+@functools.cache
+def _agreement(vote: Vote, zero: Zero, divide: Divide, weighted: bool) -> Callable[..., Weights]:
+    @tree.elementwise
+    def formula(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+        (scale, *coefficients), (base, *edits) = scalars, arrays
+        votes = coefficients if weighted else [jnp.ones((), base.dtype)] * len(edits)
+        sign = _elected(vote, votes, edits)
+        if zero == "plus":
+            sign = jnp.where(sign == 0, 1, sign)
+        return base + scale * _combined(divide, weighted, coefficients, edits, sign)
 
     return formula

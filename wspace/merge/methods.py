@@ -8,25 +8,13 @@ from jaxtyping import Array
 
 from wspace import _checks, tree
 from wspace.merge import presets
-from wspace.merge.consensus import Divide, Vote, Zero, disjoint_merge, elect
+from wspace.merge.consensus import Divide, Vote, Zero, agreed
 from wspace.merge.sparsify import Kept, Rescale, Scope, drop, trim
 from wspace.merge.task import added, differences, siblings
 from wspace.merge.thinning import RankScope, band, magprune
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
 
 __all__ = ["breadcrumbs", "breadcrumbs_ties", "dare", "dare_ties", "della", "ties"]
-
-
-def agreed(
-    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Any
-) -> Weights:
-    """The base plus what the task vectors agree on: election, disjoint merge, scale."""
-    votes = coefficients if options.weighted else None
-    signs = elect(edits, votes, vote=options.vote, zero=options.zero)
-    edit = disjoint_merge(
-        edits, signs, coefficients, divide=options.divide, weighted=options.weighted
-    )
-    return added(base, edit, options.scale)
 
 
 def ties(

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
+from wspace._numerics import accumulator
 from wspace.merge import presets
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -66,7 +68,10 @@ def siblings(
 
 
 def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights]:
-    """The task vectors in the dtype of arithmetic."""
+    """The task vectors in the dtype of arithmetic on base and models together."""
+    leaves = jax.tree.leaves([base, *tuned])
+    if len({accumulator(leaf.dtype) for leaf in leaves}) > 1:
+        base, *tuned = tree.widened(base, *tuned)
     return [_exact_difference((), (base, x)) for x in tuned]
 
 
