@@ -20,7 +20,7 @@ SAMPLE = 2**14  # of these, entries that the guess is made from
 RUN = 256  # of more, entries read at one place
 APART = 2**19  # and from one place to the next
 RUNS = 32  # runs that are computed at once
-INDEPENDENT = 32  # entries that a run is taken for
+INDEPENDENT = 64  # entries that a run is taken for
 DEVIATIONS = 4  # by which the share of larger entries may differ from that of the sample
 COMMON = 1 / 64  # share of the sample from which a magnitude is counted and not taken out
 
