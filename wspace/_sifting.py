@@ -110,7 +110,7 @@ def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
             runs = _lazy.Runs(tuple(starts.tolist()), min(RUN, x.size))
             samples.append(_codes(_Piece(i, x, runs))[: len(places) * runs.length])
             count += len(places)
-    return np.concatenate(samples), INDEPENDENT * count
+    return np.concatenate(samples), min(INDEPENDENT, RUN) * count
 
 
 def _guess(sample: np.ndarray, share: float, independent: int, top: int) -> _Range:
