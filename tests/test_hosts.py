@@ -32,7 +32,7 @@ me = int(sys.argv[2])
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, me)
 
 import numpy as np
-from tests.test_hosts import OWN, mesh_of, merged, sharding_on
+from tests.test_hosts import OWN, mesh_of, merged, sharding_on, whole_model
 from wspace import checkpoint
 from wspace.checkpoint.stored import Stored
 
@@ -64,6 +64,11 @@ if importlib.util.find_spec("orbax"):
     checkpoint.save_orbax(folder / "tree", tree)
     loaded = checkpoint.load_orbax(folder / "tree", sharding_on(mesh_of()))
     checkpoint.save(folder / "tree.safetensors", loaded["model"])
+
+
+files = [checkpoint.open(folder / f"{x}.safetensors") for x in "abc"]
+with checkpoint.create(folder / "streamed", files[0]) as writer:
+    checkpoint.stream(whole_model, files, writer, lazy=True)
 
 
 def filled(name, write, layout=OWN, **options):
@@ -165,6 +170,11 @@ def merged(a, b, c):
     yield "between", interpolate.slerp(*some, 0.3)
 
 
+def whole_model(points):
+    turned = interpolate.slerp(*points[:2], 0.3)
+    return merge.ties(points[2], [turned, points[1]], density=0.4)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder with what two processes wrote together, and what each of them says."""
@@ -217,6 +227,15 @@ def test_two_processes_write_what_one_writes_bit_for_bit(run):
                     np.asarray(leaf, np.float64),
                     rtol=4 * float(jnp.finfo(leaf.dtype).eps),
                 )
+
+
+def test_a_function_of_files_is_shared_out_by_tensors(run):
+    folder, _ = run
+    wanted = whole_model([checkpoint.load(folder / f"{x}.safetensors") for x in "abc"])
+    found = checkpoint.load(folder / "streamed")
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert np.asarray(found[name]).tobytes() == np.asarray(x).tobytes(), name
 
 
 def test_a_process_reads_its_own_shards_alone(run):

@@ -18,6 +18,13 @@ def leads() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def share() -> slice:
+    """Which of many things this process of a run does."""
+    if not jax.distributed.is_initialized():
+        return slice(None)
+    return slice(jax.process_index(), None, jax.process_count())
+
+
 class Hosts:
     """The processes that called the same function at the same time, or this one alone.
 

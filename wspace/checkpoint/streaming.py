@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from wspace import _checks, _lazy
+from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer
 
@@ -44,15 +45,18 @@ def stream(
 
     With `lazy=True` once, with whole trees whose leaves are read from the files when their entries
     are needed, and are in no memory before and after. What the function returns is then computed
-    and written in pieces, so that not even one large tensor need fit. The averages, paths, merges
-    and steering of this library can be called so, but for those by singular values; a function of
-    your own if it is made of them and of `tree.elementwise`, `tree.combine`, `tree.vdot` and
-    `tree.norm`. Sums read a whole tensor at a time, and every sum and every count is one more
-    reading of the files.
+    and written in pieces, so that not even one large tensor need fit. The functions of the command
+    line can be called so, but for those that it calls tensor by tensor; one of your own if it is
+    made of them and of `tree.elementwise`, `tree.combine`, `tree.vdot` and `tree.norm`. Sums read a
+    whole tensor at a time, and every sum and every count is one more reading of the files.
 
     Tensors are read as they are needed and written on threads while the next ones are computed.
     Those that the writer has from before an interruption are skipped. Tensors that are no weights,
     of integers or booleans, are those of the first source; in the others they must be the same.
+
+    In a run of several processes, by `jax.distributed`, all of them call this, and each computes
+    and writes its share of the tensors. Sums are computed by each, so the result does not depend
+    on how many there are.
 
     Args:
         function: Takes a list of one tree a source and returns a tree, such as
@@ -123,7 +127,8 @@ def _results(
     trees: list[dict[str, Any]] | None,
 ) -> Iterator[tuple[str, Any]]:
     """The tensors of the result by name, but for those that are finished."""
-    left = [tensor for name, tensor in sources[0].items() if name not in finished]
+    own = list(sources[0].values())[share()]
+    left = [tensor for tensor in own if tensor.name not in finished]
     weights = [tensor.name for tensor in left if _is_weight(tensor)]
     whole: dict[str, Any] = {}
     if trees is not None and weights:
