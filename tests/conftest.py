@@ -33,7 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes the first draw slow and later ones fast, so a deadline measures nothing. Nor
 # does the health of a few derandomized draws, which change with every number in the sources.
-for name, count in (("default", 25), ("few", 5)):
+for name, count in (("default", 15), ("few", 2)):
     hypothesis.settings.register_profile(
         name,
         deadline=None,

@@ -65,7 +65,7 @@ def entry(values, r, radius):
     return kept - np.sqrt(radius**2 - tail**2) if tail <= radius else np.inf
 
 
-@settings(max_examples=30)
+@settings(max_examples=8)
 @given(situation=situations())
 def test_every_figure_is_that_of_numpy(situation):  # (vi L1)
     xs, a, avoid, radius, gap = situation
@@ -117,7 +117,7 @@ def test_every_figure_is_that_of_numpy(situation):  # (vi L1)
             assert leaf.rank_needed == (-1 if wanted == len(alone) else wanted)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(situation=situations(count=2))
 def test_the_spectral_and_the_nuclear_budget_reach_the_sphere_and_no_less_does(situation):
     xs, a, avoid, radius, gap = situation
@@ -139,7 +139,7 @@ def test_the_spectral_and_the_nuclear_budget_reach_the_sphere_and_no_less_does(s
     assert abs(nuclear - wanted) <= 8 * error * values.size * (1 + e / radius)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(situation=situations(count=2), pick=st.integers(0, 30))
 def test_the_entry_edit_lands_on_the_sphere_and_less_of_it_stays_outside(situation, pick):
     xs, a, avoid, radius, gap = situation  # (vi L2)
@@ -160,7 +160,7 @@ def test_the_entry_edit_lands_on_the_sphere_and_less_of_it_stays_outside(situati
     assert geometry.distance(short, avoid) > radius
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(situation=situations(count=2), seed=st.integers(0, 2**16), r=st.integers(0, 4))
 def test_no_edit_of_that_rank_and_norm_comes_nearer(situation, seed, r):  # (vi L3)
     xs, a, avoid, radius, gap = situation
@@ -200,7 +200,7 @@ def test_another_spectrum_can_attain_the_ceiling_too():  # section 10, F3
     assert (report.rank_needed, report.ceiling) == (2, 2)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(situation=situations(count=2), t=st.sampled_from([2.0**-10, 2.0**10]))
 def test_scaling_scales_budgets_and_leaves_ranks(situation, t):  # (vi L5)
     xs, a, avoid, radius, _ = situation
@@ -220,7 +220,7 @@ def test_scaling_scales_budgets_and_leaves_ranks(situation, t):  # (vi L5)
         )
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(situation=situations(count=2), seed=st.integers(0, 2**16))
 def test_rotations_permutations_and_translations_leave_the_report(situation, seed):  # (vi L6)
     xs, a, avoid, radius, _ = situation
@@ -240,7 +240,7 @@ def test_rotations_permutations_and_translations_leave_the_report(situation, see
         np.testing.assert_allclose(getattr(after, name), getattr(before, name), atol=error)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(situation=situations(count=2))
 def test_a_larger_radius_raises_no_budget_and_no_rank(situation):  # (vi L7)
     xs, a, avoid, _, gap = situation
@@ -303,7 +303,7 @@ def test_the_segment_of_two_points_and_the_line():
     np.testing.assert_allclose(same.line_distance, np.sqrt(2), rtol=8 * UNIT)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**16))
 def test_activations_weigh_the_displacement(seed):  # (vi L10)
     rng = np.random.default_rng(seed)
@@ -338,7 +338,7 @@ def test_activations_of_a_convolution_are_patches():  # (vi L10)
     np.testing.assert_allclose(leaf.data_tail, wanted, atol=error)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(situation=situations(count=2))
 def test_moving_one_point_by_its_budget_lands_on_the_sphere(situation):  # (vi L11)
     xs, a, avoid, radius, gap = situation
@@ -354,7 +354,7 @@ def test_moving_one_point_by_its_budget_lands_on_the_sphere(situation):  # (vi L
         assert abs(landed - radius) <= 4 * (rounding(xs, a, avoid) + rounding(moved, a, avoid))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(edit=matrices((6, 4)), r=st.integers(0, 4))
 def test_the_distance_left_under_a_spectral_cap_falls_with_rank_and_cap(edit, r):  # (vi L12)
     norm = float(np.linalg.norm(np.asarray(edit)))

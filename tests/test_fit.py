@@ -99,7 +99,7 @@ def wide(x):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(start=weights(LAYOUT))
 def test_whole_training_reaches_the_minimum_and_its_gradient_vanishes(name, start):
     optimizer, steps = OPTIMIZERS[name]
@@ -168,7 +168,7 @@ def test_without_steps_nothing_moves(rank, start):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(start=weights(MIXED, entries=st.floats(-1, 1, width=32)))
 def test_through_rank_r_every_matrix_moves_by_rank_r_and_vectors_freely(rank, start):
     found, history = fit.adapt(KEY, bowl, start, rank=rank, optimizer=SLOW, steps=100)

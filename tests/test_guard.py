@@ -347,7 +347,7 @@ def mixtures(draw, count):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data(), mu=st.sampled_from([0.0, 0.25, 1.0, 3.0]))
 def test_the_quadratic_case_has_its_closed_form(count, data, mu):  # (v L1)
     a, starts = data.draw(mixtures(count)), [data.draw(weights(LAYOUT)) for _ in range(count)]
@@ -369,7 +369,7 @@ def test_the_quadratic_case_has_its_closed_form(count, data, mu):  # (v L1)
     np.testing.assert_allclose(history.loss[-1], total, rtol=10 * CLOSE, atol=atol)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(a=mixtures(2))
 def test_a_stiff_penalty_is_retarget(a):  # (v L1)
     mu = 2.0**14
@@ -379,7 +379,7 @@ def test_a_stiff_penalty_is_retarget(a):  # (v L1)
         np.testing.assert_allclose(flat(x), flat(y), atol=2e-3 * size(*wanted, TARGET))
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(data=st.data(), a=mixtures(3), strength=st.sampled_from([0.5, 1.0, 3.0]))
 def test_every_point_is_pushed_in_one_direction_by_its_coefficient(data, a, strength):  # (v L2)
     starts = [data.draw(weights(LAYOUT)) for _ in range(3)]
@@ -402,7 +402,7 @@ def test_every_point_is_pushed_in_one_direction_by_its_coefficient(data, a, stre
         np.testing.assert_allclose(flat(y), -w * strength * bend_slope(zero), rtol=16 * UNIT)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(starts=st.tuples(weights(LAYOUT), weights(LAYOUT)))
 def test_without_strength_every_point_is_trained_alone(starts):  # (v L4)
     joint, history = fit.guard(
@@ -415,7 +415,7 @@ def test_without_strength_every_point_is_trained_alone(starts):  # (v L4)
     assert (history.terms[:, 2] != 0).all()  # measured, though it counts for nothing
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(starts=st.tuples(weights(LAYOUT), weights(LAYOUT)))
 def test_swapping_points_swaps_results(starts):  # (v L7)
     run = functools.partial(fit.guard, KEY, optimizer=SGD, steps=10, strength=2.0)
@@ -440,7 +440,7 @@ OUT = jax.tree.map(lambda x: jnp.zeros_like(x).at[(0,) * x.ndim].set(3), CENTER)
 BALL, LED = fit.hinge(CENTER, 0.5), fit.hinge(CENTER, 0.5, direction=OUT)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(starts=st.tuples(weights(LAYOUT), weights(LAYOUT)))
 def test_from_outside_the_ball_nothing_moves(starts):  # (v L3)
     assume(np.linalg.norm((flat(starts[0]) + flat(starts[1])) / 2 - flat(CENTER)) > 0.51)

@@ -174,7 +174,7 @@ def test_no_average_comes_nearer_than_the_radius(mode, guard, given_normal):  # 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(data=st.data(), guard=guards(count=2))
 def test_with_allow_all_averages_are_guarded_and_no_point_moves_where_it_may_not(mode, data, guard):
     xs, avoid, radius, normal, k = guard  # (ii L9, L10, section 10)
@@ -449,7 +449,7 @@ def cost_of(xs, avoid, radius, n, mode, k):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**16))
 def test_no_normal_costs_less_than_the_one_found(mode, seed):
     rng = np.random.default_rng(seed)

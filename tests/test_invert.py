@@ -45,7 +45,7 @@ def flat(x):
     return vector(x).astype(np.float64)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(start=weights((3,)))
 def test_a_linear_model_is_named_by_least_squares(start):
     found, history = fit.invert(KEY, TALL_LOSS, start, optimizer=SGD, steps=400)
@@ -59,7 +59,7 @@ def test_a_linear_model_is_named_by_least_squares(start):
     assert history.gradient[-1] <= 40 * CLOSE * scale
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(start=weights((3,)))
 def test_of_many_names_that_fit_the_nearest_to_the_start_is_found(start):
     found, history = fit.invert(KEY, FLAT_LOSS, start, optimizer=SGD, steps=400)
@@ -70,7 +70,7 @@ def test_of_many_names_that_fit_the_nearest_to_the_start_is_found(start):
 
 
 @pytest.mark.parametrize(("loss", "model"), [(TALL_LOSS, TALL), (FLAT_LOSS, FLAT)])
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(start=weights((3,)), ridge=st.sampled_from([0.25, 1.0, 3.0]))
 def test_with_ridge_it_is_the_formula(loss, model, start, ridge):
     found, history = fit.invert(KEY, loss, start, ridge=ridge, optimizer=SGD, steps=400)
@@ -127,7 +127,7 @@ def touches_all(table):
     return TALL_LOSS(table[4]) + jnp.sum(table**2) / 8
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(table=weights((6, 3)), start=weights((3,)))
 def test_a_row_of_a_table_is_named_as_if_alone(table, start):
     run = functools.partial(fit.invert, KEY, start=start, optimizer=SGD, steps=100)
@@ -225,7 +225,7 @@ def spread(name):
 
 
 @given(start=weights({"w": (4, 3), "b": (3,)}), ridge=st.sampled_from([0.0, 0.5, 3.0]))
-@settings(max_examples=10)
+@settings(max_examples=8)
 def test_any_tree_is_a_name(start, ridge):
     found, _ = fit.invert(KEY, spread, start, ridge=ridge, optimizer=SGD, steps=400)
     wanted = jax.tree.map(lambda x: (1 + ridge * x) / (1 + ridge), start)

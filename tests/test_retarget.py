@@ -207,7 +207,7 @@ def oracle_with_allow(xs, c, k, target, allow):
     return [root @ z / np.sqrt(p) for root, z, p in zip(roots, parts, k, strict=True)], shift
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(data=st.data(), count=st.integers(1, 3))
 def test_with_allow_the_edits_are_the_least_squares_solution(data, count):
     xs, c, k, target = data.draw(problems(count=count, layout=LAYOUT))
@@ -651,7 +651,7 @@ def norm_in_cone(name, gap):
 
 
 @pytest.mark.parametrize("name", CONES)
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(ball=balls(count=2, layout=LAYOUT))
 def test_in_a_cone_the_average_leaves_by_the_least_edit_of_the_cone(name, ball):  # (ii L7, L8)
     xs, c, k, avoid, radius, gap = ball

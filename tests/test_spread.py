@@ -132,7 +132,7 @@ def ranks_of(edit, least):
 
 
 @pytest.mark.parametrize(("a", "ranks", "costs"), SPLITS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_ranks_that_add_up_split_a_shift_over_the_points(a, ranks, costs, data):  # (ii L12)
     shift = data.draw(shifts(min(sum(ranks), 3)))
@@ -151,7 +151,7 @@ def test_ranks_that_add_up_split_a_shift_over_the_points(a, ranks, costs, data):
         assert edit["s"].rank == min(r, 3)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_ranks_of_the_whole_shift_are_retarget(data):  # (ii L12, ii L2)
     a, costs, shift = (0.7, -0.2, 0.5), (1.0, 4.0, 0.5), data.draw(shifts(3))
