@@ -322,19 +322,21 @@ def undecided(base: np.ndarray, *tuned: np.ndarray, dtype: str) -> tuple[np.ndar
 
 def tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """All tensors of a folder, one by one."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+    for name, opened in _stored(folder):
+        yield name, opened.get_tensor(name)
 
 
 def _tensor(folder: Path, name: str) -> np.ndarray:
     """A tensor of a folder."""
+    return next(opened.get_tensor(name) for found, opened in _stored(folder) if found == name)
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The names of the tensors of a folder, each with its open file."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "numpy") as opened:
-            if name in opened.keys():  # noqa: SIM118
-                return opened.get_tensor(name)
-    raise KeyError(f"{name} is not in {folder}")
+            names = opened.keys()
+            yield from ((name, opened) for name in names)
 
 
 def main() -> None:

@@ -417,3 +417,15 @@ def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(folder, data)
         want = {name: bytes(x["data"]) for name, x in safetensors.deserialize(data)}
         assert {name: stored.read().tobytes() for name, stored in opened.items()} == want
         assert sum(stored.nbytes for stored in opened.values()) <= len(data)
+
+
+@pytest.mark.parametrize(("name", "count"), [("w", 4), ("w", -1), ("s", 1), ("none", 0)])
+def test_rows_that_a_tensor_has_not_are_refused(name, count, tmp_path):
+    tensors = {"w": np.arange(6, dtype=np.float32).reshape(3, 2), "s": np.float32(1)}
+    checkpoint.save(tmp_path / "a.safetensors", {k: np.asarray(x) for k, x in tensors.items()})
+    with checkpoint.open(tmp_path / "a.safetensors") as opened:
+        cut = opened.first_rows({"w": 2})
+        np.testing.assert_array_equal(cut["w"].read(), tensors["w"][:2])
+        assert opened["w"].shape == (3, 2)
+        with pytest.raises(ValueError, match="ask for at most as many as it has"):
+            opened.first_rows({name: count})

@@ -189,11 +189,33 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
 
         Of embeddings of vocabularies that were extended, these are the rows that all have. Nothing
         is read; both are closed together.
+
+        Args:
+            counts: The numbers of rows, by the names of tensors with at least one axis.
+
+        Raises:
+            ValueError: If there is no such tensor, or it has no rows or fewer.
+
+        Examples:
+            >>> import tempfile
+            >>> import jax.numpy as jnp
+            >>> from wspace import checkpoint
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     checkpoint.save(f"{folder}/a.safetensors", {"words": jnp.ones((5, 2))})
+            ...     with checkpoint.open(f"{folder}/a.safetensors") as opened:
+            ...         print(opened.first_rows({"words": 3})["words"].shape)
+            (3, 2)
         """
         cut = copy.copy(self)
         cut._tensors = dict(self._tensors)
         for name, count in counts.items():
-            tensor = self._tensors[name]
+            tensor = self._tensors.get(name)
+            if tensor is None or not tensor.shape or not 0 <= count <= tensor.shape[0]:
+                shape = "is not there" if tensor is None else f"has shape {tensor.shape}"
+                raise ValueError(
+                    f"the first {count} rows of tensor {name!r} of {self.path} are asked for, "
+                    f"which {shape}: ask for at most as many as it has"
+                )
             length = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
             cut._tensors[name] = dataclasses.replace(
                 tensor, shape=(count, *tensor.shape[1:]), nbytes=count * length

@@ -140,7 +140,7 @@ def _results(
         elif trees is not None:
             yield name, whole.pop(name)
         else:
-            arrays = [{name: jax.device_put(_aligned(source[name].read()))} for source in sources]
+            arrays = [{name: jax.device_put(_for_jax(source[name].read()))} for source in sources]
             try:
                 yield name, function(arrays)[name]
             except (TypeError, ValueError) as error:
@@ -163,12 +163,12 @@ def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> _lazy.Lazy:
             array = tensor.rows(*span)
         if look is not None:
             look(array.nbytes)
-        return jax.device_put(_aligned(array))
+        return jax.device_put(_for_jax(array))
 
     return _lazy.Lazy(tensor.shape, tensor.dtype, read)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def _for_jax(array: np.ndarray) -> np.ndarray:
     """The array where JAX can use it as it is; its own copying takes several times as long."""
     start = -array.ctypes.data % ALIGNMENT
     if not start:
