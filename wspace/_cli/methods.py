@@ -12,8 +12,7 @@ from wspace._cli.words import Misuse, Parser, count, near, number
 
 HOW = {
     "pieces": "piece by piece, in the memory of a few pieces",
-    "passes": "sums or counts over the whole models first, then piece by piece, in the memory of a "
-    "few tensors",
+    "passes": "sums or counts over the whole models first, then in pieces",
     "tensors": "tensor by tensor, in the memory of a few tensors",
 }
 """How a method is carried out, in words."""

@@ -22,7 +22,7 @@ def _difference(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 _rounded_difference = tree.elementwise(_difference)
-_exact_difference = tree.elementwise(_difference, rounded=False)
+_wide_difference = tree.elementwise(_difference, rounded=False)
 
 
 def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
@@ -72,7 +72,7 @@ def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights
     leaves = jax.tree.leaves([base, *tuned])
     if len({accumulator(leaf.dtype) for leaf in leaves}) > 1:
         base, *tuned = tree.widened(base, *tuned)
-    return [_exact_difference((), (base, x)) for x in tuned]
+    return [_wide_difference((), (base, x)) for x in tuned]
 
 
 @tree.elementwise
