@@ -229,3 +229,15 @@ def test_new_scalars_compile_nothing():
     assert (
         len(calls) <= 4
     )  # plain floats, integers and arrays of a dtype each are a type of their own
+
+
+@each_dtype
+def test_what_is_not_rounded_keeps_the_digits_of_the_arithmetic(dtype):
+    def third(_, arrays):
+        return arrays[0] / 3
+
+    x = {"w": jnp.arange(1, 5).astype(dtype)}
+    wide = tree.elementwise(third, rounded=False)((), (x,))["w"]
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, np.arange(1, 5, dtype=np.float32) / np.float32(3))
+    assert tree.elementwise(third)((), (x,))["w"].dtype == dtype
