@@ -151,6 +151,29 @@ METHODS = {
 }
 
 
+COMPILED = {
+    "geometric median": lambda *points: average.geometric_median(points),
+    "fisher mean": lambda *points: average.fisher_mean(points, [squares(x) for x in points]),
+    "ties by row": lambda base, *tuned: merge.ties(base, tuned, scope="row"),
+    "breadcrumbs": lambda base, *tuned: merge.breadcrumbs(base, tuned, preset=PRESET, density=0.2),
+    "dare_ties": lambda base, *tuned: merge.dare_ties(jax.random.key(0), base, tuned),
+    "della": lambda base, *tuned: merge.della(jax.random.key(0), base, tuned),
+    "sce": lambda base, *tuned: merge.sce(base, tuned, density=0.5),
+    "ram": lambda base, *tuned: merge.ram(base, tuned, boost=0.1),
+    "pcb": lambda base, *tuned: merge.pcb(base, tuned),
+    "magmax": lambda base, *tuned: merge.magmax(base, tuned),
+    "negmerge": lambda base, *tuned: merge.negmerge(base, tuned),
+    "ext_sub": lambda base, *tuned: merge.ext_sub(base, *tuned),
+    "emr": lambda base, *tuned: merge.emr_model(base, merge.emr(base, tuned), 0),
+}
+"""Further merges of a base and two models, of which `compile` alone says something."""
+
+
+def squares(x: Any) -> Any:
+    """A Fisher made of weights, on the host, where it costs no program."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.square(np.asarray(leaf))), x)
+
+
 def related(gib: float, dtype: Any, count: int) -> list[dict[str, jax.Array]]:
     """A base, and models tuned from it by a tenth of its size."""
     base = model(gib, dtype, 0)
@@ -229,33 +252,36 @@ def difference(ours: Any, other: Any) -> float:
 def compiling(leaves: int, names: Sequence[str]) -> None:
     """Seconds until a first result, for few distinct shapes and for as many as leaves.
 
-    An eager call compiles a kernel for every distinct shape; one program for the whole tree, under
-    a caller's `jit`, has one for every leaf, and is measured for the methods that read no sums.
+    An eager call compiles a kernel for every distinct shape, or for a few lengths; one program for
+    the whole tree, under a caller's `jit`, has a kernel for every leaf, and is measured for the
+    methods that read no sums.
     """
     jax.config.update("jax_enable_compilation_cache", False)
     few = [((64,), (256,), (16, 32), (32, 64))[i % 4] for i in range(leaves)]
-    many = [(64 + i * 3936 // leaves,) for i in range(leaves)]
+    many = [(64 + 4 * i,) if i % 2 else (8 + i // 20, 8 + i) for i in range(leaves)]
+    calls = {name: METHODS[name].ours for name in names if name in METHODS}
+    calls |= {name: COMPILED[name] for name in names if name in COMPILED}
     for shapes in (few, many):
         print(f"\n{leaves} leaves, {len(set(shapes))} shapes: seconds")
         print(f"    {'':<20}{'first call':>12}{'later':>8}{'one program':>13}")
         rng = np.random.default_rng(0)
         models = [
+            # By `jnp.asarray` every shape would have a program.
             {
-                f"{i}": jnp.asarray(rng.standard_normal(shape, np.float32))
+                f"{i}": jax.device_put(rng.standard_normal(shape, np.float32))
                 for i, shape in enumerate(shapes)
             }
-            for _ in range(max(METHODS[name].count for name in names))
+            for _ in range(8)
         ]
-        for name in names:
-            method = METHODS[name]
-            points = models[: method.count]
-            call = functools.partial(method.ours, *points)
+        for name, merged in calls.items():
+            points = models[: METHODS[name].count if name in METHODS else 3]
+            call = functools.partial(merged, *points)
             jax.clear_caches()
             first, later = (seconds(call) for _ in range(2))
             whole = ""
             if name.startswith(("linear", "task")):
                 jax.clear_caches()
-                whole = f"{seconds(functools.partial(compiled, method.ours, points)):13.2f}"
+                whole = f"{seconds(functools.partial(compiled, merged, points)):13.2f}"
             print(f"    {name:<20}{first:12.2f}{later:8.2f}{whole}", flush=True)
 
 
@@ -281,17 +307,19 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
+        choices=[*METHODS, *COMPILED],
+        default=[*METHODS, *COMPILED],
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)}",
+        help=f"of {', '.join(METHODS)}; to compile, also {', '.join(COMPILED)}",
     )
     options = parser.parse_args()
     installed = {"torch": torch, "mergekit": merge_tensors, "peft": merge_utils}
     found = ", ".join(f"{'' if module else 'no '}{name}" for name, module in installed.items())
     print(f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, {found}")
     runs = {
-        "merges": lambda: merges(options.gib, options.rounds, options.only),
+        "merges": lambda: merges(
+            options.gib, options.rounds, [name for name in options.only if name in METHODS]
+        ),
         "compile": lambda: compiling(options.leaves, options.only),
     }
     for name in options.parts or runs:

@@ -13,6 +13,7 @@ def accumulator(*dtypes: DTypeLike) -> type:
     return jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32
 
 
+@jax.jit(inline=True)
 def safe_sqrt(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     r"""$\sqrt{\max(x, 0)}$ with derivative $0$, not infinite, where $x \le 0$; NaN stays NaN."""
     nothing = x <= 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wspace import _lazy
+from wspace import _lazy, _padding
 from wspace._numerics import accumulator
 from wspace.typing import WeightsLike
 
@@ -55,6 +55,7 @@ def leaf_row_sums(
 
 
 @_lazy.reading
+@_padding.reading
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _leaf_sums(
     formula: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], wide: type
@@ -62,12 +63,13 @@ def _leaf_sums(
     return jnp.stack([jnp.sum(x) for x in leaf_row_sums(formula, leaves, wide)])
 
 
+@_padding.few_programs
 def sums(
     formula: Callable[[Sequence[Array]], Sequence[Array]], trees: Sequence[WeightsLike]
 ) -> Float[Array, " p"]:
     """The sums over all entries of trees of one layout, every leaf read in one pass.
 
-    The formula must be defined once: each new one compiles anew.
+    The formula must be zero for zeros, and be defined once: each new one compiles anew.
     """
     rows = [jax.tree.leaves(x) for x in trees]
     wide = accumulator(*(leaf.dtype for leaves in rows for leaf in leaves))

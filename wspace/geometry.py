@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wspace import _checks, _lazy, tree
+from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator, safe_sqrt, split
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -71,6 +71,7 @@ def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
 
 
 @_lazy.reading
+@_padding.reading
 @jax.jit
 def _chord_sums(ratio: Scalar, x: Array, y: Array) -> Float[Array, "3"]:
     # The products of the high halves are exact, so x - ratio y and x + ratio y keep all digits
@@ -83,12 +84,11 @@ def _chord_sums(ratio: Scalar, x: Array, y: Array) -> Float[Array, "3"]:
     return jnp.stack([jnp.sum(gap * gap), jnp.sum(total * total), jnp.sum(gap * total)])
 
 
+@_padding.few_programs
 def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, both with small relative error; 0, 1 at zero."""
     wide = accumulator(*(_lazy.array(leaf).dtype for leaf in jax.tree.leaves((x, y))))
-    x_norm, y_norm = tree.norm(x).astype(wide), tree.norm(y).astype(wide)
-    nothing = y_norm == 0
-    ratio = x_norm / jnp.where(nothing, 1, y_norm)
+    ratio, undefined = _ratio(tree.norm(x), tree.norm(y), wide)
     sums = [
         _chord_sums(ratio, a, b)
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
@@ -96,7 +96,15 @@ def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     ]
     if not sums:
         return jnp.zeros((), wide), jnp.ones((), wide)
-    return _half_of(jax.tree.reduce_associative(jnp.add, sums), nothing | (x_norm == 0))
+    return _half_of(jax.tree.reduce_associative(jnp.add, sums), undefined)
+
+
+@jax.jit(static_argnums=2)
+def _ratio(x_norm: Scalar, y_norm: Scalar, wide: type) -> tuple[Scalar, Bool[Array, ""]]:
+    """How much longer one point is than another, and whether one of them is zero."""
+    x_norm, y_norm = x_norm.astype(wide), y_norm.astype(wide)
+    nothing = y_norm == 0
+    return x_norm / jnp.where(nothing, 1, y_norm), nothing | (x_norm == 0)
 
 
 @jax.jit

@@ -151,7 +151,7 @@ def low_rank_gaussian(
     return lowrank.scale(_stretch(norm, edit if rank else ()), edit)
 
 
-@tree.elementwise
+@functools.partial(tree.elementwise, scope="leaf")
 def _filters(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     direction, like = arrays
     stack = matrix_shape(like.shape)[:-2]

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PyTree, UInt, UInt32
 
-from wspace import _checks, _lazy
+from wspace import _checks, _lazy, _padding
 from wspace._numerics import accumulator
 from wspace._sifting import codes_of, last_of
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -223,6 +223,7 @@ def _wide(leaves: Sequence[Array]) -> type:
     return accumulator(*(leaf.dtype for leaf in leaves))
 
 
+@_padding.few_programs
 def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, ...]:
     """The keys of the last entry selected; if `exact`, that of its magnitude alone.
 
@@ -235,17 +236,18 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
         return _last_of_lazy(leaves, need)[: 1 if exact else 3]
     leaves = [lax.stop_gradient(leaf) for leaf in leaves]
     if 0 < size <= FEW and not _axes(leaves[0]):
-        return _last_by_sorting(leaves[0], need, _wide(leaves))[: 1 if exact else 3]
-    if size <= SMALL or _checks.is_traced(leaves, need):
+        x, first = _entries_of(leaves[0], None), _first(leaves[0], None)
+        return _last_by_sorting(x, first, need, _wide(leaves))[: 1 if exact else 3]
+    if (size <= SMALL and not _padding.many()) or _checks.is_traced(leaves, need):
         return _last_in_one(leaves, need, exact)
     return _levels(leaves, need, exact)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _last_by_sorting(x: Array, need: Count, wide: type) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnums=3)
+def _last_by_sorting(x: Array, first: Any, need: Count, wide: type) -> tuple[Array, ...]:
     dtype, nan = codes_of(wide)
     below = jnp.asarray(nan, dtype) - _code(x.reshape(-1), wide)
-    places = jnp.arange(x.size - 1, -1, -1, dtype=jnp.uint32)
+    places = jnp.asarray(first) - jnp.arange(x.size, dtype=jnp.uint32)
     below, places = lax.sort((below, places), num_keys=1, is_stable=True)
     last = need[1] - 1  # its other part is zero
     return jnp.asarray(nan, dtype) - below[last], jnp.uint32(0), places[last]
@@ -266,7 +268,7 @@ def _levels(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, .
     largest = max((leaf.size for leaf in leaves), default=0)
     heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(largest)]
     total = _count(sum(leaf.size for leaf in leaves))
-    pivots = _quantiles(leaves, need, total)
+    pivots = _quantiles(leaves, need)
     keys: tuple[Array, ...] = ()
     for level, height in enumerate(heights[:1] if exact else heights):
         state = _begun(height, total, need, pivots, exact)
@@ -360,17 +362,20 @@ def _pivots(bracket: Bracket, need: Count) -> UInt[Array, " pivots"]:
     return jnp.sort(bracket.low + jnp.clip(steps, 1, jnp.maximum(width, 2) - 1))
 
 
-def _quantiles(leaves: Sequence[Array], need: Count, total: Count) -> Array | None:
+def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
     """First pivots, from evenly spaced entries; none if there is nothing or leaves are sharded."""
+    if any(map(_axes, leaves)):
+        return None
+    leaves = [_entries_of(leaf, None) for leaf in leaves]
     size = sum(leaf.size for leaf in leaves)
-    if not size or any(map(_axes, leaves)):
+    if not size:
         return None
     # Odd, as a power of two would see few columns.
     stride, wide = max(size // SAMPLE, 1) | 1, _wide(leaves)
     parts = [_sample(leaf, stride, wide) for leaf in leaves if leaf.size]
     # NumPy joins a thousand arrays at once; for XLA every such list of shapes is a new program.
     joined = (jnp if _checks.is_traced(parts) else np).concatenate(parts)
-    return _pick(joined, _number(need) / _number(total))
+    return _pick(joined, need, np.float32(size))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -379,8 +384,8 @@ def _sample(x: Array, stride: int, wide: type) -> UInt[Array, " sample"]:
 
 
 @jax.jit
-def _pick(sample: UInt[Array, " sample"], share: Scalar) -> UInt[Array, " pivots"]:
-    count = sample.size
+def _pick(sample: UInt[Array, " sample"], need: Count, size: Scalar) -> UInt[Array, " pivots"]:
+    share, count = _number(need) / size, sample.size
     rank, deviation = (1 - share) * count, jnp.sqrt(share * (1 - share) * count)
     places = rank + deviation * jnp.array([-4, -2, -0.7, 0, 0.7, 2, 4], jnp.float32)
     ordered = jnp.sort(sample)
@@ -398,16 +403,21 @@ def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
 def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> Count:
     """How many entries that have the given keys reach each pivot with their next one."""
     wide, last = _wide(leaves), len(leaves) - 1
-    total = jnp.zeros((PIVOTS, 2), jnp.uint32)
+    total: Any = np.zeros((PIVOTS, 2), np.uint32)
     only = None if len(keys) < 2 or _checks.is_traced(leaves, keys) else int(keys[1])
     for i, leaf in enumerate(leaves):
         number = np.uint32(last - i)
         if only not in (None, number):
             continue
         for span in _lazy.spans(leaf) if leaf.size else ():
-            x, first = _lazy.entries(leaf, span), _first(leaf, span)
+            x, first = _entries_of(leaf, span), _first(leaf, span)
             total = _leaf_counts(total, x, first, number, keys, pivots, wide)
     return total
+
+
+def _entries_of(leaf: Any, span: _lazy.Span) -> Any:
+    """The entries of a span, and zeros behind them where programs are to be few."""
+    return _padding.lengthened(_lazy.entries(leaf, span))
 
 
 def _first(leaf: Any, span: _lazy.Span) -> np.uint32:
@@ -434,6 +444,8 @@ def _leaf_counts(
         zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
         own = _keys(x, starts, shape, first, number, wide, zero)
         among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
+        if keys:  # without those of padding, which are no smaller than zeros
+            among &= own[2] <= first
         reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
         # One variadic reduction reads the entries once; seven sums would write them first.
         counts = lax.reduce(
@@ -481,11 +493,13 @@ def _kept(x: Array, first: Array, number: Array, cut: Cut, wide: type) -> Array:
     return jnp.where(_selected(x, first, number, cut, wide), x, 0)
 
 
+@_padding.entrywise()
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _on_leaf(function: Any, x: Array, first: Any, number: Any, cut: Cut, wide: type) -> Array:
     return function(x, first, number, cut, wide)
 
 
+@_padding.few_programs
 def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTree:
     leaves, structure = jax.tree.flatten(x)
     leaves, last = [_lazy.array(leaf) for leaf in leaves], len(leaves) - 1

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, PyTree, UInt32
 
-from wspace import _checks, _lazy
+from wspace import _checks, _lazy, _padding
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -36,12 +36,11 @@ __all__ = [
 ]
 
 
-MANY = 64
-"""The number of shapes from which one program for a whole tree is compiled."""
-
-
 def elementwise(
-    formula: Callable[[Sequence[Scalar], Sequence[Array]], Array], *, rounded: bool = True
+    formula: Callable[[Sequence[Scalar], Sequence[Array]], Array],
+    *,
+    rounded: bool = True,
+    scope: Literal["entry", "row", "leaf"] = "entry",
 ) -> Callable[[Sequence[ScalarLike], Sequence[WeightsLike]], Weights]:
     r"""Lifts a formula on the entries of arrays to trees, under the dtype policy of this module.
 
@@ -49,8 +48,8 @@ def elementwise(
     \theta_j = \operatorname{round}\bigl(f(c;\, \theta_{1j}, \dots, \theta_{kj})\bigr)
     $$
 
-    Every leaf is one fused kernel, compiled once per shape; new scalars compile nothing. A tree of
-    very many shapes is one program, which takes less time to compile than as many programs.
+    Every leaf is one fused kernel, compiled once per shape; new scalars compile nothing. Leaves of
+    very many shapes share kernels of a few lengths, to which they are padded.
 
     Args:
         formula: Takes the scalars and the arrays, both as sequences and in the dtype of the
@@ -58,6 +57,10 @@ def elementwise(
             defined once: each new one compiles anew.
         rounded: Whether the result is rounded to the dtype of the first tree; else a leaf stays in
             that of the arithmetic, for what is computed on the way to a result.
+        scope: What an entry of the result depends on: that `"entry"` of the arrays alone, its
+            `"row"`, those that differ in their last index alone, or all of its `"leaf"`. The
+            formula is given parts of leaves, or matrices of rows, in which zeros may follow, or
+            whole leaves.
 
     Returns:
         The same formula on sequences of scalars and of trees of one layout, which returns a
@@ -74,7 +77,6 @@ def elementwise(
     def dtype(_: Any, leaves: Sequence[Any]) -> Any:
         return leaves[0].dtype if rounded else accumulator(*(leaf.dtype for leaf in leaves))
 
-    @_lazy.entrywise(dtype)
     @jax.jit
     def on_leaves(scalars: Sequence[Any], leaves: Sequence[Array]) -> Array:
         wide = accumulator(*(leaf.dtype for leaf in leaves))
@@ -83,17 +85,15 @@ def elementwise(
         )
         return result.astype(dtype(scalars, leaves))
 
+    padded = _padding.entrywise(rows=scope == "row")(on_leaves)
+    kernel = on_leaves if scope == "leaf" else padded
+    lifted = _lazy.entrywise(dtype, in_pieces=scope == "entry")(kernel)
+
+    @_padding.few_programs
     def on_trees(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
-        return jax.tree.map(lambda *leaves: on_leaves(scalars, leaves), *trees)
+        return jax.tree.map(lambda *leaves: lifted(scalars, leaves), *trees)
 
-    at_once = jax.jit(on_trees)
-
-    def either(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
-        shapes = {np.shape(leaf) for leaf in jax.tree.leaves(trees[0])}
-        many = len(shapes) > MANY and not _lazy.is_lazy(trees)
-        return (at_once if many else on_trees)(scalars, trees)
-
-    return either
+    return on_trees
 
 
 @elementwise
@@ -188,11 +188,13 @@ def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
 
 
 @_lazy.reading
+@_padding.reading
 @functools.partial(jax.jit, static_argnums=2)
 def _dot(x: Array, y: Array, wide: type) -> Scalar:
     return jnp.sum(x.astype(wide) * y.astype(wide))
 
 
+@_padding.few_programs
 def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
     r"""Inner product of two points over all leaves.
 
@@ -360,6 +362,7 @@ def per_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     parameter = next(iter(inspect.signature(function).parameters.values()))
     takes_sequence = getattr(parameter.annotation, "__origin__", None) is Sequence
 
+    @_padding.few_programs
     @functools.wraps(function)
     def leafwise(first: Any, *args: Any, **kwargs: Any) -> Any:
         one = first[0] if takes_sequence else first

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, lowrank, tree
+from wspace import _checks, _padding, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
 from wspace.average.regression import by_leaf, gram, normalized, semidefinite, weighted_sum
 from wspace.typing import Coefficients, Leaf, Scalar, ScalarLike, Solution, Weights, WeightsLike
@@ -49,6 +49,7 @@ def _fisher_mean(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return weighted_sum([s / sum(shares) for s in shares], points)
 
 
+@_padding.few_programs
 def fisher_mean(
     points: Sequence[WeightsLike],
     fishers: Sequence[WeightsLike],
@@ -120,8 +121,14 @@ def fisher_mean(
     return _fisher_mean([*c, level], [*points, *fishers])
 
 
+@_padding.reading
+@jax.jit
+def _least(leaf: Array) -> Scalar:
+    return jnp.min(leaf, initial=0)
+
+
 def _nonnegative(leaf: Leaf, where: str) -> Scalar | float:
-    least = jnp.min(leaf, initial=0)
+    least = _least(leaf)
     return _checks.refuse(
         least < 0,
         lambda: (

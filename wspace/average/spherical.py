@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, tree
@@ -18,6 +19,14 @@ from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
 __all__ = ["karcher_mean", "karcher_mean_on"]
+
+REASONS = (
+    "coefficients of the points that are not zero sum to nothing beside their size",
+    "points have no mean direction: they are antipodal, lie all around the origin or cancel; "
+    "take average.mean, or points in one half-space",
+    "coefficients make the mean of the norms negative or zero: no point has it",
+)
+"""Why there is no mean, in the order of `_Mean.refused`."""
 
 
 def karcher_mean(
@@ -96,8 +105,7 @@ def _measured(points, coefficients=None, *, tol=None, max_steps=50):
     a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
     sums = products.sums(products.pairs, points)
     tol = 16 * float(jnp.finfo(sums.dtype).eps) if tol is None else _tolerance(tol)
-    a, tol = (jnp.asarray(x).astype(sums.dtype) for x in (a, tol))
-    return (sums, a, tol, jnp.int32(max_steps)), points
+    return (sums, a, tol, np.int32(max_steps)), points
 
 
 def _tolerance(tol: ScalarLike) -> ScalarLike:
@@ -109,9 +117,8 @@ class _Mean(NamedTuple):
     residual: Scalar
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
-    cancels: Bool[Array, ""]
-    lost: Bool[Array, ""]
-    short: Bool[Array, ""]
+    refused: Bool[Array, "3"]
+    """Whether coefficients cancel, there is no mean direction, and no mean of the norms."""
 
 
 @jax.jit
@@ -121,6 +128,7 @@ def _direction(sums, a, tol, max_steps):
     A direction is `sum_i w_i u_i`, of unit length once divided by `sqrt(w U w)`. The functions of
     the angles below are smooth functions of their cosines, so inner products will do.
     """
+    a, tol = a.astype(sums.dtype), jnp.asarray(tol).astype(sums.dtype)
     gram = products.symmetric(sums, a.size)
     squares = jnp.diagonal(gram)
     directed = squares > 0
@@ -146,25 +154,13 @@ def _direction(sums, a, tol, max_steps):
     scalars = length * w / safe
     lost, short = ~cancels & ~curved, ~((length > 0) | none)
     undefined = jnp.where(cancels | lost | short, jnp.nan, 0).astype(gram.dtype)
-    return _Mean(scalars + undefined, residual + undefined, steps, converged, cancels, lost, short)
+    refused = jnp.stack([cancels, lost, short])
+    return _Mean(scalars + undefined, residual + undefined, steps, converged, refused)
 
 
 def _solution(mean: _Mean, points: Sequence[WeightsLike]) -> Solution:
-    _checks.refuse(
-        mean.cancels,
-        lambda: "coefficients of the points that are not zero sum to nothing beside their size",
-    )
-    _checks.refuse(
-        mean.lost,
-        lambda: (
-            "points have no mean direction: they are antipodal, lie all around the origin or "
-            "cancel; take average.mean, or points in one half-space"
-        ),
-    )
-    _checks.refuse(
-        mean.short,
-        lambda: "coefficients make the mean of the norms negative or zero: no point has it",
-    )
+    if not _checks.is_traced(mean.refused) and any(refused := np.asarray(mean.refused).tolist()):
+        raise ValueError(REASONS[refused.index(True)])
     weights = tree.combine(mean.scalars, points)
     return Solution(weights, mean.residual, mean.steps, mean.converged)
 
@@ -236,9 +232,10 @@ def karcher_mean_on(
     The step $h$ is one, right where curvature is not negative, and is halved where the sum of
     logarithms grows or turns round. With $\exp_x(v) = x + v$ and $\log_x(y) = y - x$ the mean is
     [`average.mean`][wspace.average.mean]; on the sphere it is
-    [`karcher_mean`][wspace.average.karcher_mean], which is faster and has derivatives. This
-    iteration converges linearly and can be differentiated forwards only, which differentiates
-    every step.
+    [`karcher_mean`][wspace.average.karcher_mean], which is faster. This iteration converges
+    linearly. Derivatives are those of the mean, not of the iteration, of every order, with respect
+    to points, coefficients and what `exp` and `log` close over: a linear system in the derivative
+    of the sum of logarithms, solved by GMRES.
 
     Args:
         exp: Takes a point and a tangent there, trees of the layout of the points, and returns the
@@ -280,17 +277,20 @@ def karcher_mean_on(
     max_steps = _checks.rank(max_steps, "max_steps")
     a = _checks.unpacked(_checks.affine(coefficients, len(points)))
     wide = tree.widened(*points)
-    start, size = wide[0], tree.norm(wide[0])
+    size = tree.norm(wide[0])
     bound = 64 * jnp.finfo(size.dtype).eps if tol is None else _tolerance(tol)
     bound = jnp.asarray(bound).astype(size.dtype)
 
+    def pull(at):
+        return tree.combine(a, [log(at, x) for x in wide])
+
     def measured(at):
         logs = [log(at, x) for x in wide]
-        pull = tree.combine(a, logs)
+        total = tree.combine(a, logs)
         parts = [abs(c) * tree.norm(v) for c, v in zip(a, logs, strict=True)]
         whole = tree.norm(at) + sum(parts[1:], start=parts[0])
-        residual = tree.norm(pull) / jnp.where(whole == 0, 1, whole)
-        return at, pull, residual.astype(size.dtype)
+        residual = tree.norm(total) / jnp.where(whole == 0, 1, whole)
+        return at, total, residual.astype(size.dtype)
 
     def unfinished(state):
         (_, _, residual), _, taken = state
@@ -304,6 +304,20 @@ def karcher_mean_on(
         kept = jax.tree.map(lambda x, y: jnp.where(better, x, y), new, old)
         return kept, jnp.where(better & ~overshot, length, length / 2), taken + 1
 
-    state = measured(start), jnp.ones_like(size), jnp.int32(0)
-    (at, _, residual), _, taken = jax.lax.while_loop(unfinished, step, state)
-    return Solution(tree.cast_like(at, points[0]), residual, taken, residual <= bound)
+    def found(_, start):
+        state = measured(start), jnp.ones_like(size), jnp.int32(0)
+        (at, _, residual), _, taken = jax.lax.while_loop(unfinished, step, state)
+        return at, (residual, taken.astype(residual.dtype))  # derivatives want no integers
+
+    at, (residual, taken) = jax.lax.custom_root(pull, wide[0], found, _solved, has_aux=True)
+    steps, converged = taken.astype(jnp.int32), residual <= bound
+    return Solution(tree.cast_like(at, points[0]), residual, steps, converged)
+
+
+def _solved(linear: Callable[[Any], Any], rates: Any) -> Any:
+    """Where a linear function of tangents has a value, in the span of its powers on that value.
+
+    Normal directions, in which it may be singular, are not in that span.
+    """
+    tol = 16 * float(jnp.finfo(tree.norm(rates).dtype).eps)
+    return jax.scipy.sparse.linalg.gmres(linear, rates, tol=tol, maxiter=10)[0]

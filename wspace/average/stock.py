@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, _lazy
+from wspace import _checks, _lazy, _padding
 from wspace import _products as products
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -22,6 +22,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 }
 
 
+@_padding.few_programs
 def model_stock(
     base: WeightsLike,
     points: Sequence[WeightsLike],
@@ -150,6 +151,6 @@ def _drawn_leaf(t: Array, leaves: Sequence[Array]) -> Array:
 
 
 _drawn, _drawn_by_row = (
-    _lazy.entrywise(lambda _, leaves: leaves[0].dtype, in_pieces=in_pieces)(_drawn_leaf)
-    for in_pieces in (True, False)
+    _lazy.entrywise(lambda _, leaves: leaves[0].dtype, in_pieces=in_pieces)(kernel)
+    for in_pieces, kernel in ((True, _padding.entrywise()(_drawn_leaf)), (False, _drawn_leaf))
 )

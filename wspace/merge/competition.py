@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from wspace import _checks, _lazy, tree
+from wspace import _checks, _lazy, _padding, tree
 from wspace.merge import presets
 from wspace.merge.consensus import Zero, disjoint_merge, elect
 from wspace.merge.sparsify import count
@@ -147,7 +147,7 @@ def sce(
         variance = _variance((), edits)
         size = sum(leaf.size for leaf in jax.tree.leaves(variance))
         mask = top_mask(variance, count(density, size))
-        edits = [jax.tree.map(_selected, x, mask, variance) for x in edits]
+        edits = [_padding.mapped(_selected, x, mask, variance) for x in edits]
     energies = jnp.stack([tree.vdot(x, x) for x in edits])
     total = energies.sum()
     undefined = _checks.refuse(
@@ -161,6 +161,7 @@ def sce(
 
 
 @_lazy.entrywise(lambda x, *_: x.dtype)
+@_padding.entrywise()
 @jax.jit
 def _selected(x: Array, mask: Array, variance: Array) -> Array:
     return jnp.where(mask & (variance > 0), x, 0)
@@ -263,13 +264,22 @@ def ram(
     return added(base, _shared((*cuts, *boosts), edits), options.scale)
 
 
+@_padding.few_programs
 def _peak(x: WeightsLike) -> Scalar:
     """The largest magnitude in a tree, 0 where there is nothing."""
     parts = itertools.chain.from_iterable(_lazy.parts([leaf]) for leaf in jax.tree.leaves(x))
-    peaks = [jnp.max(jnp.abs(part), initial=0) for (part,) in parts]
+    peaks = [_largest_in(part) for part in parts]
     return jax.tree.reduce_associative(jnp.maximum, peaks) if peaks else jnp.zeros(())
 
 
+@_padding.reading
+@jax.jit
+def _largest_in(leaves: Sequence[Array]) -> Scalar:
+    (x,) = leaves
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+@_padding.few_programs
 def _boosts(cuts: Sequence[Any], edits: Sequence[Weights], boost: Any, cap: Any) -> list[Scalar]:
     tallies = [
         sum(_tally(cuts, part) for part in _lazy.parts(leaves)).astype(leaves[0].dtype)
@@ -280,6 +290,7 @@ def _boosts(cuts: Sequence[Any], edits: Sequence[Weights], boost: Any, cap: Any)
     return list(1 + boost * jnp.minimum(shared / jnp.maximum(alone, 1), cap))
 
 
+@_padding.reading
 @jax.jit
 def _tally(cuts: Sequence[Any], leaves: Sequence[Array]) -> Int32[Array, "2 k"]:
     changed = [

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from wspace import _checks, _lazy, tree
+from wspace import _checks, _lazy, _padding, tree
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, Weights, WeightsLike
 
@@ -90,6 +90,7 @@ def elect(
     return _filled((jnp.where(balance > 0, 1, -1),), (signs,))
 
 
+@_padding.few_programs
 def _balance(signs: Weights) -> Scalar:
     """The sum of all entries."""
     sums = [
@@ -99,6 +100,7 @@ def _balance(signs: Weights) -> Scalar:
     return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())
 
 
+@_padding.reading
 @jax.jit
 def _majority(leaves: Sequence[Array]) -> Int32[Array, ""]:
     (signs,) = leaves

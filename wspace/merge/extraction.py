@@ -70,7 +70,7 @@ def negmerge(
     return _less_consensus((_checks.scalar("strength", strength),), (base, *tuned))
 
 
-@tree.elementwise
+@functools.partial(tree.elementwise, scope="row")
 def _extracted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (strength,), (base, tuned, avoid) = scalars, arrays
     good, bad = tuned - base, avoid - base

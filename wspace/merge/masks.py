@@ -1,14 +1,16 @@
 r"""Which entries a task needs: masks that take it, or something like it, out of a merged edit."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _padding
 from wspace._numerics import accumulator
 from wspace.merge.consensus import disjoint_merge, elect
 from wspace.merge.task import added, differences, siblings
@@ -55,9 +57,10 @@ def tall_mask(edit: WeightsLike, total: WeightsLike, strength: ScalarLike = 0.4)
     """
     strength = _checks.scalar("strength", strength, lambda s: s >= 0, "at least 0")
     _checks.same_layout(edit=edit, total=total)
-    return jax.tree.map(lambda x, y: _stands_out(strength, x, y), edit, total)
+    return _padding.mapped(functools.partial(_stands_out, strength), edit, total)
 
 
+@_padding.entrywise()
 @jax.jit
 def _stands_out(strength: Any, x: Array, total: Array) -> Bool[Array, "*s"]:
     wide = accumulator(x.dtype, total.dtype)
@@ -102,21 +105,26 @@ def consensus_mask(masks: Sequence[PyTree], at_least: int = 2) -> PyTree:
     """
     at_least = _checks.rank(at_least, "at_least")
     named = _checks.each("masks", _checks.listed("masks", masks))
-    votes = {name: _votes(name, mask) for name, mask in named.items()}
-    _checks.same_layout(**votes)
-    total = tree.combine([1.0] * len(votes), list(votes.values()))
-    return jax.tree.map(lambda count: count >= at_least, total)
+    _checks.same_layout(**{name: _layout(name, mask) for name, mask in named.items()})
+    return _padding.mapped(functools.partial(_voted, np.int32(at_least)), *named.values())
 
 
-def _votes(name: str, mask: PyTree) -> PyTree:
-    """A mask as ones and zeros."""
+@_padding.entrywise()
+@jax.jit
+def _voted(at_least: Any, *masks: Array) -> Bool[Array, "*s"]:
+    votes = [jnp.asarray(mask).astype(jnp.int32) for mask in masks]
+    return functools.reduce(jnp.add, votes) >= at_least
+
+
+def _layout(name: str, mask: PyTree) -> PyTree:
+    """The layout of a mask, as if it were weights."""
     for path, leaf in tree_leaves_with_path(mask):
         if jnp.result_type(leaf) != jnp.bool_:
             raise TypeError(
                 f"leaf {keystr(path) or '(root)'} of {name} has dtype {jnp.result_type(leaf)}: "
                 "give booleans"
             )
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), mask)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32), mask)
 
 
 class Unified(NamedTuple):
@@ -178,7 +186,7 @@ def emr(base: WeightsLike, tuned: Sequence[WeightsLike]) -> Unified:
     tuned, _ = siblings(base, tuned, None)
     edits = differences(base, tuned)
     edit = disjoint_merge(edits, elect(edits), divide="largest")
-    masks = [jax.tree.map(_same_sign, x, edit) for x in edits]
+    masks = [_padding.mapped(_same_sign, x, edit) for x in edits]
     kept = [_under(edit, mask) for mask in masks]
     return Unified(edit, masks, jnp.stack([_ratio(x, y) for x, y in zip(edits, kept, strict=True)]))
 
@@ -214,13 +222,20 @@ def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
     return added(base, _under(unified.edit, unified.masks[index]), unified.scales[index])
 
 
+@_padding.entrywise()
 @jax.jit
 def _same_sign(x: Array, edit: Array) -> Bool[Array, "*s"]:
     return (jnp.sign(x) == jnp.sign(edit)) & (edit != 0)
 
 
 def _under(edit: WeightsLike, mask: PyTree) -> Weights:
-    return jax.tree.map(lambda leaf, m: jnp.where(m, leaf, 0), edit, mask)
+    return _padding.mapped(_where, mask, edit)
+
+
+@_padding.entrywise()
+@jax.jit
+def _where(mask: Array, leaf: Array) -> Array:
+    return jnp.where(mask, leaf, 0)
 
 
 def _ratio(whole: WeightsLike, part: WeightsLike) -> Scalar:
@@ -229,5 +244,11 @@ def _ratio(whole: WeightsLike, part: WeightsLike) -> Scalar:
 
 
 def _sum_of_sizes(x: WeightsLike) -> Scalar:
-    sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(x)]
+    sums = jax.tree.leaves(_padding.mapped(_size, x))
     return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())
+
+
+@_padding.reading
+@jax.jit
+def _size(leaf: Array) -> Scalar:
+    return jnp.sum(jnp.abs(leaf))

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks
 from wspace.merge import presets
 from wspace.merge.consensus import Divide, Vote, Zero, agreed
 from wspace.merge.sparsify import Kept, Rescale, Scope, drop, trim
-from wspace.merge.task import added, differences, siblings
+from wspace.merge.task import differences, moved, siblings
 from wspace.merge.thinning import RankScope, band, magprune
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
 
@@ -169,7 +169,7 @@ def dare(
     options = _checks.settings(presets.DARE, preset, density=density, rescale=rescale, scale=scale)
     tuned, known = siblings(base, tuned, coefficients)
     edits = dropped(key, base, tuned, options)
-    return added(base, tree.combine(known, edits), options.scale)
+    return moved(base, edits, known, options.scale)
 
 
 def dare_ties(
@@ -392,7 +392,7 @@ def breadcrumbs(
         presets.BREADCRUMBS, preset, density=density, outliers=outliers, scope=scope, scale=scale
     )
     tuned, known = siblings(base, tuned, coefficients)
-    return added(base, tree.combine(known, _banded(base, tuned, options)), options.scale)
+    return moved(base, _banded(base, tuned, options), known, options.scale)
 
 
 def _banded(base: WeightsLike, tuned: Sequence[WeightsLike], options: Any) -> list[Weights]:

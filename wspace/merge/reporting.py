@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, Int
 
-from wspace import _checks
+from wspace import _checks, _padding
 from wspace._numerics import accumulator
 from wspace.merge.task import siblings
 from wspace.typing import Coefficients, WeightsLike
@@ -157,7 +157,7 @@ def report(
         raise ValueError("base has no leaves, so there is nothing to report")
     signs = np.sign(c).astype(np.int8)
     rows = zip(*map(jax.tree.leaves, (base, merged, *tuned, *(edits or []))), strict=True)
-    sums = [_on_host(x) for x in jax.device_get([_sums(signs, *row) for row in rows])]
+    sums = [_on_host(x) for x in jax.device_get(_sums_of_leaves(signs, list(rows)))]
     total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
     seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
     leaves = tuple(_tally(path, x) for path, x in zip(paths, sums, strict=True))
@@ -181,8 +181,16 @@ class _Sums(NamedTuple):
     products: Any
 
 
+@_padding.few_programs
+def _sums_of_leaves(signs: np.ndarray, rows: Sequence[Sequence[Array]]) -> list[_Sums]:
+    return [_sums(np.uint32(row[0].size), signs, *row) for row in rows]
+
+
+@_padding.reading
 @jax.jit
-def _sums(signs: Int[Array, " k"], base: Array, merged: Array, *others: Array) -> _Sums:
+def _sums(
+    entries: Any, signs: Int[Array, " k"], base: Array, merged: Array, *others: Array
+) -> _Sums:
     """All figures of one leaf; `others` are the models and then the edits, if there are any."""
     k = signs.size
     wide = accumulator(base.dtype, merged.dtype, *(x.dtype for x in others))
@@ -203,7 +211,7 @@ def _sums(signs: Int[Array, " k"], base: Array, merged: Array, *others: Array) -
         return jnp.stack([jnp.sum(x * x) for x in xs])
 
     return _Sums(
-        entries=jnp.asarray(base.size, jnp.uint32),
+        entries=entries,
         moved=count([x != 0 for x in taus]),
         kept=count([x != 0 for x in edits]),
         agreed=count(agreed),

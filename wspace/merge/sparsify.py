@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from wspace import _checks, _lazy, tree
+from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator
 from wspace.selection import keep_top, top_mask
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -72,6 +72,7 @@ def count(share: float, size: int) -> int:
     return math.floor(share * size)
 
 
+@_padding.few_programs
 def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope) -> Weights:
     """The entries whose place by falling magnitude is in a band, given how many there are."""
     if scope == "tree":
@@ -89,16 +90,18 @@ def _between(x: WeightsLike, start: int, stop: int) -> Weights:
     if not start:
         return keep_top(x, stop)
     inside, above = top_mask(x, stop), top_mask(x, start)
-    return jax.tree.map(_between_masks, x, inside, above)
+    return _padding.mapped(_between_masks, x, inside, above)
 
 
 @_lazy.entrywise(lambda leaf, *_: leaf.dtype)
+@_padding.entrywise()
 @jax.jit
 def _between_masks(leaf: Array, inside: Array, above: Array) -> Array:
     return jnp.where(inside & ~above, leaf, 0)
 
 
 @_lazy.entrywise(lambda leaf, *_: leaf.dtype, in_pieces=False)
+@_padding.entrywise(rows=True)
 @jax.jit
 def _in_rows(leaf: Array, start: Any, stop: Any) -> Array:
     place = places(leaf)
@@ -111,6 +114,7 @@ def places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:
     return jnp.argsort(jnp.argsort(-sizes, axis=-1, stable=True), axis=-1)
 
 
+@_padding.few_programs
 def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inverse") -> Weights:
     r"""Random entries of a task vector, enlarged to make up for those that are dropped.
 
@@ -161,10 +165,14 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
 
 
 @_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
-@functools.partial(jax.jit, static_argnums=(2, 3))
 def _dropped(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
+    return (_dropped_padded if by_place(key) else _dropped_leaf)(key, leaf, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _dropped_leaf(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
     wide = leaf.astype(accumulator(leaf.dtype))
-    kept = jnp.where(chosen(key, leaf, density), wide, 0)
+    kept = jnp.where(uniform(key, leaf) < density, wide, 0)
     if rescale == "inverse":
         kept = kept / density
     if rescale == "norm":
@@ -172,11 +180,18 @@ def _dropped(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array
     return kept.astype(leaf.dtype)
 
 
-def chosen(key: Array, leaf: Array, probability: Any) -> Bool[Array, "*s"]:
-    """Which entries are drawn, each on its own with its probability, where the leaf lies."""
+_dropped_padded = _padding.entrywise(zeros=True)(_dropped_leaf)
+
+
+def uniform(key: Array, leaf: Array) -> Float[Array, "*s"]:
+    """Random numbers from 0 to 1 for the entries of a leaf, where it lies."""
     sharding = jax.typeof(leaf).sharding
-    uniform = jax.random.uniform(key, leaf.shape, jnp.float32, out_sharding=sharding)
-    return uniform < probability
+    return jax.random.uniform(key, leaf.shape, jnp.float32, out_sharding=sharding)
+
+
+def by_place(key: Array) -> bool:
+    """Whether random numbers depend on the flat index of an entry, and not on how many follow."""
+    return jax.random.key_impl(key) == "threefry2x32" and jax.threefry_partitionable.value
 
 
 def norm_ratio(whole: Array, part: Array) -> Scalar:

@@ -86,6 +86,19 @@ def added(base: WeightsLike, edit: WeightsLike, scale: ScalarLike = 1.0) -> Weig
     return _added((_checks.scalar("scale", scale),), (base, edit))
 
 
+@tree.elementwise
+def _moved(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (scale, *coefficients), (base, *edits) = scalars, arrays
+    return base + scale * total(coefficients, edits)
+
+
+def moved(
+    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], scale: ScalarLike
+) -> Weights:
+    """The base plus a combination of edits, in one pass over them."""
+    return _moved((_checks.scalar("scale", scale), *coefficients), (base, *edits))
+
+
 def total(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     """The combination of arrays, in which a term and its negative cancel exactly.
 

@@ -5,11 +5,21 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from wspace import _checks, _lazy, tree
+from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator, placed_like, replicated
-from wspace.merge.sparsify import Rescale, Scope, band_of, chosen, count, norm_ratio, places
+from wspace.merge.sparsify import (
+    Rescale,
+    Scope,
+    band_of,
+    by_place,
+    count,
+    norm_ratio,
+    places,
+    uniform,
+)
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["band", "magprune"]
@@ -82,6 +92,7 @@ def _part(name: str, value: Any) -> float:
     return float(value)
 
 
+@_padding.few_programs
 def magprune(
     key: Array,
     x: WeightsLike,
@@ -154,16 +165,38 @@ def magprune(
 
 
 @_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _pruned(
     key: Array, leaf: Array, density: float, width: float, scope: RankScope, rescale: Rescale
 ) -> Array:
-    wide = leaf.astype(accumulator(leaf.dtype))
     by_row = scope == "row" and leaf.ndim > 1
+    last = max((leaf.shape[-1] if by_row else leaf.size) - 1, 0)
+    ranks = np.float32(last), np.float32(width / max(last, 1))
+    if not (_padding.many() and by_place(key)):
+        return _pruned_leaf(key, leaf, ranks, density, by_row, rescale)
+    pruned_by = _by_rows if by_row else _by_leaf
+    return pruned_by(_padded_uniform(key, leaf), leaf, ranks, density, by_row, rescale)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _pruned_leaf(key: Array, leaf: Array, *options: Any) -> Array:
+    return _pruned_by(uniform(key, leaf), leaf, *options)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _pruned_by(
+    numbers: Array,
+    leaf: Array,
+    ranks: tuple[Any, Any],
+    density: float,
+    by_row: bool,
+    rescale: Rescale,
+) -> Array:
+    """The leaf without the entries whose random numbers are not below their probabilities."""
+    wide = leaf.astype(accumulator(leaf.dtype))
     sizes = jnp.abs(replicated(wide))
-    rise = _rise(sizes if by_row else sizes.reshape(-1), width).reshape(leaf.shape)
+    rise = _rise(sizes if by_row else sizes.reshape(-1), *ranks).reshape(leaf.shape)
     probability = placed_like(density + rise, leaf)
-    kept = jnp.where(chosen(key, leaf, probability), wide, 0)
+    kept = jnp.where(numbers < probability, wide, 0)
     if rescale == "inverse":
         kept = kept / probability.astype(wide.dtype)
     if rescale == "norm":
@@ -171,10 +204,15 @@ def _pruned(
     return kept.astype(leaf.dtype)
 
 
-def _rise(sizes: Float[Array, "... n"], width: float) -> Float[Array, "... n"]:
+_by_leaf, _by_rows = (
+    _padding.entrywise(zeros=True, rows=rows)(_pruned_by) for rows in (False, True)
+)
+_padded_uniform = _padding.entrywise()(jax.jit(uniform))
+
+
+def _rise(sizes: Float[Array, "... n"], last: Any, step: Any) -> Float[Array, "... n"]:
     """From the width for the largest in a row to its negative for the least, in equal steps."""
-    last = sizes.shape[-1] - 1
-    rise = (last - 2 * places(sizes).astype(jnp.float32)) * (width / max(last, 1))
+    rise = (last - 2 * places(sizes).astype(jnp.float32)) * step
     # One bit less, so that no compiler fuses the product with a sum that follows: the bits of the
     # probability, and with them the mask, are those of every sharding.
     return jax.lax.reduce_precision(rise, 8, 22)
