@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from tests.catalog import CATALOG, COMPOSED
+from tests.helpers import assert_close
+from tests.strategies import FLOAT
+from tests.test_karcher import exp_on_sphere, log_on_sphere
 from tests.test_transforms import trees
+from wspace import average
 
 WITHOUT_GRADIENT = (
     "merge.tsv_m",
@@ -60,3 +64,29 @@ def test_gradients_to_second_order_agree_with_finite_differences(count, function
             got = (8 * (b - a) - (d - c)) / (12 * step)
             size = abs(a) + abs(derivative)
             np.testing.assert_allclose(derivative, got, rtol=0, atol=1e-5 * size)
+
+
+def test_derivatives_on_a_manifold_are_those_of_the_mean():
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(3, 5)) + np.array([3, 0, 0, 0, 0])
+    xs = [jnp.asarray(row / np.linalg.norm(row), FLOAT) for row in rows]
+    c, w = jnp.asarray([0.5, 0.3, 0.4], FLOAT), jnp.asarray(rng.normal(size=5), FLOAT)
+
+    def on_manifold(xs, c):
+        return average.karcher_mean_on(exp_on_sphere, log_on_sphere, xs, c).weights
+
+    def on_sphere(xs, c):
+        return average.karcher_mean([x / jnp.linalg.norm(x) for x in xs], c).weights
+
+    def twice(f):
+        """First and second derivatives."""
+        rate = w[:3]
+        return jax.jvp(lambda c: jax.jvp(lambda c: f(xs, c), (c,), (rate,))[1], (c,), (rate,))
+
+    def against(f):
+        by_points, by_numbers = jax.grad(lambda xs, c: w @ f(xs, c), (0, 1))(xs, c)
+        # A logarithm is given points of the sphere alone, and so are its derivatives.
+        return [v - x * (v @ x) for v, x in zip(by_points, xs, strict=True)], by_numbers
+
+    for of in (twice, against):
+        assert_close(jax.jit(lambda of=of: of(on_manifold))(), of(on_sphere), units=256)

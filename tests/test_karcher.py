@@ -149,3 +149,26 @@ def test_derivatives_are_those_of_the_mean_to_second_order():
     quarter = jnp.asarray([[0.0, -1.0], [1.0, 0.0]], FLOAT)
     _, moved = jax.jvp(lambda *xs: mean(xs, [0.7, 0.3]).weights, (x, y), (quarter @ x, quarter @ y))
     assert_close(moved, tangent, units=64)  # turning the points turns their mean
+
+
+def test_derivatives_reach_what_the_manifold_is_made_of():
+    ys = [jnp.asarray([2.0, 3.0], FLOAT), jnp.asarray([8.0, 0.5], FLOAT)]
+
+    def power_mean(power):
+        """The mean where powers are the coordinates of a flat space."""
+
+        def exp(x, v):
+            return (x**power + power * x ** (power - 1) * v) ** (1 / power)
+
+        def log(x, y):
+            return (y**power - x**power) / (power * x ** (power - 1))
+
+        return average.karcher_mean_on(exp, log, ys).weights
+
+    def wanted(power):
+        return ((ys[0] ** power + ys[1] ** power) / 2) ** (1 / power)
+
+    power = jnp.asarray(1.5, FLOAT)
+    got, slope = jax.jit(lambda p: jax.jvp(power_mean, (p,), (jnp.ones_like(p),)))(power)
+    assert_close(got, wanted(power), units=128)
+    assert_close(slope, jax.jacfwd(wanted)(power), units=512)

@@ -319,5 +319,10 @@ def _solved(linear: Callable[[Any], Any], rates: Any) -> Any:
 
     Normal directions, in which it may be singular, are not in that span.
     """
-    tol = 16 * float(jnp.finfo(tree.norm(rates).dtype).eps)
-    return jax.scipy.sparse.linalg.gmres(linear, rates, tol=tol, maxiter=10)[0]
+
+    def solve(linear: Callable[[Any], Any], rates: Any) -> Any:
+        tol = 16 * float(jnp.finfo(tree.norm(rates).dtype).eps)
+        return jax.scipy.sparse.linalg.gmres(linear, rates, tol=tol, maxiter=10)[0]
+
+    # Around it, as it is not linear in the rates by itself: its tolerance depends on them.
+    return jax.lax.custom_linear_solve(linear, rates, solve, transpose_solve=solve)
