@@ -158,6 +158,36 @@ def keep_top(x: WeightsLike, k: Any) -> Weights:
     return _each_leaf(_kept, x, cut_for(x, k))
 
 
+def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
+    """The k entries of largest magnitude, k the stop, without those for k the start; zero else."""
+    leaves, structure = jax.tree.flatten(x)
+    if len(leaves) == 1 and _is_sorted(leaves[0]):
+        return structure.unflatten([_kept_by_sorting(*leaves, np.uint32(start), np.uint32(stop))])
+    if not start:
+        return keep_top(x, stop)
+    inside, above = top_mask(x, stop), top_mask(x, start)
+    return _padding.mapped(_between, x, inside, above)
+
+
+@_padding.entrywise(zeros=True)
+@jax.jit
+def _kept_by_sorting(x: Array, start: Array, stop: Array) -> Array:
+    wide, first = accumulator(x.dtype), jnp.uint32(x.size - 1)
+    ordered = _sorted(lax.stop_gradient(x), first, wide)
+    inside, above = (
+        _selected(x, first, jnp.uint32(0), Cut(_at(ordered, jnp.maximum(k, 1)), k < 1), wide)
+        for k in (stop, start)
+    )
+    return jnp.where(inside & ~above, x, 0)
+
+
+@_lazy.entrywise(lambda leaf, *_: leaf.dtype)
+@_padding.entrywise()
+@jax.jit
+def _between(leaf: Array, inside: Array, above: Array) -> Array:
+    return jnp.where(inside & ~above, leaf, 0)
+
+
 def cut_for(x: WeightsLike, k: Any) -> Cut:
     """Where the order of the entries is to be cut for k of them to be selected."""
     leaves, size = _entries(x)
@@ -235,7 +265,7 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
     if _lazy.is_lazy(leaves):
         return _last_of_lazy(leaves, need)[: 1 if exact else 3]
     leaves = [lax.stop_gradient(leaf) for leaf in leaves]
-    if 0 < size <= FEW and not _axes(leaves[0]):
+    if len(leaves) == 1 and _is_sorted(leaves[0]):
         x, first = _entries_of(leaves[0], None), _first(leaves[0], None)
         return _last_by_sorting(x, first, need, _wide(leaves))[: 1 if exact else 3]
     if (size <= SMALL and not _padding.many()) or _checks.is_traced(leaves, need):
@@ -243,14 +273,29 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
     return _levels(leaves, need, exact)
 
 
+def _is_sorted(leaf: Any) -> bool:
+    """Whether entries of a leaf by itself are sorted."""
+    return not isinstance(leaf, _lazy.Lazy) and 0 < leaf.size <= FEW and not _axes(leaf)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def _last_by_sorting(x: Array, first: Any, need: Count, wide: type) -> tuple[Array, ...]:
+    return _at(_sorted(x, jnp.asarray(first), wide), need[1])  # its other part is zero
+
+
+def _sorted(x: Array, first: Array, wide: type) -> tuple[Array, Array]:
+    """The codes and places of all entries from the first to the last in order."""
     dtype, nan = codes_of(wide)
     below = jnp.asarray(nan, dtype) - _code(x.reshape(-1), wide)
-    places = jnp.asarray(first) - jnp.arange(x.size, dtype=jnp.uint32)
+    places = first - jnp.arange(x.size, dtype=jnp.uint32)
     below, places = lax.sort((below, places), num_keys=1, is_stable=True)
-    last = need[1] - 1  # its other part is zero
-    return jnp.asarray(nan, dtype) - below[last], jnp.uint32(0), places[last]
+    return jnp.asarray(nan, dtype) - below, places
+
+
+def _at(ordered: tuple[Array, Array], k: Array) -> tuple[Array, ...]:
+    """The keys of the k-th entry of a leaf by itself."""
+    codes, places = ordered
+    return codes[k - 1], jnp.uint32(0), places[k - 1]
 
 
 @functools.partial(jax.jit, static_argnames="exact")

@@ -11,9 +11,9 @@ from jaxtyping import Array, Int32
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace.merge import presets
-from wspace.merge.consensus import Zero, disjoint_merge, elect
+from wspace.merge.consensus import Rule, Zero, agreed
 from wspace.merge.sparsify import count
-from wspace.merge.task import added, differences, siblings
+from wspace.merge.task import differences, siblings
 from wspace.selection import kth_magnitude, top_mask
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -155,9 +155,8 @@ def sce(
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )
     weights = energies / jnp.where(total == 0, 1, total)
-    signs = elect(edits, zero=options.zero)
-    edit = disjoint_merge(edits, signs, weights, divide="weight", weighted=False)
-    return added(base, edit, options.scale + undefined)
+    rule = Rule("mass", options.zero, "weight", weighted=False, scale=options.scale + undefined)
+    return agreed(base, edits, list(weights), rule)
 
 
 @_lazy.entrywise(lambda x, *_: x.dtype)
@@ -169,15 +168,16 @@ def _selected(x: Array, mask: Array, variance: Array) -> Array:
 
 @tree.elementwise
 def _shared(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    cuts, boosts = scalars[: len(arrays)], scalars[len(arrays) :]
-    changed = [jnp.abs(x) > cut for x, cut in zip(arrays, cuts, strict=True)]
-    number = sum(c.astype(arrays[0].dtype) for c in changed)
+    (scale, *numbers), (base, *edits) = scalars, arrays
+    cuts, boosts = numbers[: len(edits)], numbers[len(edits) :]
+    changed = [jnp.abs(x) > cut for x, cut in zip(edits, cuts, strict=True)]
+    number = sum(c.astype(base.dtype) for c in changed)
     alone = number == 1
     terms = [
         jnp.where(c, jnp.where(alone, boost * x, x), 0)
-        for c, x, boost in zip(changed, arrays, boosts, strict=True)
+        for c, x, boost in zip(changed, edits, boosts, strict=True)
     ]
-    return sum(terms[1:], terms[0]) / jnp.maximum(number, 1)
+    return base + scale * sum(terms[1:], terms[0]) / jnp.maximum(number, 1)
 
 
 def ram(
@@ -261,7 +261,8 @@ def ram(
         cuts = [jnp.asarray(threshold).astype(peak.dtype) * peak for peak in map(_peak, edits)]
     plain = not _checks.is_traced(boost) and boost == 0
     boosts = [1.0] * len(edits) if plain else _boosts(cuts, edits, boost, cap)
-    return added(base, _shared((*cuts, *boosts), edits), options.scale)
+    scale = _checks.scalar("scale", options.scale)
+    return _shared((scale, *cuts, *boosts), (base, *edits))
 
 
 @_padding.few_programs
@@ -311,14 +312,16 @@ def _score(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 @tree.elementwise
 def _balanced(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    k = len(arrays) // 2
-    floors, tops, edits, scores = scalars[:k], scalars[k:], arrays[:k], arrays[k:]
+    (scale, *numbers), (base, *others) = scalars, arrays
+    k = len(others) // 2
+    floors, tops, edits, scores = numbers[:k], numbers[k:], others[:k], others[k:]
     shares = [
         jnp.maximum(score - floor, 0) / jnp.where(top > floor, top - floor, 1)
         for score, floor, top in zip(scores, floors, tops, strict=True)
     ]
     by = sum(shares)
-    return sum(w * x for w, x in zip(shares, edits, strict=True)) / jnp.where(by == 0, 1, by)
+    edit = sum(w * x for w, x in zip(shares, edits, strict=True)) / jnp.where(by == 0, 1, by)
+    return base + scale * edit
 
 
 def pcb(
@@ -378,5 +381,5 @@ def pcb(
     size = sum(leaf.size for leaf in jax.tree.leaves(total))
     kept = count(density, size)
     floors = [kth_magnitude(s, kept + 1) if kept < size else 0.0 for s in scores]
-    edit = _balanced((*floors, *map(_peak, scores)), (*edits, *scores))
-    return added(base, edit, scale)
+    numbers = (_checks.scalar("scale", scale), *floors, *map(_peak, scores))
+    return _balanced(numbers, (base, *edits, *scores))

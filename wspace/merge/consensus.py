@@ -2,7 +2,7 @@ r"""Which sign a merged entry has, and what the task vectors of that sign come t
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace.merge.task import added, total
-from wspace.typing import Coefficients, Scalar, Weights, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["disjoint_merge", "elect"]
 
@@ -197,8 +197,18 @@ def _combined(
     return together / jnp.where(by == 0, 1, by)
 
 
+class Rule(NamedTuple):
+    """How task vectors agree."""
+
+    vote: Vote
+    zero: Zero
+    divide: Divide
+    weighted: bool
+    scale: ScalarLike
+
+
 def agreed(
-    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Any
+    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Rule | Any
 ) -> Weights:
     """The base plus what the task vectors agree on: election, disjoint merge, scale."""
     for name, words in (("vote", Vote), ("zero", Zero), ("divide", Divide)):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator
-from wspace.selection import keep_top, top_mask
+from wspace.selection import keep_between
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop", "trim"]
@@ -76,28 +76,14 @@ def count(share: float, size: int) -> int:
 def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope) -> Weights:
     """The entries whose place by falling magnitude is in a band, given how many there are."""
     if scope == "tree":
-        return _between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
+        return keep_between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
     return jax.tree.map(lambda leaf: _in_leaf(_lazy.array(leaf), band, scope), x)
 
 
 def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
     if scope == "row" and leaf.ndim > 1:
         return _in_rows(leaf, *band(leaf.shape[-1]))
-    return _between(leaf, *band(leaf.size))
-
-
-def _between(x: WeightsLike, start: int, stop: int) -> Weights:
-    if not start:
-        return keep_top(x, stop)
-    inside, above = top_mask(x, stop), top_mask(x, start)
-    return _padding.mapped(_between_masks, x, inside, above)
-
-
-@_lazy.entrywise(lambda leaf, *_: leaf.dtype)
-@_padding.entrywise()
-@jax.jit
-def _between_masks(leaf: Array, inside: Array, above: Array) -> Array:
-    return jnp.where(inside & ~above, leaf, 0)
+    return keep_between(leaf, *band(leaf.size))
 
 
 @_lazy.entrywise(lambda leaf, *_: leaf.dtype, in_pieces=False)
