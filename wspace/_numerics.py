@@ -26,6 +26,11 @@ _SINC_SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in reversed(range(9)
 # arcsin(sqrt q)^2 = sum_k (4q)^k / (2 k^2 C(2k, k)); for |q| <= 1/8 eighteen terms leave 1e-17.
 _ARCSIN_SERIES = [4**k / (2 * k**2 * math.comb(2 * k, k)) for k in range(18, 0, -1)] + [0.0]
 
+# arcsin(sqrt q) / sqrt(q (1 - q)) = sum_k (4q)^k (k!)^2 / (2k+1)!; nineteen terms leave 1e-17.
+_PULL_SERIES = [
+    4**k * math.factorial(k) ** 2 / math.factorial(2 * k + 1) for k in range(19, -1, -1)
+]
+
 
 def sinc_of_square(w: Float[Array, "*s"]) -> Float[Array, "*s"]:
     r"""$\sin(\sqrt w)/\sqrt w$, an entire function of $w$.
@@ -44,6 +49,14 @@ def arcsin_of_root_squared(q: Float[Array, "*s"]) -> Float[Array, "*s"]:
     near = jnp.abs(q) <= 1 / 8
     series = jnp.polyval(jnp.asarray(_ARCSIN_SERIES, q.dtype), jnp.where(near, q, 0))
     return jnp.where(near, series, jnp.arcsin(jnp.sqrt(jnp.where(near, 0.5, q))) ** 2)
+
+
+def angle_over_sine(q: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    r"""$\Omega / \sin \Omega$ at $q = \sin^2(\Omega/2) < 1$, with every derivative at $q = 0$."""
+    near = jnp.abs(q) <= 1 / 8
+    series = jnp.polyval(jnp.asarray(_PULL_SERIES, q.dtype), jnp.where(near, q, 0))
+    far = jnp.where(near, 0.5, q)
+    return jnp.where(near, series, jnp.arcsin(jnp.sqrt(far)) / jnp.sqrt(far * (1 - far)))
 
 
 def split(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:

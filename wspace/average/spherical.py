@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, tree
 from wspace import _products as products
-from wspace._numerics import arcsin_of_root_squared, safe_sqrt, sinc_of_square
+from wspace._numerics import angle_over_sine, arcsin_of_root_squared, safe_sqrt, sinc_of_square
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
@@ -182,7 +182,7 @@ def _angles_squared(d):
 
 def _pull(d):
     r"""$\Omega / \sin\Omega$: the logarithm of u_i is this times its part across the mean."""
-    return 1 / sinc_of_square(_angles_squared(d))
+    return angle_over_sine((1 - d) / 2)
 
 
 def _gap(w, cosines, a):
