@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace.merge import presets
@@ -148,15 +148,20 @@ def sce(
         size = sum(leaf.size for leaf in jax.tree.leaves(variance))
         mask = top_mask(variance, count(density, size))
         edits = [_padding.mapped(_selected, x, mask, variance) for x in edits]
-    energies = jnp.stack([tree.vdot(x, x) for x in edits])
-    total = energies.sum()
+    weights, infinite = _shares([tree.vdot(x, x) for x in edits])
     undefined = _checks.refuse(
-        ~jnp.isfinite(total),
+        infinite,
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )
-    weights = energies / jnp.where(total == 0, 1, total)
     rule = Rule("mass", options.zero, "weight", weighted=False, scale=options.scale + undefined)
-    return agreed(base, edits, list(weights), rule)
+    return agreed(base, edits, weights, rule)
+
+
+@jax.jit
+def _shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array, ""]]:
+    """Energies divided by their sum, and whether that is not finite."""
+    total = functools.reduce(jnp.add, energies)
+    return [x / jnp.where(total == 0, 1, total) for x in energies], ~jnp.isfinite(total)
 
 
 @_lazy.entrywise(lambda x, *_: x.dtype)
