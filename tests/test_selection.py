@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close
 from tests.strategies import FLOAT
-from wspace import selection, tree
+from wspace import _counting, selection, tree
 
 kth_magnitude, top_mask = jax.jit(selection.kth_magnitude), jax.jit(selection.top_mask)
 keep_top = jax.jit(selection.keep_top)
@@ -188,20 +188,20 @@ def test_counters_are_right_beyond_two_to_the_thirty_two(seed, k, size):
         totals = [
             sum(m for key, m in zip(keys, members, strict=True) if key >= int(p)) for p in pivots
         ]
-        parts = jnp.stack([selection._count(t // 3) for t in totals])
-        rest = jnp.stack([selection._count(t - 2 * (t // 3)) for t in totals])
-        return selection._sum(selection._sum(parts, rest), parts)
+        parts = jnp.stack([_counting.count_of(t // 3) for t in totals])
+        rest = jnp.stack([_counting.count_of(t - 2 * (t // 3)) for t in totals])
+        return _counting.plus(_counting.plus(parts, rest), parts)
 
-    start = selection._begun(
-        np.uint32(2**31), selection._count(size), selection._count(k), None, True
+    start = _counting.begun(
+        np.uint32(2**31), _counting.count_of(size), _counting.count_of(k), None, True
     )
-    found = selection._search(counted, start, selection._count(k), True).bracket
+    found = _counting.search(counted, start, _counting.count_of(k), True).bracket
     reaching = np.cumsum(members[::-1], dtype=object)[::-1]
     assert int(found.low) == max(key for key, n in zip(keys, reaching, strict=True) if n >= k)
     above = sum(m for key, m in zip(keys, members, strict=True) if key > int(found.low))
     high_part, low_part = map(int, found.high_count)
     assert high_part * 2**16 + low_part == above
-    left = selection._less(selection._count(k), found.high_count)
+    left = _counting.less(_counting.count_of(k), found.high_count)
     assert int(left[0]) * 2**16 + int(left[1]) == k - above
 
 
@@ -260,9 +260,9 @@ def test_leaves_that_a_counter_cannot_hold_are_refused():
 
 @given(counts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
 def test_sums_and_differences_of_counts_carry_and_borrow(counts):
-    total = functools.reduce(selection._sum, [selection._count(c) for c in counts])
+    total = functools.reduce(_counting.plus, [_counting.count_of(c) for c in counts])
     assert int(total[0]) * 2**16 + int(total[1]) == sum(counts)
-    rest = selection._less(total, selection._count(counts[0]))
+    rest = _counting.less(total, _counting.count_of(counts[0]))
     assert int(rest[0]) * 2**16 + int(rest[1]) == sum(counts[1:])
-    assert bool(selection._reaches(total, selection._count(sum(counts))))
-    assert not bool(selection._reaches(total, selection._count(sum(counts) + 1)))
+    assert bool(_counting.reaches(total, _counting.count_of(sum(counts))))
+    assert not bool(_counting.reaches(total, _counting.count_of(sum(counts) + 1)))

@@ -115,9 +115,7 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
 
 def _measured(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> tuple[Any, Any]:
     _checks.same_layout(start=start, end=end)
-    sine, cosine = _half_angle(start, end)
-    t = jnp.asarray(_checks.scalar("t", t)).astype(sine.dtype)
-    return (sine, cosine, t), (start, end)
+    return (*_half_angle(start, end), _checks.scalar("t", t)), (start, end)
 
 
 def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
@@ -141,8 +139,9 @@ def _acute(sums: Array) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
 
 
 @jax.jit
-def _weights(sine: Scalar, cosine: Scalar, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+def _weights(sine: Scalar, cosine: Scalar, t: ScalarLike) -> tuple[Scalar, Scalar, Scalar]:
     """The coefficients of the start, of the end, and of their sum."""
+    t = jnp.asarray(t).astype(sine.dtype)
     # Beyond a right angle work with the angle left to the antipode, pi - Omega = `short`.
     wide = sine > cosine
     root = safe_sqrt(jnp.where(wide, cosine, 0.25))

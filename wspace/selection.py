@@ -17,38 +17,27 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, PyTree, UInt, UInt32
+from jaxtyping import Array, Bool, PyTree, UInt
 
 from wspace import _checks, _lazy, _padding
+from wspace import _counting as counting
+from wspace._counting import PIVOTS, Count
 from wspace._numerics import accumulator
 from wspace._sifting import codes_of, last_of
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["kth_magnitude", "top_mask"]
 
-PIVOTS = 7  # as many counters as fuse into one pass over memory
 SAMPLE = 2**14  # entries whose quantiles are the first pivots
 FEW = 2**14  # entries of a leaf up to which they are sorted
 FEW_OF_LAZY = 2**24  # entries of lazy leaves that are taken into memory
 SMALL = 2**22  # entries of a leaf up to which dispatching passes takes longer than the passes do
-
-Count: TypeAlias = UInt32[Array, "... 2"]
-"""A number below $2^{48}$: its part from $2^{16}$ on, and the rest."""
-
-
-class Bracket(NamedTuple):
-    """Keys `low` < `high` with the one sought in between, and how many entries reach each."""
-
-    low: UInt[Array, ""]
-    high: UInt[Array, ""]
-    low_count: Count
-    high_count: Count
 
 
 class Cut(NamedTuple):
@@ -56,12 +45,6 @@ class Cut(NamedTuple):
 
     keys: tuple[UInt[Array, ""], ...]
     nothing: Bool[Array, ""]
-
-
-class _State(NamedTuple):
-    bracket: Bracket
-    pivots: UInt[Array, " pivots"]
-    unfinished: Bool[Array, ""]
 
 
 def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
@@ -216,37 +199,11 @@ def _asked(k: Any, least: int, size: int) -> tuple[Count, Any, Any]:
             raise TypeError(f"k must be an integer, got {k!r}") from error
         if not least <= known <= size:
             raise ValueError(f"k must be from {least} to the {size} entries of x, got {known}")
-        return _count(min(max(known, 1), size)), known < 1, False
+        return counting.count_of(min(max(known, 1), size)), known < 1, False
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k must be an integer, got an array of dtype {k.dtype}")
     inside = jnp.clip(k, 1, min(size, jnp.iinfo(k.dtype).max))
-    return _count(inside), k < 1, k > size
-
-
-def _count(k: Any) -> Count:
-    if not _checks.is_traced(k):
-        return jnp.asarray(np.array([k >> 16, k & 0xFFFF], np.uint32))
-    return jnp.stack([jnp.asarray(part).astype(jnp.uint32) for part in (k >> 16, k & 0xFFFF)])
-
-
-def _sum(count: Count, other: Count) -> Count:
-    high, low = count[..., 0] + other[..., 0], count[..., 1] + other[..., 1]
-    return jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
-
-
-def _reaches(count: Count, need: Count) -> Bool[Array, "..."]:
-    high, low = count[..., 0], count[..., 1]
-    return (high > need[0]) | ((high == need[0]) & (low >= need[1]))
-
-
-def _less(count: Count, other: Count) -> Count:
-    """The difference of two counts, the first one not the smaller."""
-    borrow = (count[1] < other[1]).astype(jnp.uint32)
-    return jnp.stack([count[0] - other[0] - borrow, (count[1] - other[1]) & 0xFFFF])
-
-
-def _number(count: Count) -> Scalar:
-    return count[..., 0].astype(jnp.float32) * 2**16 + count[..., 1].astype(jnp.float32)
+    return counting.count_of(inside), k < 1, k > size
 
 
 def _wide(leaves: Sequence[Array]) -> type:
@@ -312,30 +269,17 @@ def _levels(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, .
     codes = codes_of(_wide(leaves))
     largest = max((leaf.size for leaf in leaves), default=0)
     heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(largest)]
-    total = _count(sum(leaf.size for leaf in leaves))
+    total = counting.count_of(sum(leaf.size for leaf in leaves))
     pivots = _quantiles(leaves, need)
     keys: tuple[Array, ...] = ()
     for level, height in enumerate(heights[:1] if exact else heights):
-        state = _begun(height, total, need, pivots, exact)
+        state = counting.begun(height, total, need, pivots, exact)
         if level != 1 or len(leaves) > 1:
             counted = functools.partial(_counts, leaves, keys)
-            state = _search(counted, state, need, exact)
+            state = counting.search(counted, state, need, exact)
         keys, pivots = (*keys, state.bracket.low), None
-        need, total = _inside(state.bracket, need)
+        need, total = counting.inside(state.bracket, need)
     return keys
-
-
-def _search(counted: Callable[[Array], Count], state: _State, need: Count, exact: bool) -> _State:
-    """The bracket narrowed to one key, or if not `exact` until exactly `need` entries reach it."""
-    if _checks.is_traced(state.unfinished):
-        return lax.while_loop(
-            lambda state: state.unfinished,
-            lambda state: _step(state, counted(state.pivots), need, exact),
-            state,
-        )
-    while state.unfinished:
-        state = _step(state, counted(state.pivots), need, exact)
-    return state
 
 
 def _last_of_lazy(leaves: Sequence[Any], need: Count) -> tuple[Array, ...]:
@@ -343,68 +287,20 @@ def _last_of_lazy(leaves: Sequence[Any], need: Count) -> tuple[Array, ...]:
     codes = codes_of(_wide(leaves))
 
     def bounds() -> tuple[int, int]:
-        total = _count(sum(leaf.size for leaf in leaves))
-        state = _begun(codes.dtype(codes.nan + 1), total, need, None, True)
-        while state.unfinished and _known(_inside(state.bracket, need)[1]) > FEW_OF_LAZY:
-            state = _step(state, _counts(leaves, (), state.pivots), need, True)
+        total = counting.count_of(sum(leaf.size for leaf in leaves))
+        state = counting.begun(codes.dtype(codes.nan + 1), total, need, None, True)
+        while (
+            state.unfinished
+            and counting.known(counting.inside(state.bracket, need)[1]) > FEW_OF_LAZY
+        ):
+            state = counting.step(state, _counts(leaves, (), state.pivots), need, True)
         return int(state.bracket.low), int(state.bracket.high)
 
     if not any(leaf.size for leaf in leaves):
         return jnp.zeros((), codes.dtype), jnp.uint32(0), jnp.uint32(0)
-    last = last_of(leaves, _known(need), bounds)
+    last = last_of(leaves, counting.known(need), bounds)
     number, place = len(leaves) - 1 - last.leaf, leaves[last.leaf].size - 1 - last.place
     return jnp.asarray(last.code, codes.dtype), jnp.uint32(number), jnp.uint32(place)
-
-
-def _known(count: Count) -> int:
-    high, low = np.asarray(count).tolist()
-    return (high << 16) + low
-
-
-@jax.jit
-def _inside(found: Bracket, need: Count) -> tuple[Count, Count]:
-    """How many entries are needed of those that have the key found, and how many have it."""
-    return _less(need, found.high_count), _less(found.low_count, found.high_count)
-
-
-@functools.partial(jax.jit, static_argnames="exact")
-def _begun(height: Any, total: Count, need: Count, pivots: Array | None, exact: bool) -> _State:
-    whole = Bracket(jnp.zeros_like(height), jnp.asarray(height), total, jnp.zeros_like(total))
-    return _aimed(whole, need, exact, pivots)
-
-
-@functools.partial(jax.jit, static_argnames="exact")
-def _step(state: _State, counts: Count, need: Count, exact: bool) -> _State:
-    low, high, low_count, high_count = state.bracket
-    keys = jnp.concatenate([low[None], state.pivots, high[None]])
-    counts = jnp.concatenate([low_count[None], counts, high_count[None]])
-    last = jnp.sum(_reaches(counts[1:-1], need), dtype=jnp.int32)
-    return _aimed(
-        Bracket(keys[last], keys[last + 1], counts[last], counts[last + 1]), need, exact, None
-    )
-
-
-def _aimed(bracket: Bracket, need: Count, exact: bool, pivots: Array | None) -> _State:
-    width = bracket.high - bracket.low
-    open_ended = width > 1
-    unfinished = open_ended if exact else open_ended & jnp.any(bracket.low_count != need)
-    pivots = _pivots(bracket, need) if pivots is None else pivots
-    return _State(bracket, pivots, unfinished)
-
-
-def _pivots(bracket: Bracket, need: Count) -> UInt[Array, " pivots"]:
-    """Pivots about where the key would be if entries were spread evenly, and three that halve."""
-    width = bracket.high - bracket.low
-    inside = jnp.maximum(_number(bracket.low_count) - _number(bracket.high_count), 1)
-    center = (_number(bracket.low_count) - _number(need)) / inside
-    spread = jnp.maximum(1.5 / jnp.sqrt(inside), 1 / width.astype(jnp.float32))
-    near = center + spread * jnp.array([-1, -0.3, 0.3, 1], jnp.float32)
-    shares = jnp.concatenate([near, jnp.array([0.25, 0.5, 0.75], jnp.float32)])
-    steps = (jnp.clip(shares, 0, 1) * width.astype(jnp.float32)).astype(width.dtype)
-    every = jnp.arange(1, PIVOTS + 1, dtype=width.dtype)
-    steps = jnp.where(width <= PIVOTS + 1, every, steps)
-    # Sorted last: XLA would fuse all else into the next pass, and compute it for every entry.
-    return jnp.sort(bracket.low + jnp.clip(steps, 1, jnp.maximum(width, 2) - 1))
 
 
 def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
@@ -420,22 +316,12 @@ def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
     parts = [_sample(leaf, stride, wide) for leaf in leaves if leaf.size]
     # NumPy joins a thousand arrays at once; for XLA every such list of shapes is a new program.
     joined = (jnp if _checks.is_traced(parts) else np).concatenate(parts)
-    return _pick(joined, need, np.float32(size))
+    return counting.picked(joined, need, np.float32(size))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sample(x: Array, stride: int, wide: type) -> UInt[Array, " sample"]:
     return _code(x.reshape(-1)[::stride], wide)
-
-
-@jax.jit
-def _pick(sample: UInt[Array, " sample"], need: Count, size: Scalar) -> UInt[Array, " pivots"]:
-    share, count = _number(need) / size, sample.size
-    rank, deviation = (1 - share) * count, jnp.sqrt(share * (1 - share) * count)
-    places = rank + deviation * jnp.array([-4, -2, -0.7, 0, 0.7, 2, 4], jnp.float32)
-    ordered = jnp.sort(sample)
-    picked = ordered[jnp.clip(jnp.round(places), 0, count - 1).astype(jnp.int32)]
-    return jnp.maximum(picked, 1)
 
 
 def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
@@ -494,14 +380,17 @@ def _leaf_counts(
         reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
         # One variadic reduction reads the entries once; seven sums would write them first.
         counts = lax.reduce(
-            reached, [jnp.uint32(0)] * PIVOTS, lambda x, y: list(map(jnp.add, x, y)), range(x.ndim)
+            reached,
+            [jnp.uint32(0)] * PIVOTS,
+            lambda x, y: list(map(jnp.add, x, y)),
+            range(x.ndim),
         )
         return jnp.stack(counts)
 
     shape = x.shape
     places = jnp.asarray(first), jnp.asarray(number)
     counts = _shardwise(local, x, *places, keys, pivots, summed=True)
-    return _sum(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
+    return counting.plus(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
 
 
 def _keys(

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from wspace import _checks, _lazy, _padding
 from wspace import _products as products
 from wspace._numerics import accumulator, safe_sqrt
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ScalarLike, Weights, WeightsLike
 
 __all__ = ["model_stock"]
 
@@ -96,8 +96,8 @@ def model_stock(
     rows = [leaves, *map(jax.tree.leaves, points)]
     wide = accumulator(*(leaf.dtype for row in rows for leaf in row))
     if options.scope == "tree":
-        t = _ratio(products.sums(products.pairs_from_first, [base, *points]), floor, options)
-        ratios = [t] * len(leaves)
+        sums = products.sums(products.pairs_from_first, [base, *points])
+        ratios = [_ratios(sums, floor, options.statistic)] * len(leaves)
     else:
         ratios = []
         for group in zip(*rows, strict=True):
@@ -106,25 +106,22 @@ def model_stock(
             else:
                 found = products.leaf_row_sums(products.pairs_from_first, group, wide)
                 sums = jnp.stack([jnp.expand_dims(x, -1) for x in found])
-            ratios.append(_ratio(sums, floor, options))
+            ratios.append(_ratios(sums, floor, options.statistic))
+    # After all sums are asked for, as to look at one waits for it.
+    _checks.refuse(
+        not _checks.is_traced(ratios) and any(bool(pole) for _, pole in ratios),
+        lambda: "task vectors of points cancel, where t has its pole: take floor=0.0",
+    )
     groups = zip(*rows, strict=True)
     drawn = _drawn_by_row if options.scope == "row" else _drawn
-    mixed = [drawn(t, group) for t, group in zip(ratios, groups, strict=True)]
+    mixed = [drawn(t, group) for (t, _), group in zip(ratios, groups, strict=True)]
     return structure.unflatten(mixed)
 
 
-def _ratio(sums: Array, floor: ScalarLike, options: Any) -> Array:
-    floor = jnp.asarray(floor).astype(sums.dtype)
-    t, pole = _ratios(sums, floor, options.statistic)
-    return t + _checks.refuse(
-        jnp.any(pole),
-        lambda: "task vectors of points cancel, where t has its pole: take floor=0.0",
-    )
-
-
 @jax.jit(static_argnames="statistic")
-def _ratios(sums: Array, floor: Scalar, statistic: str) -> tuple[Array, Array]:
-    """The `t` of every scope, and whether it has its pole there, from the products of deltas."""
+def _ratios(sums: Array, floor: ScalarLike, statistic: str) -> tuple[Array, Bool[Array, ""]]:
+    """The `t` of every scope, from products of deltas, NaN at its pole; whether one is there."""
+    floor = jnp.asarray(floor).astype(sums.dtype)
     count = next(n for n in range(len(sums) + 1) if n * (n + 1) // 2 == len(sums))
     gram = products.symmetric(sums, count)
     norms = [safe_sqrt(gram[i, i]) for i in range(count)]
@@ -138,9 +135,10 @@ def _ratios(sums: Array, floor: Scalar, statistic: str) -> tuple[Array, Array]:
         c = jnp.cos(jnp.mean(angles, axis=0))
     c = jnp.where(c < floor, floor, c)
     below = 1 + (count - 1) * c
-    pole = below <= 64 * count * jnp.finfo(c.dtype).eps
     still = jnp.all(jnp.stack(norms) == 0, axis=0)
-    return jnp.where(still, 0, count * c / jnp.where(pole, 1, below)), pole & ~still
+    pole = (below <= 64 * count * jnp.finfo(c.dtype).eps) & ~still
+    t = jnp.where(pole, jnp.nan, count * c / jnp.where(pole | still, 1, below))
+    return jnp.where(still, 0, t), jnp.any(pole)
 
 
 @jax.jit
