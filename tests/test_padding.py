@@ -70,6 +70,7 @@ EXACT = {
     "magmax": lambda base, *tuned: merge.magmax(base, tuned),
     "masks": lambda base, *tuned: masks(base, tuned),
     "filters": lambda base, *tuned: perturb.filter_normalize(tuned[0], base),
+    "cast": lambda base, *_: tree.cast_like(tree.upcast(base), base),
     "largest": lambda base, *_: selection.kth_magnitude(base, 7),
 }
 # In these there are sums, which padding associates in another order.
@@ -110,7 +111,10 @@ def related(dtype):
     ("name", "dtype"),
     [
         *((name, jnp.float32) for name in (*EXACT, *ROUNDED)),
-        *((name, jnp.bfloat16) for name in ("mean", "ties of leaves", "della", "slerp of leaves")),
+        *(
+            (name, jnp.bfloat16)
+            for name in ("mean", "cast", "ties of leaves", "della", "slerp of leaves")
+        ),
     ],
 )
 def test_padding_does_not_show(name, dtype):

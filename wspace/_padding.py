@@ -128,7 +128,8 @@ def _padded_arrays(args: Any, zeros: bool = True, rows: bool = False) -> tuple[A
 
 def _has_entries(leaf: Any) -> bool:
     """Whether it is an array of weights, or a mask of such, and no key or number."""
-    return getattr(leaf, "shape", ()) != () and leaf.dtype.kind in "fVb"  # V: bfloat16
+    is_array = isinstance(leaf, np.ndarray | jax.Array)
+    return is_array and leaf.ndim > 0 and leaf.dtype.kind in "fVb"  # V: bfloat16
 
 
 def _is_small(leaf: Any) -> bool:

@@ -79,12 +79,17 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
     leaves, size = _entries(x)
     need, below, above = _asked(k, 1, size)
     kth = _kth_value if _lazy.is_lazy(leaves) else _kth
-    return jnp.where(below | above, jnp.nan, kth(leaves, need))
+    magnitude = kth(leaves, need)
+    return jnp.where(below | above, jnp.nan, magnitude) if _checks.is_traced(k) else magnitude
 
 
 def _kth_value(leaves: Sequence[Any], need: Count) -> Scalar:
-    (key,) = _last(leaves, need, exact=True)
-    magnitude = lax.bitcast_convert_type(key, _wide(leaves))
+    return _magnitude(*_last(leaves, need, exact=True), _wide(leaves))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _magnitude(key: Array, wide: type) -> Scalar:
+    magnitude = lax.bitcast_convert_type(key, wide)
     return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
 
 
@@ -152,16 +157,30 @@ def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
     return _padding.mapped(_between, x, inside, above)
 
 
+@_lazy.entrywise(lambda x, *_: x.dtype, in_pieces=False)
+@_padding.entrywise(rows=True)
+@jax.jit
+def keep_in_rows(x: Array, start: Any, stop: Any) -> Array:
+    """What `keep_between` keeps of every row of a leaf, which is its last axis."""
+    place = lax.broadcasted_iota(
+        jnp.uint32, x.shape, x.ndim - 1, out_sharding=jax.typeof(x).sharding
+    )
+    keys = _code(lax.stop_gradient(x), accumulator(x.dtype)), x.shape[-1] - 1 - place
+    codes, places = lax.sort([~key for key in keys], num_keys=1, is_stable=True)
+
+    def among_first(k: Array) -> Array:
+        last = jnp.maximum(k, 1) - 1
+        least = [~lax.dynamic_index_in_dim(key, last, -1) for key in (codes, places)]
+        (code, after), (lowest, until) = keys, least
+        return ((code > lowest) | ((code == lowest) & (after >= until))) & (k > 0)
+
+    return jnp.where(among_first(jnp.asarray(stop)) & ~among_first(jnp.asarray(start)), x, 0)
+
+
 @_padding.entrywise(zeros=True)
 @jax.jit
 def _kept_by_sorting(x: Array, start: Array, stop: Array) -> Array:
-    wide, first = accumulator(x.dtype), jnp.uint32(x.size - 1)
-    ordered = _sorted(lax.stop_gradient(x), first, wide)
-    inside, above = (
-        _selected(x, first, jnp.uint32(0), Cut(_at(ordered, jnp.maximum(k, 1)), k < 1), wide)
-        for k in (stop, start)
-    )
-    return jnp.where(inside & ~above, x, 0)
+    return keep_in_rows(x.reshape(-1), start, stop).reshape(x.shape)
 
 
 @_lazy.entrywise(lambda leaf, *_: leaf.dtype)

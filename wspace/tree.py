@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, DTypeLike, PyTree, UInt32
 
 from wspace import _checks, _lazy, _padding
 from wspace._numerics import accumulator, safe_sqrt
@@ -153,14 +153,14 @@ def upcast(x: WeightsLike) -> Weights:
         {'w': Array([1., 1.], dtype=float32)}
     """
     _checks.same_layout(x=x)
-    return jax.tree.map(lambda leaf: _lazy.array(leaf).astype(accumulator(leaf.dtype)), x)
+    return _padding.mapped(lambda leaf: _cast(leaf, accumulator(leaf.dtype)), x)
 
 
 def widened(*trees: PyTree) -> list[Any]:
     """Trees of any layouts in one dtype, that of arithmetic on all their leaves together."""
     leaves = [_lazy.array(leaf) for leaf in jax.tree.leaves(trees)]
     wide = accumulator(*(leaf.dtype for leaf in leaves))
-    return [jax.tree.map(lambda leaf: _lazy.array(leaf).astype(wide), x) for x in trees]
+    return [_padding.mapped(lambda leaf: _cast(leaf, wide), x) for x in trees]
 
 
 def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
@@ -184,7 +184,19 @@ def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
         Array([1, 1], dtype=bfloat16)
     """
     _checks.same_layout(x=x, like=like)
-    return jax.tree.map(lambda leaf, other: _lazy.array(leaf).astype(other.dtype), x, like)
+    return _padding.mapped(lambda leaf, other: _cast(leaf, other.dtype), x, like)
+
+
+def _cast(leaf: Any, dtype: DTypeLike) -> Any:
+    leaf = _lazy.array(leaf)
+    is_done = leaf.dtype == dtype or isinstance(leaf, _lazy.Lazy)
+    return leaf.astype(dtype) if is_done else _cast_array(leaf, jnp.dtype(dtype))
+
+
+@_padding.entrywise()
+@functools.partial(jax.jit, static_argnums=1)
+def _cast_array(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype)
 
 
 @_lazy.reading

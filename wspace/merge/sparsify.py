@@ -3,15 +3,16 @@ r"""Task vectors of which few entries are kept: the largest, or random ones."""
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator
-from wspace.selection import keep_between
+from wspace.selection import keep_between, keep_in_rows
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop", "trim"]
@@ -82,16 +83,8 @@ def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope
 
 def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
     if scope == "row" and leaf.ndim > 1:
-        return _in_rows(leaf, *band(leaf.shape[-1]))
+        return keep_in_rows(leaf, *map(np.uint32, band(leaf.shape[-1])))
     return keep_between(leaf, *band(leaf.size))
-
-
-@_lazy.entrywise(lambda leaf, *_: leaf.dtype, in_pieces=False)
-@_padding.entrywise(rows=True)
-@jax.jit
-def _in_rows(leaf: Array, start: Any, stop: Any) -> Array:
-    place = places(leaf)
-    return jnp.where((place >= start) & (place < stop), leaf, 0)
 
 
 def places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:
