@@ -362,7 +362,7 @@ def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> 
         for span in _lazy.spans(leaf) if leaf.size else ():
             x, first = _entries_of(leaf, span), _first(leaf, span)
             total = _leaf_counts(total, x, first, number, keys, pivots, wide)
-    return total
+    return jnp.asarray(total)
 
 
 def _entries_of(leaf: Any, span: _lazy.Span) -> Any:
