@@ -13,8 +13,8 @@ task vectors made beforehand; NumPy and PyTorch have the formula as it is writte
 not installed is left out. Below the lines stands how often ours is faster than mergekit's, by
 medians, and how far the results are apart, at the leaf where that is most, by its norm.
 
-`compile`: seconds to trace and to compile each merge of many small leaves as one program, and of
-a first eager call, each with empty caches.
+`compile`: seconds of a first eager call of each merge of many small leaves, with empty caches, and
+of a later one; for linear forms also those to trace and to compile one program for all leaves.
 """
 
 import argparse
