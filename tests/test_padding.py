@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_close, vector
-from wspace import _padding, average, geometry, interpolate, merge, perturb, selection, tree
+from wspace import _lazy, _padding, average, geometry, interpolate, merge, perturb, selection, tree
 
 KEY = jax.random.key(3)
 SHAPES = ((3, 5), (0, 2), (), (41,), (2, 3, 4), (1, 1), (6, 1), (300,))
@@ -132,13 +132,19 @@ def test_padding_does_not_show(name, dtype):
 
 
 @pytest.mark.parametrize("kind", ["normal", "few", "nan"])
-def test_selection_is_that_of_a_stable_sort(kind):
+@pytest.mark.parametrize(
+    ("on", "few", "piece"),
+    [(True, 2**14, 2**20), (True, 16, 2**20), (False, 45, 16), (False, 0, 1)],
+)
+def test_selection_is_that_of_a_stable_sort(kind, on, few, piece, monkeypatch):
+    monkeypatch.setattr(selection, "FEW", few)  # up to which neighbours are counted as one leaf
+    monkeypatch.setattr(_lazy, "PIECE", piece)
     for seed in range(3):
         x = drawn(seed, kind=kind)
         flat = np.abs(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in x.values()]))
         order = np.argsort(-np.where(np.isnan(flat), np.inf, flat), kind="stable")
         for k in (0, 1, 2, 17, 40, 63, len(flat) - 1, len(flat)):
-            with padding(True):
+            with padding(on):
                 mask = selection.top_mask(x, k)
             found = np.concatenate([np.asarray(m).reshape(-1) for m in mask.values()])
             wanted = np.zeros(len(flat), bool)

@@ -246,7 +246,47 @@ def _last(leaves: Sequence[Array], need: Count, *, exact: bool) -> tuple[Array, 
         return _last_by_sorting(x, first, need, _wide(leaves))[: 1 if exact else 3]
     if (size <= SMALL and not _padding.many()) or _checks.is_traced(leaves, need):
         return _last_in_one(leaves, need, exact)
-    return _levels(leaves, need, exact)
+    runs = _runs(leaves)
+    keys = _levels([_joined(leaves, run) for run in runs], need, exact)
+    return keys if exact or len(runs) == len(leaves) else _apart(keys, leaves, runs)
+
+
+def _runs(leaves: Sequence[Array]) -> list[list[int]]:
+    """The places of leaves that are counted as one: of neighbours that are small, or of one."""
+
+    def is_small(leaf: Array) -> bool:
+        return leaf.size <= FEW and len(leaf.sharding.device_set) == 1
+
+    keys = [-1 if is_small(leaf) else i for i, leaf in enumerate(leaves)]
+    return [list(run) for _, run in itertools.groupby(range(len(leaves)), keys.__getitem__)]
+
+
+def _joined(leaves: Sequence[Array], run: Sequence[int]) -> Any:
+    """A run of leaves as one, with zeros behind it, so that its length is one of few."""
+    if len(run) == 1:
+        return leaves[run[0]]
+    wide, size = _wide(leaves), sum(leaves[i].size for i in run)
+    length = min(1 << max(size - 1, 0).bit_length(), -(-size // _lazy.PIECE) * _lazy.PIECE)
+    entries = np.zeros(max(length, 1), wide)
+    np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in run], out=entries[:size])
+    pieces = jax.device_put([entries[i : i + _lazy.PIECE] for i in range(0, size, _lazy.PIECE)])
+
+    def compute(span: Any, _: _lazy.Memo) -> Any:
+        return entries if span is None else pieces[span[0] // _lazy.PIECE]
+
+    return _lazy.Lazy((size,), wide, compute)
+
+
+def _apart(
+    keys: tuple[Array, ...], leaves: Sequence[Array], runs: Sequence[Sequence[int]]
+) -> tuple[Array, ...]:
+    """The keys of an entry of leaves, by those of the same entry of joined ones."""
+    code, number, place = keys
+    run = runs[len(runs) - 1 - int(number)]
+    ends = np.cumsum([leaves[i].size for i in run])
+    position = ends[-1] - 1 - int(place)
+    which = int(np.searchsorted(ends, position, side="right"))
+    return code, jnp.uint32(len(leaves) - 1 - run[which]), jnp.uint32(ends[which] - 1 - position)
 
 
 def _is_sorted(leaf: Any) -> bool:
