@@ -225,7 +225,7 @@ def _asked(k: Any, least: int, size: int) -> tuple[Count, Any, Any]:
     return counting.count_of(inside), k < 1, k > size
 
 
-def _wide(leaves: Sequence[Array]) -> type:
+def _wide(leaves: Sequence[Any]) -> type:
     return accumulator(*(leaf.dtype for leaf in leaves))
 
 
@@ -271,8 +271,10 @@ def _joined(leaves: Sequence[Array], run: Sequence[int]) -> Any:
     np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in run], out=entries[:size])
     pieces = jax.device_put([entries[i : i + _lazy.PIECE] for i in range(0, size, _lazy.PIECE)])
 
-    def compute(span: Any, _: _lazy.Memo) -> Any:
-        return entries if span is None else pieces[span[0] // _lazy.PIECE]
+    def compute(span: Any, _: _lazy.Memo) -> Array:
+        if span is None and len(pieces) != 1:
+            return jax.device_put(entries)
+        return pieces[span[0] // _lazy.PIECE if span else 0]
 
     return _lazy.Lazy((size,), wide, compute)
 
@@ -319,7 +321,7 @@ def _last_in_one(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Arr
     return _levels(leaves, need, exact)
 
 
-def _levels(leaves: Sequence[Array], need: Count, exact: bool) -> tuple[Array, ...]:
+def _levels(leaves: Sequence[Any], need: Count, exact: bool) -> tuple[Array, ...]:
     """The keys of the last entry selected: of its magnitude, its leaf and its place in the leaf.
 
     Keys fall from the first entry to the last. On each level the entries are those that have the
@@ -362,7 +364,7 @@ def _last_of_lazy(leaves: Sequence[Any], need: Count) -> tuple[Array, ...]:
     return jnp.asarray(last.code, codes.dtype), jnp.uint32(number), jnp.uint32(place)
 
 
-def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
+def _quantiles(leaves: Sequence[Any], need: Count) -> Array | None:
     """First pivots, from evenly spaced entries; none if there is nothing or leaves are sharded."""
     if any(map(_axes, leaves)):
         return None
@@ -390,7 +392,7 @@ def _code(x: Array, wide: type) -> UInt[Array, "*s"]:
     return jnp.minimum(bits & jnp.asarray(jnp.iinfo(dtype).max >> 1, dtype), nan)
 
 
-def _counts(leaves: Sequence[Array], keys: tuple[Array, ...], pivots: Array) -> Count:
+def _counts(leaves: Sequence[Any], keys: tuple[Array, ...], pivots: Array) -> Count:
     """How many entries that have the given keys reach each pivot with their next one."""
     wide, last = _wide(leaves), len(leaves) - 1
     total: Any = np.zeros((PIVOTS, 2), np.uint32)
@@ -511,7 +513,7 @@ def _each_leaf(function: Callable[..., Array], x: WeightsLike, cut: Cut) -> PyTr
     return structure.unflatten(called(i, leaf) for i, leaf in enumerate(leaves))
 
 
-def _axes(x: Array) -> tuple[str, ...]:
+def _axes(x: Any) -> tuple[str, ...]:
     """The axes of the mesh that a leaf is spread over."""
     if isinstance(x, _lazy.Lazy):
         return ()
