@@ -208,9 +208,9 @@ class Rule(NamedTuple):
 
 
 def agreed(
-    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Rule | Any
+    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Any
 ) -> Weights:
-    """The base plus what the task vectors agree on: election, disjoint merge, scale."""
+    """The base plus what the task vectors agree on, by options that have the fields of a `Rule`."""
     for name, words in (("vote", Vote), ("zero", Zero), ("divide", Divide)):
         _checks.one_of(name, getattr(options, name), get_args(words))
     if options.zero == "majority":  # of the whole tree
