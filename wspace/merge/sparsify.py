@@ -90,7 +90,9 @@ def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) 
 def places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:
     """The place of every entry in its row by falling magnitude, the first of equal ones first."""
     sizes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
-    return jnp.argsort(jnp.argsort(-sizes, axis=-1, stable=True), axis=-1)
+    order = jnp.argsort(-sizes, axis=-1, stable=True)
+    place = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=order.dtype), x.shape)
+    return jnp.put_along_axis(jnp.zeros_like(order), order, place, axis=-1, inplace=False)
 
 
 @_padding.few_programs
