@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wspace import _lazy, _sifting, average, interpolate, merge, selection, tree
+from wspace import _lazy, _sifting, average, interpolate, merge, perturb, selection, tree
 
 PIECE = 7
 
@@ -131,3 +131,14 @@ def test_what_several_leaves_depend_on_is_computed_once():
     (sum_,) = jax.tree.leaves(tree.combine((1, 1), (double, x)))
     np.testing.assert_array_equal(sum_.entries(), 3 * np.ones(3))
     assert spans == [None]
+
+
+@pytest.mark.usefixtures("small")
+def test_formulas_of_rows_and_of_leaves_take_them_whole():
+    base, tuned, avoid = ({"w": x} for x in np.random.default_rng(0).normal(size=(3, 4, 5)))
+    base, tuned, avoid = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (base, tuned, avoid))
+    for function in (merge.ext_sub, lambda _, x, y: perturb.filter_normalize(x, y)):
+        wanted = function(base, tuned, avoid)["w"]
+        lazy = function(*jax.tree.map(lazily, (base, tuned, avoid)))["w"]
+        assert isinstance(lazy, _lazy.Lazy)
+        np.testing.assert_array_equal(lazy.entries(), wanted)
