@@ -5,8 +5,9 @@ $$
 $$
 
 The gradient of the second term at the point $x_i$ is $\lambda a_i \nabla \phi$: every point is
-pushed along one direction, as in the closed forms of [`wspace.negative`][wspace.negative], which
-this reproduces where losses and penalty are quadratic.
+pushed along one direction, as in the closed form of
+[`negative.retarget`][wspace.negative.retarget], which this reproduces where losses and penalty are
+quadratic.
 """
 
 import dataclasses

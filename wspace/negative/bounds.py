@@ -98,7 +98,8 @@ def linear_bound(
         (2.0, [0.0, -0.5], 0.0)
 
     References:
-        The mean value form of Taylor's theorem, and the lemma of [`wspace.cone`][wspace.cone].
+        The mean value form of Taylor's theorem, and the lemma behind
+        [`cone.support`][wspace.cone.support].
     """
     budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
     nearest = project(cone, _gradient(readout, weights))
