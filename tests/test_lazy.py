@@ -5,7 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wspace import _lazy, _sifting, average, interpolate, merge, perturb, selection, tree
+from wspace import (
+    _leaves,
+    average,
+    cone,
+    geometry,
+    interpolate,
+    lowrank,
+    merge,
+    negative,
+    perturb,
+    selection,
+    tree,
+)
+from wspace._leaves import Lazy, Runs
+from wspace.selection import sifting
 
 PIECE = 7
 
@@ -16,18 +30,18 @@ def lazily(x, spans=None):
     def read(span, _):
         if spans is not None:
             spans.append(span)
-        return jnp.asarray(x if span is None else _lazy.taken(x.reshape(-1), span))
+        return jnp.asarray(_leaves.taken(x, span))
 
-    return _lazy.Lazy(x.shape, x.dtype, read)
+    return Lazy(x.shape, x.dtype, read)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Sizes at which few entries are many."""
-    monkeypatch.setattr(_lazy, "PIECE", PIECE)
-    for name, value in {"HELD": 0, "SAMPLE": 10, "RUN": 2, "RUNS": 3, "APART": 9}.items():
-        monkeypatch.setattr(_sifting, name, value)
-    monkeypatch.setattr(selection, "FEW_OF_LAZY", 5)
+    monkeypatch.setattr(_leaves, "_LARGEST", PIECE)
+    sizes = {"FEW": 5, "HELD": 0, "SAMPLE": 10, "RUN": 2, "RUNS": 3, "APART": 9}
+    for name, value in sizes.items():
+        monkeypatch.setattr(sifting, name, value)
 
 
 def drawn(seed, kind):
@@ -51,15 +65,15 @@ def drawn(seed, kind):
     ("held", "deviations"), [(0, 4), (0, 0), (1000, 4), (1000, 0)]
 )  # with no deviation allowed, most guesses fail
 def test_the_selection_of_lazy_leaves_is_that_of_a_stable_sort(kind, held, deviations, monkeypatch):
-    monkeypatch.setattr(_sifting, "HELD", held)
-    monkeypatch.setattr(_sifting, "DEVIATIONS", deviations)
+    monkeypatch.setattr(sifting, "HELD", held)
+    monkeypatch.setattr(sifting, "DEVIATIONS", deviations)
     for seed in range(4):
         arrays = list(drawn(seed, kind))
         flat = np.abs(np.concatenate([x.reshape(-1) for x in arrays]))
         order = np.argsort(-np.where(np.isnan(flat), np.inf, flat), kind="stable")
         for k in (0, 1, 2, 17, 40, 63, len(flat) - 1, len(flat)):
             masks = selection.top_mask(list(map(lazily, arrays)), k)
-            found = np.concatenate([np.asarray(x.entries()).reshape(-1) for x in masks])
+            found = np.concatenate([np.asarray(x.read()).reshape(-1) for x in masks])
             wanted = np.zeros(len(flat), bool)
             wanted[order[:k]] = True
             np.testing.assert_array_equal(found, wanted)
@@ -76,7 +90,7 @@ def test_common_entries_are_not_taken_out_of_the_leaves(monkeypatch):
     x = np.zeros(1000, np.float32)
     x[::100] = 1
     mask = selection.top_mask(lazily(x), 12)
-    assert np.flatnonzero(np.asarray(mask.entries())).tolist() == [0, 1, 2, *range(100, 1000, 100)]
+    assert np.flatnonzero(np.asarray(mask.read())).tolist() == [0, 1, 2, *range(100, 1000, 100)]
     assert not taken
 
 
@@ -85,14 +99,14 @@ def test_a_selection_reads_little_more_than_all_entries_once():
     spans = []
     x = np.random.default_rng(0).normal(size=900).astype(np.float32)
     selection.top_mask([lazily(x[:400], spans), lazily(x[400:], spans)], 180)
-    runs = [span for span in spans if isinstance(span, _lazy.Runs)]
+    runs = [span for span in spans if isinstance(span, Runs)]
     assert sum(len(x.starts) * x.length for x in runs) <= 2 * 104
-    assert sum(stop - start for start, stop in (x for x in spans if x not in runs)) == 900
+    assert sum(x.stop - x.start for x in spans if x not in runs) == 900
 
 
 @pytest.mark.parametrize("piece", [5, 100])
 def test_functions_of_lazy_trees_give_the_bits_of_arrays(piece, monkeypatch):
-    monkeypatch.setattr(_lazy, "PIECE", piece)
+    monkeypatch.setattr(_leaves, "_LARGEST", piece)
     points = [
         {f"{i}": jnp.asarray(x, [jnp.float32, jnp.bfloat16][i % 2]) for i, x in enumerate(xs)}
         for xs in (drawn(seed, "normal") for seed in range(3))
@@ -109,7 +123,7 @@ def test_functions_of_lazy_trees_give_the_bits_of_arrays(piece, monkeypatch):
         lazy = [jax.tree.map(lambda x: lazily(np.asarray(x)), x) for x in points]
         wanted = function(*points)
         for key, leaf in function(*lazy).items():
-            whole, parts = leaf.entries(), [leaf.entries(span) for span in _lazy.spans(leaf)]
+            whole, parts = leaf.read(), [leaf.read(span) for span in leaf.pieces()]
             assert (leaf.dtype, leaf.shape) == (whole.dtype, whole.shape)
             joined = np.concatenate([np.asarray(x).reshape(-1) for x in parts])
             assert whole.tobytes() == np.asarray(wanted[key]).tobytes(), name
@@ -117,10 +131,10 @@ def test_functions_of_lazy_trees_give_the_bits_of_arrays(piece, monkeypatch):
 
 
 def test_arrays_beside_lazy_leaves_are_taken_in_the_same_pieces(monkeypatch):
-    monkeypatch.setattr(_lazy, "PIECE", PIECE)
+    monkeypatch.setattr(_leaves, "_LARGEST", PIECE)
     x, y = (np.arange(20, dtype=np.float32).reshape(4, 5) * c for c in (1, 2))
     (leaf,) = jax.tree.leaves(tree.combine((1, 1), (lazily(x), jnp.asarray(y))))
-    found = np.concatenate([leaf.entries(span) for span in _lazy.spans(leaf)])
+    found = np.concatenate([leaf.read(span) for span in leaf.pieces()])
     np.testing.assert_array_equal(found, (x + y).reshape(-1))
 
 
@@ -129,7 +143,7 @@ def test_what_several_leaves_depend_on_is_computed_once():
     x = lazily(np.ones(3, np.float32), spans)
     (double,) = jax.tree.leaves(tree.combine((1, 1), (x, x)))
     (sum_,) = jax.tree.leaves(tree.combine((1, 1), (double, x)))
-    np.testing.assert_array_equal(sum_.entries(), 3 * np.ones(3))
+    np.testing.assert_array_equal(sum_.read(), 3 * np.ones(3))
     assert spans == [None]
 
 
@@ -140,5 +154,5 @@ def test_formulas_of_rows_and_of_leaves_take_them_whole():
     for function in (merge.ext_sub, lambda _, x, y: perturb.filter_normalize(x, y)):
         wanted = function(base, tuned, avoid)["w"]
         lazy = function(*jax.tree.map(lazily, (base, tuned, avoid)))["w"]
-        assert isinstance(lazy, _lazy.Lazy)
-        np.testing.assert_array_equal(lazy.entries(), wanted)
+        assert isinstance(lazy, Lazy)
+        np.testing.assert_array_equal(lazy.read(), wanted)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close
 from tests.strategies import FLOAT
-from wspace import _counting, selection, tree
+from wspace import selection, tree
+from wspace.selection import bracket, counting, top
 
 kth_magnitude, top_mask = jax.jit(selection.kth_magnitude), jax.jit(selection.top_mask)
-keep_top = jax.jit(selection.keep_top)
+keep_top = jax.jit(top.keep_top)
 LAYOUT = {"w": (4, 7), "b": (5,), "k": (2, 3, 2, 2), "c": (), "e": (0, 3)}
 SIZE = 28 + 5 + 24 + 1
 DTYPES = [FLOAT, jnp.bfloat16, jnp.float16]
@@ -102,8 +103,8 @@ def test_an_array_of_any_size_is_selected_from_alike(few, small, kind, seed, k):
     x = draw(kind, seed, (5, 7), FLOAT)
     value, mask = oracle(x, k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "FEW", few)
-        patch.setattr(selection, "SMALL", small)
+        patch.setattr(top, "FEW", few)
+        patch.setattr(top, "SMALL", small)
         np.testing.assert_array_equal(flat(selection.top_mask(x, k)), mask)
         np.testing.assert_array_equal(np.asarray(selection.kth_magnitude(x, k)), value)
 
@@ -133,13 +134,13 @@ def test_large_arrays_agree_with_numpy(size):
 
 
 def test_adversarial_values_take_a_bounded_number_of_passes(monkeypatch):
-    passes, counts = [], selection._counts
+    passes, counts = [], counting._counts
 
     def counted(*arguments):
         passes.append(1)
         return counts(*arguments)
 
-    monkeypatch.setattr(selection, "_counts", counted)
+    monkeypatch.setattr(counting, "_counts", counted)
     # Every power of two, then values that crowd just above and below the one sought.
     powers = 2.0 ** np.arange(-126, 127, dtype=np.float32)
     crowd = np.float32(1) + np.arange(1, 4000, dtype=np.float32) * np.float32(2.0**-23)
@@ -168,7 +169,7 @@ def test_sharded_leaves_give_the_same_bits_and_only_counts_travel(kind):
             for masks in (top_mask(sharded, k), selection.top_mask(sharded, k)):
                 np.testing.assert_array_equal(flat(masks), flat(top_mask(wanted, k)))
             assert jax.typeof(masks["w"]).sharding.spec == jax.P("a", "b")
-        for function in (selection.kth_magnitude, selection.keep_top):
+        for function in (selection.kth_magnitude, top.keep_top):
             program = jax.jit(function).lower(sharded, 17).compile().as_text()
             assert "all-reduce" in program
             assert not re.search(r"all-gather|all-to-all|collective-permute", program)
@@ -188,20 +189,20 @@ def test_counters_are_right_beyond_two_to_the_thirty_two(seed, k, size):
         totals = [
             sum(m for key, m in zip(keys, members, strict=True) if key >= int(p)) for p in pivots
         ]
-        parts = jnp.stack([_counting.count_of(t // 3) for t in totals])
-        rest = jnp.stack([_counting.count_of(t - 2 * (t // 3)) for t in totals])
-        return _counting.plus(_counting.plus(parts, rest), parts)
+        parts = jnp.stack([bracket.count_of(t // 3) for t in totals])
+        rest = jnp.stack([bracket.count_of(t - 2 * (t // 3)) for t in totals])
+        return bracket.plus(bracket.plus(parts, rest), parts)
 
-    start = _counting.begun(
-        np.uint32(2**31), _counting.count_of(size), _counting.count_of(k), None, True
+    start = bracket.begun(
+        np.uint32(2**31), bracket.count_of(size), bracket.count_of(k), None, True
     )
-    found = _counting.search(counted, start, _counting.count_of(k), True).bracket
+    found = bracket.search(counted, start, bracket.count_of(k), True).bracket
     reaching = np.cumsum(members[::-1], dtype=object)[::-1]
     assert int(found.low) == max(key for key, n in zip(keys, reaching, strict=True) if n >= k)
     above = sum(m for key, m in zip(keys, members, strict=True) if key > int(found.low))
     high_part, low_part = map(int, found.high_count)
     assert high_part * 2**16 + low_part == above
-    left = _counting.less(_counting.count_of(k), found.high_count)
+    left = bracket.less(bracket.count_of(k), found.high_count)
     assert int(left[0]) * 2**16 + int(left[1]) == k - above
 
 
@@ -210,7 +211,7 @@ def test_derivative_of_the_magnitude_is_that_of_its_entry():
     np.testing.assert_array_equal(jax.grad(selection.kth_magnitude)(x, 1), [0, -1, 0, 0, 0])
     np.testing.assert_allclose(jax.grad(kth_magnitude)(x, 3), [0, 0, 1 / 3, 1 / 3, -1 / 3])
     np.testing.assert_array_equal(
-        jax.grad(lambda x: jnp.sum(selection.keep_top(x, 2) ** 2))(x), [0, -10, 8, 0, 0]
+        jax.grad(lambda x: jnp.sum(top.keep_top(x, 2) ** 2))(x), [0, -10, 8, 0, 0]
     )
 
 
@@ -260,9 +261,9 @@ def test_leaves_that_a_counter_cannot_hold_are_refused():
 
 @given(counts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
 def test_sums_and_differences_of_counts_carry_and_borrow(counts):
-    total = functools.reduce(_counting.plus, [_counting.count_of(c) for c in counts])
+    total = functools.reduce(bracket.plus, [bracket.count_of(c) for c in counts])
     assert int(total[0]) * 2**16 + int(total[1]) == sum(counts)
-    rest = _counting.less(total, _counting.count_of(counts[0]))
+    rest = bracket.less(total, bracket.count_of(counts[0]))
     assert int(rest[0]) * 2**16 + int(rest[1]) == sum(counts[1:])
-    assert bool(_counting.reaches(total, _counting.count_of(sum(counts))))
-    assert not bool(_counting.reaches(total, _counting.count_of(sum(counts) + 1)))
+    assert bool(bracket.reaches(total, bracket.count_of(sum(counts))))
+    assert not bool(bracket.reaches(total, bracket.count_of(sum(counts) + 1)))

@@ -8,7 +8,7 @@ import math
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from wspace._numerics import accumulator
 from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Numbers: TypeAlias = Float[Array | np.ndarray, " k"]
 """One number a point: float64 NumPy where they are known, a JAX array where they are traced."""
@@ -56,10 +58,22 @@ def same_layout(**trees: object) -> None:
             _refuse_layout(first, trees[first], name, trees[name])
 
 
+def of_points(function: Function) -> Function:
+    """Marks a function whose first argument is a sequence of trees, for `tree.per_leaf`."""
+    setattr(function, "takes_points", True)  # noqa: B010
+    return function
+
+
 def listed(name: str, trees: Any) -> list[Any]:
     """The trees of an argument that takes a sequence of them, at least one."""
     if isinstance(trees, str | bytes | dict) or not hasattr(trees, "__iter__"):
         raise TypeError(f"{name} must be a sequence of trees, got {type(trees)}")
+    if hasattr(trees, "shape") or hasattr(trees, "_fields"):
+        what = "an array" if hasattr(trees, "shape") else f"the named tuple {type(trees).__name__}"
+        raise TypeError(
+            f"{name} must be a sequence of trees, got {what}, which is one tree: give a list of "
+            "trees, such as list(x) for the rows of an array"
+        )
     trees = list(trees)
     if not trees:
         raise ValueError(f"{name} is empty: give at least one tree")
@@ -128,11 +142,11 @@ def scalar(
     if not is_traced(value):
         try:
             known = float(value)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise TypeError(f"{name} must be a real number, got {value!r}") from error
         if not math.isfinite(known) or (domain is not None and not domain(known)):
             raise ValueError(f"{name} must be {words}, got {known}")
-        return value
+        return known
     if domain is None:
         return value
     value = floating(value)

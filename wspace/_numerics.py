@@ -1,16 +1,60 @@
 """Scalar functions that stay accurate, with their derivatives, where textbook forms fail."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+Wide: TypeAlias = type
+"""A dtype that arithmetic runs in."""
 
-def accumulator(*dtypes: DTypeLike) -> type:
+
+def accumulator(*dtypes: DTypeLike) -> Wide:
     """The dtype to compute in: float64 if any input is, else float32 (never half precision)."""
-    return jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32
+    is_double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
+    return jnp.float64 if is_double and jax.config.read("jax_enable_x64") else jnp.float32
+
+
+@jax.jit
+def unstacked(x: Array) -> list[Array]:
+    """The parts of an array along its first axis, by one program."""
+    return list(x)
+
+
+# XLA adds the entries of a row one after another if it adds several rows in one pass, so rows are
+# cut into pieces, few enough entries for a float32 sum to keep its digits.
+_LONGEST = 64
+
+
+@jax.custom_jvp
+def row_sums(terms: Sequence[Array]) -> list[Array]:
+    """The sums over the last axis of several arrays of one shape, in one pass over them."""
+    first = terms[0]
+    if not first.ndim:
+        return list(terms)
+    *rows, length = first.shape
+    spec = jax.typeof(first).sharding.spec
+    spread = len(spec) == first.ndim and spec[-1] is not None
+    piece = max(size for size in range(1, _LONGEST + 1) if length % size == 0)
+    if len(terms) == 1 or spread or piece < min(length, _LONGEST // 8):
+        return [jnp.sum(x, axis=-1) for x in terms]
+    zero = jnp.zeros((), first.dtype)
+    sums = jax.lax.reduce(
+        tuple(x.reshape(*rows, length // piece, piece) for x in terms),
+        (zero,) * len(terms),
+        lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
+        (first.ndim,),
+    )
+    return [jnp.sum(x, axis=-1) for x in sums]
+
+
+@row_sums.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (terms,), (rates,) = primals, tangents
+    return row_sums(terms), [jnp.sum(x, axis=-1) if x.ndim else x for x in rates]
 
 
 @jax.jit(inline=True)

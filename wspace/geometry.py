@@ -4,15 +4,17 @@ All leaves together are one vector. Nothing here needs more than inner products,
 leaves are measured where they lie.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wspace import _checks, _lazy, _padding, tree
-from wspace._numerics import accumulator, safe_sqrt, split
+from wspace import _checks, tree
+from wspace import _frames as frames
+from wspace._numerics import safe_sqrt, split, unstacked
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = [
@@ -67,42 +69,31 @@ def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
         Array(5., dtype=float32)
     """
     _checks.same_layout(x=x, y=y)
-    return tree.norm(tree.combine((1, -1), tree.widened(x, y)))
+    return frames.distance(x, y)
 
 
-@_lazy.reading
-@_padding.reading
-@jax.jit
-def _chord_sums(ratio: Scalar, x: Array, y: Array) -> Float[Array, "3"]:
+@tree.reduction
+def _chords(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     # The products of the high halves are exact, so x - ratio y and x + ratio y keep all digits
     # where they cancel.
-    wide = ratio.dtype
-    x, y = x.astype(wide), y.astype(wide)
+    (ratio,), (x, y) = scalars, arrays
     (ratio_high, ratio_low), (y_high, y_low) = split(ratio), split(y)
     rest = ratio_high * y_low + ratio_low * y
     gap, total = (x - ratio_high * y_high) - rest, (x + ratio_high * y_high) + rest
-    return jnp.stack([jnp.sum(gap * gap), jnp.sum(total * total), jnp.sum(gap * total)])
+    return [gap * gap, total * total, gap * total]
 
 
-@_padding.few_programs
 def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, both with small relative error; 0, 1 at zero."""
-    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in jax.tree.leaves((x, y))))
-    ratio, undefined = _ratio(tree.norm(x), tree.norm(y), wide)
-    sums = [
-        _chord_sums(ratio, a, b)
-        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-        if a.size
-    ]
-    if not sums:
-        return jnp.zeros((), wide), jnp.ones((), wide)
-    return _half_of(jax.tree.reduce_associative(jnp.add, sums), undefined)
+    squares = [tree.vdot(leaf, leaf) for leaf in (x, y)]
+    ratio, undefined = _ratio(*tree.widened(*squares))
+    return _half_of(_chords((ratio,), (x, y)), undefined)
 
 
-@jax.jit(static_argnums=2)
-def _ratio(x_norm: Scalar, y_norm: Scalar, wide: type) -> tuple[Scalar, Bool[Array, ""]]:
+@jax.jit
+def _ratio(x_square: Scalar, y_square: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """How much longer one point is than another, and whether one of them is zero."""
-    x_norm, y_norm = x_norm.astype(wide), y_norm.astype(wide)
+    x_norm, y_norm = safe_sqrt(x_square), safe_sqrt(y_square)
     nothing = y_norm == 0
     return x_norm / jnp.where(nothing, 1, y_norm), nothing | (x_norm == 0)
 
@@ -195,6 +186,7 @@ def cosine(x: WeightsLike, y: WeightsLike) -> Scalar:
     return cosine - sine
 
 
+@_checks.of_points
 def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     r"""Matrix of inner products.
 
@@ -224,39 +216,108 @@ def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    wide = tree.widened(*points)
+    return inner_products(points)
+
+
+_MANY = 8
+"""Points whose products with each other are summed in one pass."""
+
+
+def inner_products(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
+    """`gram` without checks: blocks of few rows and columns, each in one pass over its points."""
+    count = len(points)
+    if count <= _MANY:
+        return symmetric(pair_sums((), points), count)
+    parts = [points[i : i + _MANY] for i in range(0, count, _MANY)]
     upper = {
-        (i, j): tree.vdot(x, y) for i, x in enumerate(wide) for j, y in enumerate(wide) if i <= j
+        (i, j): inner_products(one) if i == j else _crossed(len(one), len(two))((), (*one, *two))
+        for i, one in enumerate(parts)
+        for j, two in enumerate(parts)
+        if i <= j
     }
-    count = range(len(points))
-    return jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in count]) for i in count])
+    size = range(len(parts))
+
+    def block(i: int, j: int) -> Array:
+        found = upper[min(i, j), max(i, j)]
+        found = found.reshape(len(parts[min(i, j)]), len(parts[max(i, j)]))
+        return found if i <= j else found.T
+
+    return jnp.block([[block(i, j) for j in size] for i in size])
 
 
-@tree.elementwise
-def _less(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    (c,), (x, q) = scalars, arrays
-    return x - c * q
+@functools.cache
+def _crossed(count: int, others: int) -> Callable[..., Array]:
+    """The inner products of some points with others."""
+
+    @tree.reduction
+    def crossed(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+        return [x * y for x in arrays[:count] for y in arrays[count : count + others]]
+
+    return crossed
 
 
-@tree.elementwise
+def pairs(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    """The products of all pairs, those of an array with itself included, by `symmetric`'s rows."""
+    return [x * y for i, x in enumerate(arrays) for y in arrays[i:]]
+
+
+def pairs_from_first(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    """The products of all pairs of differences from the first array."""
+    first, *others = arrays
+    return pairs(scalars, [x - first for x in others])
+
+
+def squared_gaps(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    """The squared differences of all pairs, zeros included."""
+    return [(x - y) ** 2 for i, x in enumerate(arrays) for y in arrays[i:]]
+
+
+pair_sums = tree.reduction(pairs)
+pair_sums_from_first = tree.reduction(pairs_from_first)
+gap_sums = tree.reduction(squared_gaps)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def symmetric(upper: Array, count: int) -> Array:
+    """The symmetric matrices `(count, count, ...)` with given rows of their upper triangles."""
+    places = iter(range(len(upper)))
+    place = {(i, j): next(places) for i in range(count) for j in range(i, count)}
+    rows = [[upper[place[min(i, j), max(i, j)]] for j in range(count)] for i in range(count)]
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+@tree.reduction
+def _along(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    x, *basis = arrays
+    return [q * x for q in basis]
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _beyond(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    x, *basis = arrays
+    return x - functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
+
+
+@functools.partial(tree.elementwise, rounded=False)
 def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays
     return x / c
 
 
-def components(x: Weights, basis: Sequence[Weights]) -> tuple[list[Any], Weights]:
+def components(
+    x: WeightsLike, basis: Sequence[Weights]
+) -> tuple[Float[Array, " k"] | list[Scalar], Weights]:
     """The coefficients of `x` in an orthonormal basis, and what is orthogonal to the basis."""
-    coefficients: list[Any] = [0.0] * len(basis)
-    for _ in range(2):
-        for i, q in enumerate(basis):
-            part = tree.vdot(q, x)
-            x = _less((part,), (x, q))
-            coefficients[i] += part
-    return coefficients, x
+    if not basis:
+        return [], x
+    first = _along((), (x, *basis))
+    rest = _beyond(unstacked(first), (x, *basis))
+    second = _along((), (rest, *basis))
+    return first + second, _beyond(unstacked(second), (rest, *basis))
 
 
 def _gram_schmidt(
-    directions: Sequence[Weights], dependent: Callable[[int, Scalar, Scalar], str] | None
+    directions: Sequence[WeightsLike], dependent: Callable[[int, Scalar, Scalar], str] | None
 ) -> tuple[list[Weights], list[list[Scalar]]]:
     """The factors of $D = Q R$, with `R` by columns down to its diagonal.
 
@@ -267,16 +328,22 @@ def _gram_schmidt(
     columns = []
     for i, x in enumerate(directions):
         coefficients, rest = components(x, basis)
-        size, left = tree.norm(x), tree.norm(rest)
-        undefined = 0.0
-        if dependent is not None:
-            undefined = _checks.refuse(
-                ~(left > 64 * jnp.finfo(left.dtype).eps * size),
-                lambda i=i, size=size, left=left: dependent(i, size, left),
-            )
-        basis.append(_over((jnp.where(left == 0, 1, left) + undefined,), (rest,)))
+        left = tree.norm(rest)
+        basis.append(_over((_length(i, tree.norm(x), left, dependent),), (rest,)))
         columns.append([*coefficients, left])
     return basis, columns
+
+
+def _length(
+    i: int, size: Scalar, left: Scalar, dependent: Callable[[int, Scalar, Scalar], str] | None
+) -> Scalar:
+    """What to divide a direction by, of which a length is left; NaN if that is nothing."""
+    undefined = 0.0
+    if dependent is not None:
+        undefined = _checks.refuse(
+            ~(left > 64 * jnp.finfo(left.dtype).eps * size), lambda: dependent(i, size, left)
+        )
+    return jnp.where(left == 0, 1, left) + undefined
 
 
 def _dependent(name: str) -> Callable[[int, Scalar, Scalar], str]:
@@ -286,6 +353,7 @@ def _dependent(name: str) -> Callable[[int, Scalar, Scalar], str]:
     )
 
 
+@_checks.of_points
 def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     r"""Orthonormal basis of the span of some directions, by Gram-Schmidt applied twice.
 
@@ -323,7 +391,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     """
     directions = _checks.listed("directions", directions)
     _checks.same_layout(**_checks.each("directions", directions))
-    basis, _ = _gram_schmidt(tree.widened(*directions), _dependent("directions"))
+    basis, _ = _gram_schmidt(directions, _dependent("directions"))
     return [tree.cast_like(q, x) for q, x in zip(basis, directions, strict=True)]
 
 
@@ -357,8 +425,13 @@ def project(x: WeightsLike, basis: Sequence[WeightsLike]) -> Weights:
     """
     basis = _checks.listed("basis", basis)
     _checks.same_layout(x=x, **_checks.each("basis", basis))
-    point, *wide = tree.widened(x, *basis)
-    return tree.cast_like(tree.combine([tree.vdot(q, point) for q in wide], wide), x)
+    return _in_span(unstacked(_along((), (x, *basis))), (x, *basis))
+
+
+@tree.elementwise
+def _in_span(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    _, *basis = arrays
+    return functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
 
 
 def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinates:
@@ -408,24 +481,30 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
     """
     points = _checks.listed("points", points)
     _checks.same_layout(point=point, **_checks.each("points", points))
-    start, *rest = tree.widened(*points, point)
-    *edges, edge = [_less((1,), (x, start)) for x in rest]
-    basis, columns = _gram_schmidt(
-        edges,
-        lambda i, size, left: (
-            f"points[{i + 1}] is {size:.3g} from points[0] and {left:.3g} from the affine span of "
-            "those before it: leave out points that repeat, are dependent or are not finite"
-        ),
-    )
-    projections, beyond = components(edge, basis)
+    start, *others = points
+    if not others:
+        residual = distance(point, start)
+        return Coordinates(jnp.ones((1,), residual.dtype), residual)
+
+    def length_of(i: int, left: Scalar) -> Scalar:
+        def dependent(_: int, size: Scalar, left: Scalar) -> str:
+            return (
+                f"points[{i + 1}] is {size:.3g} from points[0] and {left:.3g} from the affine span "
+                "of those before it: leave out points that repeat, are dependent or are not finite"
+            )
+
+        return _length(i, distance(others[i], start), left, dependent)
+
+    frame, columns = frames.of_differences(start, others, lambda i, x: 1 / length_of(i, x))
+    projections, residual = frames.measured(frame, point, start)
     solution: list[Scalar] = []
-    for i in reversed(range(len(edges))):
+    for i in reversed(range(len(others))):
         known = sum(c * column[i] for c, column in zip(solution, columns[i + 1 :], strict=True))
         solution.insert(0, (projections[i] - known) / columns[i][i])
-    residual = tree.norm(beyond)
     return Coordinates(jnp.stack([jnp.ones_like(residual) - sum(solution), *solution]), residual)
 
 
+@_checks.of_points
 def principal_angles(
     left: Sequence[WeightsLike], right: Sequence[WeightsLike]
 ) -> Float[Array, " k"]:
@@ -472,17 +551,15 @@ def principal_angles(
     """
     left, right = _checks.listed("left", left), _checks.listed("right", right)
     _checks.same_layout(**_checks.each("left", left), **_checks.each("right", right))
-    wide = tree.widened(*left, *right)
-    p, _ = _gram_schmidt(wide[: len(left)], _dependent("left"))
-    q, _ = _gram_schmidt(wide[len(left) :], _dependent("right"))
+    p, _ = _gram_schmidt(left, _dependent("left"))
+    q, _ = _gram_schmidt(right, _dependent("right"))
     if len(p) < len(q):
         p, q = q, p
     products, rests = zip(*(components(x, p) for x in q), strict=True)
     _, columns = _gram_schmidt(rests, None)
     zero = jnp.zeros_like(columns[0][0])
-    triangle = [column + [zero] * (len(q) - len(column)) for column in columns]
+    triangle = [jnp.stack(column + [zero] * (len(q) - len(column))) for column in columns]
     cosines, sines = (
-        jnp.linalg.svd(jnp.stack([jnp.stack(row) for row in rows]), compute_uv=False)
-        for rows in (products, triangle)
+        jnp.linalg.svd(jnp.stack(rows), compute_uv=False) for rows in (products, triangle)
     )
     return jnp.arctan2(sines[::-1], cosines)

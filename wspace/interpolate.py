@@ -10,14 +10,12 @@ A tree is one vector. For a path per tensor use
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from wspace import _checks, _lazy, geometry, tree
-from wspace import _products as products
+from wspace import _checks, geometry, tree
 from wspace._numerics import accumulator, arcsin_of_root_squared, safe_sqrt, sinc_of_square
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -110,12 +108,9 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     References:
         K. Shoemake, *Animating Rotation with Quaternion Curves*, SIGGRAPH 1985.
     """
-    return _passes(start, end, t)
-
-
-def _measured(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> tuple[Any, Any]:
     _checks.same_layout(start=start, end=end)
-    return (*_half_angle(start, end), _checks.scalar("t", t)), (start, end)
+    t = _checks.scalar("t", t)
+    return _arc(_weights(*_half_angle(start, end), t), (start, end))
 
 
 def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
@@ -124,7 +119,7 @@ def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     These are functions of the angle squared, so that inner products will do up to a right angle,
     in which a small angle would lose half of its digits; towards the antipode they would not.
     """
-    sine, cosine, obtuse = _acute(products.sums(products.pairs, (x, y)))
+    sine, cosine, obtuse = _acute(geometry.pair_sums((), (x, y)))
     if not _checks.is_traced(obtuse):
         return geometry.half_angle(x, y) if obtuse else (sine, cosine)
     return jax.lax.cond(obtuse, geometry.half_angle, lambda *_: (sine, cosine), x, y)
@@ -166,9 +161,7 @@ def _weights(sine: Scalar, cosine: Scalar, t: ScalarLike) -> tuple[Scalar, Scala
     )
 
 
-_passes = tree.PASSES[slerp] = tree.Passes(_measured, _weights, _arc)
-
-
+@_checks.of_points
 def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     r"""Bezier curve, which leaves its first point and arrives at its last one, bent by the rest.
 
@@ -211,6 +204,7 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     )
 
 
+@_checks.of_points
 def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     r"""Chain of segments through all points, each of them taking the same share of $t$.
 
@@ -264,5 +258,5 @@ def _path(points: Sequence[WeightsLike], t: ScalarLike) -> tuple[list[WeightsLik
     """The points as a list, `t` in the dtype of arithmetic on them, and the last index."""
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in jax.tree.leaves(points)))
+    wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
     return points, jnp.asarray(_checks.scalar("t", t)).astype(wide), len(points) - 1

@@ -1,16 +1,16 @@
 r"""Vector-space operations on trees of weights.
 
-A tree is one vector $\theta \in \mathbb{R}^n$, its leaves the coordinate blocks. The dtype
-policy of the whole library lives here: arithmetic runs in float32 (float64 if a leaf is
-float64), results are rounded once to the dtype of the first tree's leaf, and scalars never
-widen a leaf. NaN and infinities pass through to the entries that depend on them.
+A tree is one vector $\theta \in \mathbb{R}^n$, its leaves the coordinate blocks. All that is
+computed of entries goes through two functions, [`elementwise`][wspace.tree.elementwise] and
+[`reduction`][wspace.tree.reduction], with one policy: arithmetic runs in float32 (float64 if a leaf
+is float64), results are rounded once to the dtype of the first tree's leaf, and scalars never widen
+a leaf. NaN and infinities pass through to the entries that depend on them.
 """
 
 import functools
 import hashlib
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, DTypeLike, PyTree, UInt32
 
-from wspace import _checks, _lazy, _padding
-from wspace._numerics import accumulator, safe_sqrt
+from wspace import _checks, _pieces
+from wspace._leaves import Lazy
+from wspace._numerics import Wide, accumulator, row_sums, safe_sqrt
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "norm",
     "partition",
     "per_leaf",
+    "reduction",
     "split_key_like",
     "upcast",
     "vdot",
@@ -37,34 +39,43 @@ __all__ = [
 
 
 def elementwise(
-    formula: Callable[[Sequence[Scalar], Sequence[Array]], Array],
+    formula: Callable[..., Any],
     *,
     rounded: bool = True,
-    scope: Literal["entry", "row", "leaf"] = "entry",
-) -> Callable[[Sequence[ScalarLike], Sequence[WeightsLike]], Weights]:
+    scope: Literal["entry", "leaf"] = "entry",
+    placed: bool = False,
+) -> Callable[..., Any]:
     r"""Lifts a formula on the entries of arrays to trees, under the dtype policy of this module.
 
     $$
     \theta_j = \operatorname{round}\bigl(f(c;\, \theta_{1j}, \dots, \theta_{kj})\bigr)
     $$
 
-    Every leaf is one fused kernel, compiled once per shape; new scalars compile nothing. Leaves of
-    very many shapes share kernels of a few lengths, to which they are padded.
+    A leaf is one fused pass over memory, compiled once per shape; new scalars compile nothing.
+    Small leaves of rare shapes share a program. Leaves keep their device and sharding. Where a
+    leaf is lazy, as in [`checkpoint.stream`][wspace.checkpoint.stream], so is the result: it is
+    computed when it is read, piece by piece.
 
     Args:
         formula: Takes the scalars and the arrays, both as sequences and in the dtype of the
-            arithmetic, and returns an array of the arrays' shape. It must be a pure function,
-            defined once: each new one compiles anew.
-        rounded: Whether the result is rounded to the dtype of the first tree; else a leaf stays in
-            that of the arithmetic, for what is computed on the way to a result.
-        scope: What an entry of the result depends on: that `"entry"` of the arrays alone, its
-            `"row"`, those that differ in their last index alone, or all of its `"leaf"`. The
-            formula is given parts of leaves, or matrices of rows, in which zeros may follow, or
-            whole leaves.
+            arithmetic, and returns an array of the arrays' shape, or a sequence of such arrays, for
+            several trees made in one pass. It must be a pure function, defined once: each new one
+            compiles anew. Its name is the program's in profiles. Boolean arrays and results, which
+            are masks, stay boolean; keys and unsigned integers among the scalars stay what they
+            are.
+        rounded: Whether the result is rounded to the dtype of the first tree, and the i-th of
+            several to that of the i-th tree; else leaves stay in the dtype of the arithmetic, for
+            what is computed on the way to a result.
+        scope: What an entry of the result depends on: the same `"entry"` of the arrays alone, so
+            that the formula may be given parts of leaves; or all of its `"leaf"`, which the formula
+            is given whole.
+        placed: Whether the formula takes, as a third argument, the flat index of every entry in
+            its leaf, an array of unsigned integers.
 
     Returns:
-        The same formula on sequences of scalars and of trees of one layout, which returns a
-            tree, each leaf in the dtype of that leaf of the first tree.
+        The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
+            layout, and as a third argument, if there are any, a sequence of trees with one scalar
+            for each leaf, which follow the other scalars. It returns a tree, or a list of several.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -74,35 +85,222 @@ def elementwise(
         {'w': Array([2., 1.], dtype=float32)}
     """
 
-    def dtype(_: Any, leaves: Sequence[Any]) -> Any:
-        return leaves[0].dtype if rounded else accumulator(*(leaf.dtype for leaf in leaves))
+    def cast(x: Array, like: Array, wide: Wide) -> Array:
+        return x if x.dtype == bool else x.astype(like.dtype if rounded else wide)
 
-    @jax.jit
-    def on_leaves(scalars: Sequence[Any], leaves: Sequence[Array]) -> Array:
+    def on_leaf(scalars: Sequence[Any], leaves: Sequence[Array], start: Any) -> Any:
         wide = accumulator(*(leaf.dtype for leaf in leaves))
-        result = formula(
-            [jnp.asarray(c).astype(wide) for c in scalars], [leaf.astype(wide) for leaf in leaves]
-        )
-        return result.astype(dtype(scalars, leaves))
+        places = [_places(leaves[0], start)] if placed else []
+        result = formula([_number(c, wide) for c in scalars], _widened(leaves, wide), *places)
+        if isinstance(result, list | tuple):
+            return [cast(x, like, wide) for x, like in zip(result, leaves, strict=False)]
+        return cast(result, leaves[0], wide)
 
-    padded = _padding.entrywise(rows=scope == "row")(on_leaves)
-    kernel = on_leaves if scope == "leaf" else padded
-    lifted = _lazy.entrywise(dtype, in_pieces=scope == "entry")(kernel)
+    def on_leaves(
+        scalars: Sequence[Any], own: Sequence[Any], rows: Sequence[Any], start: Any
+    ) -> list[Array]:
+        several = zip(own, rows, strict=True)
+        return [on_leaf([*scalars, *numbers], leaves, start) for numbers, leaves in several]
 
-    @_padding.few_programs
-    def on_trees(scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike]) -> Weights:
-        return jax.tree.map(lambda *leaves: lifted(scalars, leaves), *trees)
+    kernel = _named(on_leaves, formula)
+
+    def put_off(scalars: Sequence[Any], own: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        def on_span(leaves: Sequence[Any], start: Any) -> Any:
+            return kernel(scalars, [own], [leaves], start)[0]
+
+        return _pieces.put_off(on_span, leaves, in_pieces=scope == "entry")
+
+    def on_trees(
+        scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], each: Sequence[PyTree] = ()
+    ) -> Weights:
+        scalars = [_known(c) for c in scalars]
+        first, *others = trees
+        leaves, structure = jax.tree.flatten(first)
+        rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
+        own = list(zip(*map(structure.flatten_up_to, each), strict=True)) or [()] * len(rows)
+        results: list[Any] = [None] * len(rows)
+        for group in _pieces.groups(rows):
+            i = group[0]
+            if _pieces.is_lazy(rows[i]):
+                for i in group:
+                    results[i] = put_off(scalars, own[i], rows[i])
+            else:
+                found = kernel(
+                    scalars, [own[i] for i in group], [rows[i] for i in group], np.uint32(0)
+                )
+                for i, result in zip(group, found, strict=True):
+                    results[i] = result
+        if not rows:
+            results = [jax.eval_shape(on_leaf, scalars, [jnp.zeros(0)] * len(trees), np.uint32(0))]
+        if isinstance(results[0], list):
+            return [structure.unflatten(xs if rows else ()) for xs in zip(*results, strict=True)]
+        return structure.unflatten(results if rows else ())
 
     return on_trees
 
 
-@elementwise
+def reduction(
+    formula: Callable[..., Any], *, kind: Literal["sum", "max", "min"] = "sum"
+) -> Callable[..., Array]:
+    r"""Lifts a formula on the entries of arrays to a sum over all entries of trees.
+
+    $$
+    s = \sum_j f(c;\, \theta_{1j}, \dots, \theta_{kj})
+    $$
+
+    A leaf is read once, in one fused pass, for all the sums that the formula asks for; no tree of
+    terms is written. Sums run in the dtype of arithmetic on all leaves together, short rows first,
+    and the sums of leaves are added in pairs, so that neither large nor many leaves lose digits.
+    No leaf is reshaped across devices: sharded leaves are reduced where they lie. Lazy leaves are
+    read one by one.
+
+    Args:
+        formula: Takes the scalars and the arrays, as in
+            [`elementwise`][wspace.tree.elementwise], and returns an array of terms of the arrays'
+            shape, or a sequence of such arrays. Booleans and integers are counted exactly in each
+            leaf of fewer than $2^{31}$ entries.
+        kind: Whether terms are added, or the largest or the least one is taken.
+
+    Returns:
+        The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
+            layout, and returns one number, or an array of as many as there are sequences of terms,
+            in at least float32; for trees without entries 0, or for the largest and the least term
+            an infinity. With `by_leaf=True` it returns a list with the numbers of every leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import tree
+        >>> moments = tree.reduction(lambda _, arrays: (arrays[0], arrays[0] ** 2))
+        >>> moments((), [{"w": jnp.array([3.0, 1.0]), "b": jnp.array(2.0)}])
+        Array([ 6., 14.], dtype=float32)
+    """
+
+    def on_leaf(scalars: Sequence[Any], leaves: Sequence[Array], wide: Any) -> Array:
+        terms = formula([_number(c, wide) for c in scalars], _widened(leaves, wide))
+        return _reduced(terms, kind, wide)
+
+    def on_leaves(scalars: Sequence[Any], rows: Sequence[Any], wide: Any) -> list[Array]:
+        return [on_leaf(scalars, leaves, wide) for leaves in rows]
+
+    kernel = _named(on_leaves, formula, static_argnums=2)
+
+    def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
+        """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
+        like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
+        exact = jnp.issubdtype(jax.eval_shape(on_leaf, scalars, like, wide).dtype, jnp.integer)
+        if not exact and kind == "sum":
+            return kernel(scalars, [_pieces.whole(row)], wide)[0]
+        parts = [kernel(scalars, [part], wide)[0] for part in _pieces.entries(row)]
+        return functools.reduce(_MEETING[kind], parts)
+
+    def on_trees(
+        scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], *, by_leaf: bool = False
+    ) -> Any:
+        scalars = [_known(c) for c in scalars]
+        first, *others = trees
+        leaves, structure = jax.tree.flatten(first)
+        rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
+        wide = accumulator(*(leaf.dtype for row in rows for leaf in row))
+        results: list[Any] = [None] * len(rows)
+        for group in _pieces.groups(rows):
+            lazy = _pieces.is_lazy(rows[group[0]])
+            if lazy and len(group) == 1:
+                found = [of_row(scalars, rows[i], wide) for i in group]
+            else:
+                found = kernel(scalars, [_pieces.whole(rows[i]) for i in group], wide)
+            for i, result in zip(group, found, strict=True):
+                results[i] = result
+        if by_leaf:
+            return results
+        results = [x for x, leaf in zip(results, leaves, strict=True) if leaf.size]
+        if not results:
+            empty = [jnp.zeros(0, wide)] * len(trees)
+            return kernel(scalars, [empty], wide)[0].astype(wide)
+        return _together(results, kind, wide)
+
+    return on_trees
+
+
+_MEETING = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+
+
+def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
+    """The function compiled under the name of a formula."""
+    name = getattr(formula, "__name__", "formula")
+    function.__name__ = function.__qualname__ = "formula" if name == "<lambda>" else name
+    return jax.jit(function, **options)
+
+
+def _known(c: Any) -> Any:
+    """A plain number as one of one dtype, so that the programs of all numbers are the same."""
+    if not isinstance(c, int | float | np.floating | np.signedinteger):
+        return c
+    with np.errstate(over="ignore"):
+        return np.float64(c) if jax.config.read("jax_enable_x64") else np.float32(c)
+
+
+def _number(c: Any, wide: Any) -> Any:
+    """A scalar in the dtype of arithmetic; a key or an unsigned integer as it is."""
+    array = jnp.asarray(c)
+    is_other = jnp.issubdtype(array.dtype, jnp.unsignedinteger) or jnp.issubdtype(
+        array.dtype, jax.dtypes.prng_key
+    )
+    return array if is_other else array.astype(wide)
+
+
+def _widened(leaves: Sequence[Array], wide: Any) -> list[Array]:
+    return [leaf if leaf.dtype == bool else leaf.astype(wide) for leaf in leaves]
+
+
+def _places(x: Array, start: Any) -> Array:
+    """The flat indices of entries, where they lie."""
+    places, stride = jnp.asarray(start), 1
+    for axis in reversed(range(x.ndim)):
+        along = jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding
+        )
+        places, stride = places + along * jnp.uint32(stride), stride * x.shape[axis]
+    return places
+
+
+def _reduced(terms: Any, kind: str, wide: Any) -> Array:
+    """One number of an array of terms, or one of each of several arrays."""
+    if isinstance(terms, list | tuple):
+        if kind == "sum" and all(x.dtype == wide for x in terms):
+            return jnp.stack([jnp.sum(x) for x in row_sums(terms)])
+        return jnp.stack([_reduced(x, kind, wide) for x in terms])
+    if kind == "sum":
+        counted = terms.dtype == bool or jnp.issubdtype(terms.dtype, jnp.integer)
+        return jnp.sum(terms, dtype=jnp.int32 if counted else wide)
+    initial = -jnp.inf if kind == "max" else jnp.inf
+    return (jnp.max if kind == "max" else jnp.min)(terms.astype(wide), initial=initial)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _together(parts: Sequence[Array], kind: str, wide: Any) -> Array:
+    """The numbers of all leaves made of those of each, in pairs."""
+    rows = jnp.stack([part.astype(wide) for part in parts])
+    while len(rows) > 1:
+        even = len(rows) // 2 * 2
+        met = _MEETING[kind](rows[0:even:2], rows[1:even:2])
+        rows = jnp.concatenate([met, rows[even:]])
+    return rows[0]
+
+
 def _combination(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     terms = [c * x for c, x in zip(scalars, arrays, strict=True)]
     return functools.reduce(jnp.add, terms)
 
 
-def combine(coefficients: Coefficients, points: Sequence[WeightsLike]) -> Weights:
+weighted_sum = elementwise(_combination)
+"""`combine` without checks, for scalars that are known to be right, or traced."""
+
+_wide_sum = elementwise(_combination, rounded=False)
+
+
+def combine(
+    coefficients: Coefficients, points: Sequence[WeightsLike], *, rounded: bool = True
+) -> Weights:
     r"""Linear combination of points.
 
     $$
@@ -114,6 +312,8 @@ def combine(coefficients: Coefficients, points: Sequence[WeightsLike]) -> Weight
     Args:
         coefficients: The $c_i$, one a point, of any sign and any sum; never normalized.
         points: The $\theta_i$, trees of one layout, at least one.
+        rounded: Whether the result is rounded to the dtypes of the first point; else it stays in
+            the dtype of the arithmetic, for differences that half precision would round away.
 
     Returns:
         The combination, each leaf in the dtype of that leaf of the first point.
@@ -131,7 +331,8 @@ def combine(coefficients: Coefficients, points: Sequence[WeightsLike]) -> Weight
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    return _combination(_checks.scalars("coefficients", coefficients, len(points)), points)
+    scalars = _checks.scalars("coefficients", coefficients, len(points))
+    return (weighted_sum if rounded else _wide_sum)(scalars, points)
 
 
 def upcast(x: WeightsLike) -> Weights:
@@ -153,14 +354,14 @@ def upcast(x: WeightsLike) -> Weights:
         {'w': Array([1., 1.], dtype=float32)}
     """
     _checks.same_layout(x=x)
-    return _padding.mapped(lambda leaf: _cast(leaf, accumulator(leaf.dtype)), x)
+    return jax.tree.map(lambda leaf: _cast(leaf, accumulator(leaf.dtype)), x)
 
 
 def widened(*trees: PyTree) -> list[Any]:
-    """Trees of any layouts in one dtype, that of arithmetic on all their leaves together."""
-    leaves = [_lazy.array(leaf) for leaf in jax.tree.leaves(trees)]
+    """Small arrays of any layouts in one dtype, that of arithmetic on all of them together."""
+    leaves = jax.tree.leaves(trees)
     wide = accumulator(*(leaf.dtype for leaf in leaves))
-    return [_padding.mapped(lambda leaf: _cast(leaf, wide), x) for x in trees]
+    return [jax.tree.map(lambda leaf: _cast(leaf, wide), x) for x in trees]
 
 
 def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
@@ -184,29 +385,36 @@ def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
         Array([1, 1], dtype=bfloat16)
     """
     _checks.same_layout(x=x, like=like)
-    return _padding.mapped(lambda leaf, other: _cast(leaf, other.dtype), x, like)
+    return jax.tree.map(lambda leaf, other: _cast(leaf, other.dtype), x, like)
 
 
 def _cast(leaf: Any, dtype: DTypeLike) -> Any:
-    leaf = _lazy.array(leaf)
-    is_done = leaf.dtype == dtype or isinstance(leaf, _lazy.Lazy)
-    return leaf.astype(dtype) if is_done else _cast_array(leaf, jnp.dtype(dtype))
+    leaf, dtype = _pieces.array(leaf), jax.dtypes.canonicalize_dtype(dtype)
+    if leaf.dtype == dtype:
+        return leaf
+    if isinstance(leaf, Lazy):
+        return _pieces.put_off(lambda given, _: _cast_array(given[0], dtype), [leaf], True)
+    return _cast_array(leaf, dtype)
 
 
-@_padding.entrywise()
+def lazily(leaf: Any, wide: Wide) -> Lazy:
+    """A leaf as a lazy one in a dtype of arithmetic."""
+    if isinstance(leaf, Lazy) and leaf.dtype == wide:
+        return leaf
+    return _pieces.put_off(lambda given, _: _cast_array(given[0], jnp.dtype(wide)), [leaf], True)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _cast_array(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
-@_lazy.reading
-@_padding.reading
-@functools.partial(jax.jit, static_argnums=2)
-def _dot(x: Array, y: Array, wide: type) -> Scalar:
-    return jnp.sum(x.astype(wide) * y.astype(wide))
+@reduction
+def _products(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    x, y = arrays
+    return x * y
 
 
-@_padding.few_programs
 def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
     r"""Inner product of two points over all leaves.
 
@@ -236,10 +444,7 @@ def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
         Array(11., dtype=float32)
     """
     _checks.same_layout(x=x, y=y)
-    leaves, others = jax.tree.leaves(x), jax.tree.leaves(y)
-    wide = accumulator(*(_lazy.array(leaf).dtype for leaf in (*leaves, *others)))
-    sums = [_dot(a, b, wide) for a, b in zip(leaves, others, strict=True) if a.size]
-    return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros((), wide)
+    return _products((), (x, y))
 
 
 def norm(x: WeightsLike) -> Scalar:
@@ -265,7 +470,8 @@ def norm(x: WeightsLike) -> Scalar:
         >>> tree.norm({"w": jnp.array([3.0]), "b": jnp.array(4.0)})
         Array(5., dtype=float32)
     """
-    return safe_sqrt(vdot(x, x))
+    _checks.floating_leaves(x=x)
+    return safe_sqrt(_products((), (x, x)))
 
 
 def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
@@ -331,92 +537,159 @@ def join(weights: PyTree, rest: PyTree) -> PyTree:
     return tree_map_with_path(pick, weights, rest, is_leaf=is_none)
 
 
-class Passes(NamedTuple):
-    """A function of trees as two passes over entries, with a solve of few numbers in between."""
+def in_passes(
+    steps: Callable[..., Generator[tuple[Callable[..., Any], tuple[Any, ...]], Any, Any]],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a function of trees whose entries are read, few numbers are solved for, and used.
 
-    measure: Callable[..., tuple[Any, Any]]
-    """Takes what the function takes; returns arrays for `solve`, and anything for `finish`."""
-    solve: Callable[..., Any]
-    finish: Callable[..., Any]
-    """Takes what `solve` and `measure` returned, and returns what the function returns."""
+    `steps` takes what the function takes, measures, yields a solver and its arguments, is sent what
+    the solver returned, and returns the function's result. Under tracing `per_leaf` then solves for
+    all leaves of one dtype together, where each would otherwise be compiled by itself.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
-        numbers, rest = self.measure(*args, **kwargs)
-        return self.finish(self.solve(*numbers), rest)
+    def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(function, "steps", steps)  # noqa: B010
+        return function
 
-
-PASSES: dict[Callable[..., Any], Passes] = {}
-"""For `per_leaf`: functions whose solve would be compiled for every leaf of a traced tree."""
+    return marked
 
 
-def per_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+def run(steps: Generator[tuple[Callable[..., Any], tuple[Any, ...]], Any, Any]) -> Any:
+    """The result of a function by its steps, as `in_passes` takes them."""
+    solve, numbers = next(steps)
+    return _finished(steps, solve(*numbers))
+
+
+def _finished(steps: Generator[Any, Any, Any], solved: Any) -> Any:
+    try:
+        steps.send(solved)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("steps yield once")
+
+
+def _run_together(several: Sequence[Generator[Any, Any, Any]]) -> list[Any]:
+    """The results of several runs of one function, those of numbers of one dtype solved at once."""
+    asked = [next(steps) for steps in several]
+    alike: dict[Any, list[int]] = {}
+    for i, (_, numbers) in enumerate(asked):
+        alike.setdefault(tuple(jnp.asarray(n).dtype for n in numbers), []).append(i)
+    results: list[Any] = [None] * len(several)
+    for indices in alike.values():
+        numbers = [asked[i][1] for i in indices]
+        solved = jax.vmap(asked[0][0])(*jax.tree.map(lambda *xs: jnp.stack(xs), *numbers))
+        for k, i in enumerate(indices):
+            results[i] = _finished(several[i], jax.tree.map(lambda x, k=k: x[k], solved))
+    return results
+
+
+def per_leaf(function: Callable[..., Any], *, many: int | None = None) -> Callable[..., Any]:
     r"""The form of a function that treats every leaf as a point of its own.
 
     An array is a tree, so `per_leaf(slerp)` turns each tensor by its own angle, where `slerp`
     turns the whole model by one.
 
     Args:
-        function: A function of trees. Its first argument is a tree, or, if annotated as a
-            sequence as in [`average.mean`][wspace.average.mean], a sequence of trees.
+        function: A function of trees.
+        many: How many of its first arguments are sequences of trees, 0 or 1. The functions of this
+            library say so themselves: 1 for [`average.mean`][wspace.average.mean], 0 for
+            [`interpolate.lerp`][wspace.interpolate.lerp]. For others it is 0, and must be given
+            where the first argument may be read both ways: a list of trees of one layout.
 
     Returns:
         A function of the same arguments. Those with the structure of the first one's tree are
         taken apart, alone or in lists; others, such as scalars, are passed on. What `function`
         returns for a leaf comes back with a tree in place of each array.
 
+    Raises:
+        TypeError: If the first argument is one tree where a sequence of trees is meant.
+        ValueError: If an argument may be read both ways: as a sequence of trees or as one; or, a
+            list of numbers, as one number a point or as one a leaf.
+
     Examples:
         >>> import jax.numpy as jnp
-        >>> from wspace import tree
+        >>> from wspace import average, tree
         >>> tree.per_leaf(tree.norm)({"w": jnp.array([3.0, 4.0]), "b": jnp.array([2.0])})
         {'b': Array(2., dtype=float32), 'w': Array(5., dtype=float32)}
+        >>> tree.per_leaf(average.mean)([{"w": jnp.zeros(1)}, {"w": jnp.ones(1)}])
+        {'w': Array([0.5], dtype=float32)}
     """
-    parameter = next(iter(inspect.signature(function).parameters.values()))
-    takes_sequence = getattr(parameter.annotation, "__origin__", None) is Sequence
+    name = getattr(function, "__name__", "the function")
 
-    @_padding.few_programs
     @functools.wraps(function)
     def leafwise(first: Any, *args: Any, **kwargs: Any) -> Any:
-        one = first[0] if takes_sequence else first
-        structure = jax.tree.structure(one)
-        paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(one)]
+        takes_points = _takes_points(function, first, name) if many is None else bool(many)
+        firsts = _checks.listed(f"the first argument of {name}", first) if takes_points else [first]
+        structure = jax.tree.structure(firsts[0])
+        paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(firsts[0])]
 
-        def leaves_of(argument: Any) -> list[Any]:
+        def leaves_of(where: str, argument: Any) -> list[Any]:
             if jax.tree.structure(argument) == structure:
+                if _is_list_of_numbers(argument):
+                    raise ValueError(
+                        f"{where} of {name} is a list of {len(argument)} numbers, and so many "
+                        "leaves have the trees: give an array for one number a point, or a tree "
+                        "of arrays for one a leaf"
+                    )
                 return jax.tree.leaves(argument)
             is_list = isinstance(argument, list | tuple) and len(argument) > 0
             if is_list and all(jax.tree.structure(x) == structure for x in argument):
                 return [list(xs) for xs in zip(*map(jax.tree.leaves, argument), strict=True)]
             return [argument] * structure.num_leaves
 
-        if takes_sequence:
-            firsts = [list(xs) for xs in zip(*map(jax.tree.leaves, first), strict=True)]
-        else:
-            firsts = jax.tree.leaves(first)
-        rows = zip(*map(leaves_of, args), strict=True) if args else [()] * structure.num_leaves
-        options = {name: leaves_of(value) for name, value in kwargs.items()}
-        if not firsts:
-            return first
-        passes = PASSES.get(function) if _checks.is_traced(first, args, kwargs) else None
-        called = passes.measure if passes else function
+        if not structure.num_leaves:
+            return firsts[0]
+        leading = [list(xs) for xs in zip(*map(structure.flatten_up_to, firsts), strict=True)]
+        given = [leaves_of(f"argument {i}", value) for i, value in enumerate(args, 2)]
+        rows = list(zip(*given, strict=True)) if given else [()] * len(leading)
+        options = {key: leaves_of(key, value) for key, value in kwargs.items()}
+        steps = _unwrapped(function, "steps") if _checks.is_traced(first, args, kwargs) else None
         results = []
-        for i, (x, row) in enumerate(zip(firsts, rows, strict=True)):
+        for i, (xs, row) in enumerate(zip(leading, rows, strict=True)):
+            own = {key: values[i] for key, values in options.items()}
             try:
-                results.append(called(x, *row, **{k: values[i] for k, values in options.items()}))
+                results.append((steps or function)(xs if takes_points else xs[0], *row, **own))
             except (TypeError, ValueError) as error:
                 error.add_note(f"where (root) is leaf {paths[i]}, taken by itself")
                 raise
-        if passes:
-            numbers, rests = zip(*results, strict=True)
-            solved = jax.vmap(passes.solve)(*jax.tree.map(lambda *xs: jnp.stack(xs), *numbers))
-            results = [
-                passes.finish(jax.tree.map(lambda x, i=i: x[i], solved), rest)
-                for i, rest in enumerate(rests)
-            ]
+        if steps:
+            results = _run_together(results)
         inner = jax.tree.structure(results[0])
         return jax.tree.transpose(structure, inner, structure.unflatten(results))
 
     return leafwise
+
+
+def _unwrapped(function: Any, name: str) -> Any:
+    """An attribute of a function, or of the one that a partial one is made of."""
+    while not hasattr(function, name) and isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, name, None)
+
+
+def _takes_points(function: Any, first: Any, name: str) -> bool:
+    """Whether a function's first argument is a sequence of trees, as far as that is known."""
+    if _unwrapped(function, "takes_points"):
+        return True
+    module = _unwrapped(function, "__module__") or ""
+    if module.startswith("wspace.") or not isinstance(first, list | tuple) or len(first) < 2:
+        return False
+    layouts = {
+        (jax.tree.structure(x), tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(x)))
+        for x in first
+        if not hasattr(first, "_fields")
+    }
+    if len(layouts) == 1:
+        raise ValueError(
+            f"the first argument of {name} is {len(first)} trees of one layout: give per_leaf "
+            "many=1 if they are points, or many=0 if together they are one tree"
+        )
+    return False
+
+
+def _is_list_of_numbers(argument: Any) -> bool:
+    is_list = isinstance(argument, list | tuple) and len(argument) > 0
+    return is_list and all(isinstance(x, int | float) for x in argument)
 
 
 def split_key_like(key: Array, x: PyTree) -> PyTree:
@@ -440,14 +713,15 @@ def split_key_like(key: Array, x: PyTree) -> PyTree:
         >>> bool(keys["w"] == more["w"])
         True
     """
-
-    def fold(path: Any, _: Any) -> Array:
-        digest = hashlib.sha256(keystr(path).encode()).digest()
-        return _folded(key, np.frombuffer(digest, "<u4", 2))
-
-    return tree_map_with_path(fold, x)
+    places = tree_leaves_with_path(x)
+    digests = [hashlib.sha256(keystr(path).encode()).digest() for path, _ in places]
+    words = np.array([np.frombuffer(digest, "<u4", 2) for digest in digests]).reshape(-1, 2)
+    return jax.tree.structure(x).unflatten(_folded(key, words) if places else [])
 
 
 @jax.jit
-def _folded(key: Array, words: UInt32[Array | np.ndarray, "2"]) -> Array:
-    return functools.reduce(jax.random.fold_in, words, key)
+def _folded(key: Array, words: UInt32[Array | np.ndarray, "n 2"]) -> list[Array]:
+    def fold(pair: Any) -> Array:
+        return functools.reduce(jax.random.fold_in, pair, key)
+
+    return list(jax.vmap(fold)(words))

@@ -6,9 +6,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Real
 
+from wspace._leaves import Lazy
+
 __all__ = [
     "Allow",
     "Coefficients",
+    "Lazy",
     "Leaf",
     "Loss",
     "Matrix",
@@ -29,17 +32,18 @@ ScalarLike: TypeAlias = Real[ArrayLike, ""]
 Coefficients: TypeAlias = Sequence[ScalarLike] | Real[Array | np.ndarray, " k"]
 """Mixing numbers of any sign, one per point: a sequence of scalars or an array `(k,)`."""
 
-Leaf: TypeAlias = Float[Array | np.ndarray, "..."]
-"""One leaf of a tree of weights, of any shape."""
+Leaf: TypeAlias = Float[Array | np.ndarray | Lazy, "..."]
+"""One leaf of a tree of weights, of any shape: an array, or a lazy leaf, whose entries are read
+when they are needed."""
 
 Matrix: TypeAlias = Float[Array | np.ndarray, "... _ _"]
 """A floating-point matrix `(m, n)`, or a stack of them `(..., m, n)`."""
 
-Weights: TypeAlias = PyTree[Float[Array, "?*leaf"], " W"]
-"""A tree of floating-point JAX arrays. Within one signature, every `Weights` and
-`WeightsLike` has the same structure and the same shape at each leaf."""
+Weights: TypeAlias = PyTree[Float[Array | Lazy, "?*leaf"], " W"]
+"""A tree of floating-point JAX arrays; lazy leaves where some were given. Within one signature,
+every `Weights` and `WeightsLike` has the same structure and the same shape at each leaf."""
 
-WeightsLike: TypeAlias = PyTree[Float[Array | np.ndarray, "?*leaf"], " W"]
+WeightsLike: TypeAlias = PyTree[Float[Array | np.ndarray | Lazy, "?*leaf"], " W"]
 """As [`Weights`][wspace.typing.Weights], NumPy leaves allowed."""
 
 Allow: TypeAlias = Sequence[PyTree | None]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, _padding, lowrank, tree
+from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
 from wspace.average.regression import by_leaf, gram, normalized, semidefinite, weighted_sum
-from wspace.typing import Coefficients, Leaf, Scalar, ScalarLike, Solution, Weights, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, Weights, WeightsLike
 
 __all__ = ["Kronecker", "fisher_mean", "kronecker_mean"]
 
@@ -49,7 +49,7 @@ def _fisher_mean(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return weighted_sum([s / sum(shares) for s in shares], points)
 
 
-@_padding.few_programs
+@_checks.of_points
 def fisher_mean(
     points: Sequence[WeightsLike],
     fishers: Sequence[WeightsLike],
@@ -112,38 +112,44 @@ def fisher_mean(
         )
     c = normalized(coefficients, len(points))
     ridge = _checks.scalar("ridge", ridge, lambda x: x >= 0, "finite and at least 0")
-    for name, fisher in _checks.each("fishers", fishers).items():
-        for path, leaf in tree_leaves_with_path(fisher):
-            _nonnegative(leaf, f"leaf {keystr(path) or '(root)'} of {name}")
+    _refuse_negative(fishers)
     level: Any = 0.0
     if _checks.is_traced(ridge) or ridge != 0:
         level = ridge * _mean_entry(c, fishers)
     return _fisher_mean([*c, level], [*points, *fishers])
 
 
-@_padding.reading
-@jax.jit
-def _least(leaf: Array) -> Scalar:
-    return jnp.min(leaf, initial=0)
+@functools.partial(tree.reduction, kind="min")
+def _least(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.minimum, [jnp.where(x < 0, x, 0) for x in arrays])
 
 
-def _nonnegative(leaf: Leaf, where: str) -> Scalar | float:
-    least = _least(leaf)
-    return _checks.refuse(
-        least < 0,
-        lambda: (
-            f"{where} has the entry {least:.3g}: a Fisher is a mean of squares, "
-            "so give squared gradients, and none may be negative"
-        ),
-    )
+def _refuse_negative(fishers: Sequence[WeightsLike]) -> None:
+    """Raises, naming the leaf, if an entry of a Fisher is known to be negative."""
+    least = _least((), fishers)
+    if _checks.is_traced(least) or not bool(least < 0):
+        return
+    for i, fisher in enumerate(fishers):
+        paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(fisher)]
+        for path, own in zip(paths, _least((), [fisher], by_leaf=True), strict=True):
+            if own < 0:
+                raise ValueError(
+                    f"leaf {path} of fishers[{i}] has the entry {own:.3g}: a Fisher is a mean of "
+                    "squares, so give squared gradients, and none may be negative"
+                )
+
+
+@tree.reduction
+def _entries(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, [c * x for c, x in zip(scalars, arrays, strict=True)])
 
 
 def _mean_entry(c: Sequence[Any], fishers: Sequence[WeightsLike]) -> Scalar:
-    average = tree.combine(c, tree.widened(*fishers))
-    count = sum(leaf.size for leaf in jax.tree.leaves(average))
-    return tree.vdot(average, jax.tree.map(jnp.ones_like, average)) / max(count, 1)
+    count = sum(leaf.size for leaf in jax.tree.leaves(fishers[0]))
+    return _entries(c, fishers) / max(count, 1)
 
 
+@_checks.of_points
 def kronecker_mean(
     points: Sequence[WeightsLike],
     factors: Sequence[PyTree],

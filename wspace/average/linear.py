@@ -8,6 +8,7 @@ from wspace.typing import Coefficients, Weights, WeightsLike
 __all__ = ["mean"]
 
 
+@_checks.of_points
 def mean(points: Sequence[WeightsLike], coefficients: Coefficients | None = None) -> Weights:
     r"""Weighted mean of points, as in model soups.
 
@@ -48,4 +49,4 @@ def mean(points: Sequence[WeightsLike], coefficients: Coefficients | None = None
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    return tree.combine(_checks.affine(coefficients, len(points)), points)
+    return tree.weighted_sum(_checks.unpacked(_checks.affine(coefficients, len(points))), points)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace import _checks, tree
-from wspace import _products as products
+from wspace import _checks, geometry, tree
 from wspace._numerics import safe_sqrt
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
@@ -17,6 +16,7 @@ from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLik
 __all__ = ["geometric_median"]
 
 
+@_checks.of_points
 def geometric_median(
     points: Sequence[WeightsLike],
     coefficients: Coefficients | None = None,
@@ -78,7 +78,7 @@ def geometric_median(
     _checks.same_layout(**_checks.each("points", points))
     count, max_steps = len(points), _checks.rank(max_steps, "max_steps")
     c = _checks.positive("coefficients", coefficients, count)
-    gaps = products.symmetric(products.sums(products.squared_gaps, points), count)
+    gaps = geometry.symmetric(geometry.gap_sums((), points), count)
     if tol is None:
         tol = 64 * jnp.finfo(gaps.dtype).eps
     else:
@@ -89,12 +89,14 @@ def geometric_median(
     center = _center(gaps, c)
     if _checks.is_traced(center):
         places = [jnp.where(center == i, 1, 0) for i in range(count)]
-        middle = tree.combine(places, tree.widened(*points))
+        middle = tree.combine(places, points, rounded=False)
     else:
         middle = points[int(center)]
-    sums = products.sums(products.pairs_from_first, [middle, *points])
-    found = _median(products.symmetric(sums, count), gaps, center, c, tol, max_steps)
-    return Solution(tree.combine(found.w, points), found.residual, found.steps, found.converged)
+    sums = geometry.pair_sums_from_first((), [middle, *points])
+    found = _median(geometry.symmetric(sums, count), gaps, center, c, tol, max_steps)
+    return Solution(
+        tree.weighted_sum(list(found.w), points), found.residual, found.steps, found.converged
+    )
 
 
 class _Median(NamedTuple):

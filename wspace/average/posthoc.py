@@ -136,6 +136,7 @@ def exponent_of(width: ScalarLike) -> float:
     return max(2 * r * math.cos(math.acos(-q / (2 * r**3)) / 3) - 7 / 3, 0.0)
 
 
+@_checks.of_points
 def reconstruct(
     points: Sequence[WeightsLike], profiles: Sequence[AnyProfile], target: AnyProfile
 ) -> Reconstruction:

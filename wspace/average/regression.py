@@ -31,6 +31,7 @@ class Regression(NamedTuple):
     unseen: Int[Array, ""]
 
 
+@_checks.of_points
 def regression_mean(
     points: Sequence[WeightsLike],
     grams: Sequence[PyTree],

@@ -4,7 +4,7 @@ The mean $\mu$ of points with coefficients $a_i$ of sum one is where the logarit
 $\sum_i a_i \log_\mu(u_i) = 0$, that is, where $\sum_i a_i\, d(\mu, u_i)^2$ has its minimum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace import _checks, tree
-from wspace import _products as products
-from wspace._numerics import angle_over_sine, arcsin_of_root_squared, safe_sqrt, sinc_of_square
+from wspace import _checks, geometry, tree
+from wspace._numerics import (
+    angle_over_sine,
+    arcsin_of_root_squared,
+    safe_sqrt,
+    sinc_of_square,
+    unstacked,
+)
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
@@ -29,6 +34,27 @@ REASONS = (
 """Why there is no mean, in the order of `_Mean.refused`."""
 
 
+def _steps(
+    points: Sequence[WeightsLike],
+    coefficients: Coefficients | None = None,
+    *,
+    tol: ScalarLike | None = None,
+    max_steps: int = 50,
+) -> Generator[Any, Any, Solution]:
+    points = _checks.listed("points", points)
+    _checks.same_layout(**_checks.each("points", points))
+    a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
+    gram = geometry.inner_products(points)
+    tol = 16 * float(jnp.finfo(gram.dtype).eps) if tol is None else _tolerance(tol)
+    mean = yield _direction, (gram, a, tol, np.int32(max_steps))
+    if not _checks.is_traced(mean.refused) and any(refused := np.asarray(mean.refused).tolist()):
+        raise ValueError(REASONS[refused.index(True)])
+    weights = tree.weighted_sum(unstacked(mean.scalars), points)
+    return Solution(weights, mean.residual, mean.steps, mean.converged)
+
+
+@_checks.of_points
+@tree.in_passes(_steps)
 def karcher_mean(
     points: Sequence[WeightsLike],
     coefficients: Coefficients | None = None,
@@ -96,16 +122,7 @@ def karcher_mean(
         applications to spherical splines and interpolation*, ACM Transactions on Graphics 20,
         2001.
     """
-    return _passes(points, coefficients, tol=tol, max_steps=max_steps)
-
-
-def _measured(points, coefficients=None, *, tol=None, max_steps=50):
-    points = _checks.listed("points", points)
-    _checks.same_layout(**_checks.each("points", points))
-    a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
-    sums = products.sums(products.pairs, points)
-    tol = 16 * float(jnp.finfo(sums.dtype).eps) if tol is None else _tolerance(tol)
-    return (sums, a, tol, np.int32(max_steps)), points
+    return tree.run(_steps(points, coefficients, tol=tol, max_steps=max_steps))
 
 
 def _tolerance(tol: ScalarLike) -> ScalarLike:
@@ -122,14 +139,13 @@ class _Mean(NamedTuple):
 
 
 @jax.jit
-def _direction(sums, a, tol, max_steps):
+def _direction(gram, a, tol, max_steps):
     """The scalars that make the mean, from the inner products of points.
 
     A direction is `sum_i w_i u_i`, of unit length once divided by `sqrt(w U w)`. The functions of
     the angles below are smooth functions of their cosines, so inner products will do.
     """
-    a, tol = a.astype(sums.dtype), jnp.asarray(tol).astype(sums.dtype)
-    gram = products.symmetric(sums, a.size)
+    a, tol = a.astype(gram.dtype), jnp.asarray(tol).astype(gram.dtype)
     squares = jnp.diagonal(gram)
     directed = squares > 0
     norms = safe_sqrt(squares)
@@ -156,16 +172,6 @@ def _direction(sums, a, tol, max_steps):
     undefined = jnp.where(cancels | lost | short, jnp.nan, 0).astype(gram.dtype)
     refused = jnp.stack([cancels, lost, short])
     return _Mean(scalars + undefined, residual + undefined, steps, converged, refused)
-
-
-def _solution(mean: _Mean, points: Sequence[WeightsLike]) -> Solution:
-    if not _checks.is_traced(mean.refused) and any(refused := np.asarray(mean.refused).tolist()):
-        raise ValueError(REASONS[refused.index(True)])
-    weights = tree.combine(mean.scalars, points)
-    return Solution(weights, mean.residual, mean.steps, mean.converged)
-
-
-_passes = tree.PASSES[karcher_mean] = tree.Passes(_measured, _direction, _solution)
 
 
 def _dot(matrix, w):

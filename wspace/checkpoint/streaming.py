@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from wspace import _checks, _lazy
+from wspace import _checks
+from wspace._leaves import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
 from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer
@@ -93,14 +94,14 @@ def stream(
     alike(sources)
     waiting: deque[Future[None]] = deque()
 
-    def put(name: str, span: _lazy.Span, leaf: Any) -> None:
+    def put(name: str, span: Piece | None, leaf: Any) -> None:
         # Here, not where it is called, the computation is waited for.
-        array = np.asarray(_lazy.entries(leaf, span))
-        writer.write_part(name, _lazy.start_of(span), array.reshape(-1))
+        array = leaf.read(span) if isinstance(leaf, Lazy) else np.asarray(leaf)
+        writer.write_part(name, span.start if span else 0, array.reshape(-1))
         if advance is not None:
             advance(array.nbytes)
 
-    with _lazy.threads() as pool:
+    with Lazy.threads() as pool:
         try:
             trees = [_lazily(source, look) for source in sources] if lazy else None
             for name, leaf in _results(function, sources, writer.finished, trees):
@@ -109,9 +110,9 @@ def stream(
                         f"the function returned shape {leaf.shape} for tensor {name!r}, which has "
                         f"shape {sources[0][name].shape}: return an array of its shape"
                     )
-                for span in _lazy.spans(leaf):
+                for span in leaf.pieces() if isinstance(leaf, Lazy) else [None]:
                     waiting.append(pool.submit(put, name, span, leaf))
-                    if len(waiting) > (2 * _lazy.THREADS if lazy else WAITING):
+                    if len(waiting) > (2 * THREADS if lazy else WAITING):
                         waiting.popleft().result()
             while waiting:
                 waiting.popleft().result()
@@ -132,7 +133,10 @@ def _results(
     weights = [tensor.name for tensor in left if _is_weight(tensor)]
     whole: dict[str, Any] = {}
     if trees is not None and weights:
-        whole = function(trees)
+        try:
+            whole = function(trees)
+        except NotInMemory as error:
+            raise TypeError(str(error)) from error
     for tensor in left:
         name = tensor.name
         if not _is_weight(tensor):
@@ -152,20 +156,22 @@ def _lazily(source: Checkpoint, look: Callable[[int], None] | None) -> dict[str,
     return {name: _leaf(tensor, look) for name, tensor in source.items() if _is_weight(tensor)}
 
 
-def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> _lazy.Lazy:
-    def read(span: _lazy.Span, _: _lazy.Memo) -> jax.Array:
+def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> Lazy:
+    def read(span: Span, _: Any) -> jax.Array:
         if span is None:
             array = tensor.read()
-        elif isinstance(span, _lazy.Runs):
+        elif isinstance(span, Runs):
             rows = (tensor.rows(start, start + span.length) for start in span.starts)
             array = np.concatenate(list(rows))
         else:
-            array = tensor.rows(*span)
+            array = tensor.rows(span.start, span.stop)
         if look is not None:
             look(array.nbytes)
+        if isinstance(span, Piece):
+            array = lengthened(array, span)
         return jax.device_put(_for_jax(array))
 
-    return _lazy.Lazy(tensor.shape, tensor.dtype, read)
+    return Lazy(tensor.shape, tensor.dtype, read)
 
 
 def _for_jax(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Bool, PyTree
 
-from wspace import _checks, geometry, lowrank, selection, tree
+from wspace import _checks, geometry, lowrank, tree
 from wspace.cone.spectra import (
     Spectra,
     finite_edit,
@@ -21,6 +21,7 @@ from wspace.cone.spectra import (
     spectra_of,
 )
 from wspace.lowrank import LowRank
+from wspace.selection.top import keep_top
 from wspace.typing import Scalar
 
 __all__ = ["Mask", "PooledRank", "Projection", "Rank", "Sparse", "Subspace", "project"]
@@ -188,7 +189,7 @@ def _entrywise(cone: Cone, edit: PyTree) -> Projection:
     )
     if isinstance(cone, Sparse):
         count = min(_checks.rank(cone.count, "count"), sum(x.size for x in jax.tree.leaves(dense)))
-        nearest = selection.keep_top(dense, count)
+        nearest = keep_top(dense, count)
     elif isinstance(cone, Mask):
         nearest = _masked(cone.mask, dense)
     elif isinstance(cone, Subspace):

@@ -68,9 +68,9 @@ class LowRank(_checks.Factored):
 def product(x: Leaf | LowRank, y: Leaf | LowRank) -> Array:
     """Product of matrices, dense or factored, or vectors, in the dtype of arithmetic."""
     if not isinstance(x, LowRank) and jnp.ndim(x) == 1:
-        return product(x[None, :], y)[..., 0, :]
+        return product(jnp.asarray(x)[None, :], y)[..., 0, :]
     if not isinstance(y, LowRank) and jnp.ndim(y) == 1:
-        return product(x, y[:, None])[..., 0]
+        return product(x, jnp.asarray(y)[:, None])[..., 0]
     if isinstance(x, LowRank):
         left, right = factors_of(x)
         return product(left, product(transposed(right), y))

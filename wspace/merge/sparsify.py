@@ -7,12 +7,11 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator
-from wspace.selection import keep_between, keep_in_rows
+from wspace.selection.top import keep_between, keep_in_leaves, keep_in_rows
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop", "trim"]
@@ -78,13 +77,7 @@ def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope
     """The entries whose place by falling magnitude is in a band, given how many there are."""
     if scope == "tree":
         return keep_between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
-    return jax.tree.map(lambda leaf: _in_leaf(_lazy.array(leaf), band, scope), x)
-
-
-def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
-    if scope == "row" and leaf.ndim > 1:
-        return keep_in_rows(leaf, *map(np.uint32, band(leaf.shape[-1])))
-    return keep_between(leaf, *band(leaf.size))
+    return (keep_in_rows if scope == "row" else keep_in_leaves)(x, band)
 
 
 def places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:

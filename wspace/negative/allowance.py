@@ -5,18 +5,19 @@ to a subspace; any other symmetric positive semidefinite matrix is the inverse o
 which moving costs $\langle dx, P^+ dx \rangle$.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul, placed_like, replicated
-from wspace.typing import Allow, Scalar, ScalarLike, Weights
+from wspace._numerics import Wide, accumulator, matmul, placed_like, replicated
+from wspace.lowrank.factors import matrix_shape
+from wspace.typing import Allow, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["damped_inputs", "free_inputs"]
 
@@ -55,81 +56,137 @@ def without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
     return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
 
 
-def leaf_allowance(entry: Any, leaf: Array, where: str) -> Allowed:
-    """Where one leaf may move."""
+class Fault(NamedTuple):
+    """Whether an entry is none that `allow` takes, and the words for it."""
+
+    found: Bool[Array, ""]
+    message: Callable[[], str]
+
+
+def _spectral(entry: Array, dtype: Wide, where: str) -> tuple[Allowed, list[Fault]]:
+    """Where a matrix lets a leaf move, and what may be wrong with it."""
+    given = replicated(jnp.asarray(entry))
+    matrix = given.astype(dtype)
+    flipped = jnp.swapaxes(matrix, -1, -2)
+    size = jnp.max(jnp.abs(matrix), initial=0)
+    skew = jnp.max(jnp.abs(matrix - flipped), initial=0)
+    eps = max(float(jnp.finfo(x).eps) for x in (given.dtype, dtype))
+    values, vectors = jnp.linalg.eigh((matrix + flipped) / 2)
+    least, largest = jnp.min(values, initial=0), jnp.max(values, initial=0)
+    faults = [
+        Fault(
+            ~jnp.isfinite(size),
+            lambda: (
+                f"leaf (root) of {where} holds NaN or an infinity: "
+                "no distance or rank is defined for it; mend the weights first"
+            ),
+        ),
+        Fault(
+            skew > 64 * eps * size,
+            lambda: (
+                f"{where} is not symmetric, by {skew:.3g} in entries up to {size:.3g}: "
+                "give a projector or a symmetric positive semidefinite matrix"
+            ),
+        ),
+        Fault(
+            least < -64 * matrix.shape[-1] * eps * size,
+            lambda: (
+                f"{where} has the eigenvalue {least:.3g} beside {largest:.3g}: "
+                "give a projector or a symmetric positive semidefinite matrix"
+            ),
+        ),
+    ]
+    # The scale apart, so that the root shortens nothing but by choice.
+    unit = jnp.where(largest > 0, largest, 1)
+    root = vectors * jnp.sqrt(without_rounding(values) / unit)[..., None, :]
+    return Allowed(largest, root), faults
+
+
+def _leaf_allowance(
+    entry: Any, leaf: Leaf, where: str, dtype: Wide, known: dict[Any, Any]
+) -> tuple[Allowed, list[Fault]]:
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
         raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
     if number:
         scale = _checks.scalar(where, entry, lambda p: p >= 0, "finite and at least 0")
-        return Allowed(jnp.asarray(scale).astype(leaf.dtype))
+        return Allowed(jnp.asarray(scale).astype(dtype)), []
     if leaf.ndim < 2:
         raise ValueError(
             f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
             "a vector is free (1.0) or frozen (0.0)"
         )
-    *stack, rows, _ = lowrank.as_matrix(leaf).shape
+    *stack, rows, _ = matrix_shape(leaf.shape)
     if entry.shape not in ((rows, rows), (*stack, rows, rows)):
         raise ValueError(
             f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on axis 0 "
             f"of the leaf's matrix, as in x @ W, and must be ({rows}, {rows})"
         )
-    _checks.finite(**{where: entry})
-    given = replicated(jnp.asarray(entry))
-    matrix = given.astype(leaf.dtype)
-    flipped = jnp.swapaxes(matrix, -1, -2)
-    size = jnp.max(jnp.abs(matrix), initial=0)
-    skew = jnp.max(jnp.abs(matrix - flipped), initial=0)
-    eps = max(float(jnp.finfo(x.dtype).eps) for x in (given, leaf))
-    undefined = _checks.refuse(
-        skew > 64 * eps * size,
-        lambda: (
-            f"{where} is not symmetric, by {skew:.3g} in entries up to {size:.3g}: "
-            "give a projector or a symmetric positive semidefinite matrix"
-        ),
-    )
-    values, vectors = jnp.linalg.eigh((matrix + flipped) / 2)
-    least, largest = jnp.min(values, initial=0), jnp.max(values, initial=0)
-    undefined += _checks.refuse(
-        least < -64 * rows * eps * size,
-        lambda: (
-            f"{where} has the eigenvalue {least:.3g} beside {largest:.3g}: "
-            "give a projector or a symmetric positive semidefinite matrix"
-        ),
-    )
-    # The scale apart, so that the root shortens nothing but by choice.
-    unit = jnp.where(largest > 0, largest, 1)
-    root = vectors * jnp.sqrt(without_rounding(values) / unit)[..., None, :]
-    return Allowed(largest + undefined, jnp.broadcast_to(root, (*stack, rows, rows)))
+    key = id(entry), dtype  # one matrix often stands at many places
+    if key not in known:
+        known[key] = _spectral(entry, dtype, where)
+    (scale, root), faults = known[key]
+    return Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows))), faults
 
 
-def allowance(entries: PyTree | None, point: Weights, name: str) -> list[Allowed]:
-    """Per leaf, where one point may move."""
-    structure = jax.tree.structure(point)
-    if entries is None:
-        entries = structure.unflatten([1.0] * structure.num_leaves)
-    if jax.tree.structure(entries) != structure:
-        raise ValueError(
-            f"{name} must be a tree like the weights, with 1.0, 0.0 or a matrix at each leaf: got "
-            f"{jax.tree.structure(entries)} for {structure}"
-        )
-    return [
-        leaf_allowance(entry, leaf, f"{name} at leaf {keystr(path) or '(root)'}")
-        for entry, (path, leaf) in zip(
-            jax.tree.leaves(entries), tree_leaves_with_path(point), strict=True
-        )
-    ]
+def allowances(
+    entries: dict[str, PyTree | None], points: Sequence[WeightsLike]
+) -> list[list[Allowed]]:
+    """Per point and leaf where it may move, by trees of entries named as errors call them."""
+    wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
+    known: dict[Any, Any] = {}
+    found = []
+    for (name, given), point in zip(entries.items(), points, strict=True):
+        structure = jax.tree.structure(point)
+        if given is None:
+            given = structure.unflatten([1.0] * structure.num_leaves)
+        if jax.tree.structure(given) != structure:
+            raise ValueError(
+                f"{name} must be a tree like the weights, with 1.0, 0.0 or a matrix at each leaf: "
+                f"got {jax.tree.structure(given)} for {structure}"
+            )
+        row = []
+        leaves = zip(jax.tree.leaves(given), tree_leaves_with_path(point), strict=True)
+        for entry, (path, leaf) in leaves:
+            where = f"{name} at leaf {keystr(path) or '(root)'}"
+            row.append(_leaf_allowance(entry, leaf, where, wide, known))
+        found.append(row)
+    _refuse_known([fault for row in found for _, faults in row for fault in faults])
+    return [[_where_sound(*leaf) for leaf in row] for row in found]
 
 
-def allowances(allow: Allow, points: Sequence[Weights]) -> list[list[Allowed]]:
-    """Per point and leaf, where it may move."""
+def _refuse_known(faults: Sequence[Fault]) -> None:
+    """Raises for the first fault that is known, all of them read at once."""
+    faults = [fault for fault in faults if not _checks.is_traced(fault.found)]
+    if not faults:
+        return
+    bad = np.asarray(_stacked([fault.found for fault in faults]))
+    if bad.any():
+        raise ValueError(faults[int(bad.argmax())].message())
+
+
+@jax.jit
+def _stacked(flags: Sequence[Array]) -> Array:
+    return jnp.stack(flags)
+
+
+def _where_sound(allowed: Allowed, faults: Sequence[Fault]) -> Allowed:
+    """The allowance, NaN where a fault turns out to be there."""
+    scale = allowed.scale
+    for fault in faults:
+        if _checks.is_traced(fault.found):
+            scale = jnp.where(fault.found, jnp.nan, scale)
+    return allowed._replace(scale=scale)
+
+
+def each_allowance(allow: Allow, points: Sequence[WeightsLike]) -> list[list[Allowed]]:
+    """`allowances` of an argument `allow` that has one entry a point."""
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
             f"weights or None, got {jax.tree.structure(allow)}"
         )
-    pairs = enumerate(zip(allow, points, strict=True))
-    return [allowance(entries, point, f"allow[{i}]") for i, (entries, point) in pairs]
+    return allowances({f"allow[{i}]": entries for i, entries in enumerate(allow)}, points)
 
 
 def moved_by(allowed: Sequence[Allowed], x: Weights) -> Weights:

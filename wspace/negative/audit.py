@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from wspace import _checks, lowrank, tree
+from wspace import _checks, geometry, lowrank, tree
 from wspace._numerics import safe_sqrt
 from wspace.cone.budgets import threshold
 from wspace.cone.spectra import Spectra, pooled, ratio, spectra_of
@@ -26,6 +26,7 @@ from wspace.typing import Coefficients, Leaf, Scalar, ScalarLike, WeightsLike
 __all__ = ["audit"]
 
 
+@_checks.of_points
 def audit(
     points: Sequence[WeightsLike],
     coefficients: Coefficients,
@@ -91,24 +92,22 @@ def audit(
             f"aligned has {len(given)} trees for {len(points)} points: give each point aligned"
         )
     radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
-    wide, (center, *moved), a, _, mean, _ = sources(
-        points, [avoid, *given.values()], coefficients, None
-    )
-    apart = tree.combine((1, -1), (mean, center))
-    distance = tree.norm(apart)
+    seen = sources(points, avoid, coefficients, None)
+    a, distance = _checks.unpacked(seen.a), seen.distance
     finite_length(distance, points, avoid=avoid)
     dtype = distance.dtype
     radius = jnp.asarray(radius).astype(dtype) + 0 * distance
-    size = tree.norm(mean)
-    floor = tree.norm(tree.combine((1, -1), (mean, tree.cast_like(mean, points[0]))))
+    mean = tree.combine(a, points, rounded=False)
+    size, floor = tree.norm(mean), geometry.distance(mean, tree.cast_like(mean, points[0]))
+    apart = tree.combine((1, -1), (mean, avoid), rounded=False)
     spectra = spectra_of(apart)
     leaves = _leaf_audits(apart, spectra, radius, _inputs_of(activations, apart))
     del mean, apart  # each as large as a point, and so are the directions below
-    columns = seen_from(wide, center)[1]
-    rounding = rounding_of(wide, center)
+    rounding = rounding_of([tree.norm(x) for x in (*points, avoid)])
+    columns = seen_from(points, avoid, rounding)[1]
     realigned = None
-    if moved:
-        realigned = tree.norm(tree.combine((*a, -1), (*moved, center)))
+    if given:
+        realigned = tree.norm(tree.combine((*a, -1), (*given.values(), avoid), rounded=False))
         finite_length(realigned, points, **given)
 
     values = jnp.sort(pooled(spectra).astype(dtype), descending=True)
@@ -117,7 +116,7 @@ def audit(
     outside = distance > radius
     margin = jnp.where(outside, distance - radius, 0 * radius)
     needed, ceiling = first_within(leafwise, radius), _ceiling(spectra, radius, outside)
-    shares = jnp.abs(jnp.stack([jnp.asarray(w).astype(dtype) for w in _checks.unpacked(a)]))
+    shares = jnp.abs(jnp.stack([jnp.asarray(w).astype(dtype) for w in a]))
     return Audit(
         radius=radius,
         distance=distance,

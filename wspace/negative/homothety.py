@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
-from wspace.negative.allowance import allowance, moved_by
+from wspace._numerics import unstacked
+from wspace.negative.allowance import allowances, moved_by
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_of"]
@@ -88,9 +89,9 @@ def repel(
     strength = _checks.scalar("strength", strength)
     if allow is None:
         return _extrapolated((strength,), (point, point, avoid))
-    wide = tree.widened(point, avoid)
-    allowed = allowance(allow, wide[0], "allow")
-    return tree.combine((1, strength), (point, moved_by(allowed, tree.combine((1, -1), wide))))
+    (allowed,) = allowances({"allow": allow}, [point])
+    away = tree.combine((1, -1), (point, avoid), rounded=False)
+    return tree.weighted_sum((1, strength), (point, moved_by(allowed, away)))
 
 
 def guide(
@@ -149,6 +150,12 @@ def _perpendicular(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return base + g * (p - w * (n - share * p))
 
 
+@tree.reduction
+def _along_positive(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    base, positive, negative = arrays
+    return [(positive - base) ** 2, (positive - base) * (negative - base)]
+
+
 def guide_perpendicular(
     base: WeightsLike,
     positive: WeightsLike,
@@ -202,10 +209,8 @@ def guide_perpendicular(
     """
     _checks.same_layout(base=base, positive=positive, negative=negative)
     g, w = _checks.scalar("scale", scale), _checks.scalar("weight", weight)
-    u, p, n = tree.widened(base, positive, negative)
-    p, n = (tree.combine((1, -1), (x, u)) for x in (p, n))
-    square = tree.vdot(p, p)
-    share = tree.vdot(n, p) / jnp.where(square == 0, 1, square)
+    square, product = unstacked(_along_positive((), (base, positive, negative)))
+    share = product / jnp.where(square == 0, 1, square)
     return _perpendicular((g, w, share), (base, positive, negative))
 
 

@@ -21,7 +21,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
-from wspace.negative.allowance import Allowed, allowances, moved_by
+from wspace._numerics import safe_sqrt, unstacked
+from wspace.negative.allowance import Allowed, each_allowance, moved_by
 from wspace.negative.nearest import Mode, nearest_average, rounding_of
 from wspace.negative.sources import finite_length
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -41,23 +42,23 @@ class Heights(NamedTuple):
         return jnp.sum(costs * self.needs**2 / reaches)
 
 
-def heights_of(
-    gaps: Sequence[Weights],
-    normal: Weights,
-    radius: Scalar,
-    mode: Mode,
-    costs: Float[Array, " k"],
-    allowed: list[list[Allowed]] | None,
-) -> Heights:
-    """The heights of points, from their gaps to the center, and what a guard asks of them."""
-    heights = jnp.stack([tree.vdot(x, normal) for x in gaps])
-    if allowed is None:
+@tree.reduction
+def _heights(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (inverse,), (*points, center, normal) = scalars, arrays
+    return [(x - center) * (inverse * normal) for x in points]
+
+
+def heights_of(guard: "Guard", normal: WeightsLike, inverse: Scalar | float, mode: Mode) -> Heights:
+    """The heights of points along `inverse` times a normal, and what a guard asks of them."""
+    radius, costs = guard.radius, guard.costs
+    heights = _heights((inverse,), [*guard.points, guard.center, normal])
+    if guard.allowed is None:
         reaches = jnp.ones_like(heights)
     else:
-        leaves = jax.tree.leaves(normal)
-        squares = [[p.square(x) for p, x in zip(row, leaves, strict=True)] for row in allowed]
+        leaves = jax.tree.leaves(tree.upcast(normal))
+        squares = [[p.square(x) for p, x in zip(row, leaves, strict=True)] for row in guard.allowed]
         zero = jnp.zeros((), heights.dtype)
-        reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares])
+        reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares]) * inverse**2
     if mode == "convex":
         needs = jnp.where(heights < radius, radius - heights, 0)
     else:
@@ -68,14 +69,21 @@ def heights_of(
 
 
 class Guard(NamedTuple):
-    """The arguments of a guard of the hull, checked, in the dtype of arithmetic."""
+    """The arguments of a guard of the hull, checked, and the normal, `inverse` times a tree."""
 
-    gaps: list[Weights]
+    points: list[WeightsLike]
+    center: WeightsLike
     radius: Scalar
     costs: Float[Array, " k"]
     allowed: list[list[Allowed]] | None
-    normal: Weights
+    normal: WeightsLike
+    inverse: Scalar
     undefined: Scalar | float
+
+
+@tree.reduction
+def _squares(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    return [x * x for x in arrays]
 
 
 def checked_guard(
@@ -95,10 +103,9 @@ def checked_guard(
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
     c = _checks.positive("costs", costs, len(points))
-    trees = tree.widened(*points, avoid, *given.values())
-    wide, center = trees[: len(points)], trees[len(points)]
-    gaps = [tree.combine((1, -1), (x, center)) for x in wide]
-    rounding = rounding_of(wide, center)
+    squares = _squares((), [*points, avoid, *given.values()])
+    sizes = unstacked(safe_sqrt(squares))
+    rounding = rounding_of(sizes[: len(points) + 1])
     finite_length(rounding, points, avoid=avoid)
     radius = jnp.asarray(radius).astype(rounding.dtype)
     undefined = _checks.refuse(
@@ -109,8 +116,8 @@ def checked_guard(
         ),
     )
     if normal is None:
-        nearest = nearest_average(wide, center, mode)
-        unit = nearest.normal
+        nearest = nearest_average(points, avoid, mode, rounding)
+        normal, inverse = nearest.normal, jnp.ones_like(rounding)
         where = "convex hull" if mode == "convex" else "affine span"
         undefined += _checks.refuse(
             nearest.distance == 0,
@@ -121,17 +128,18 @@ def checked_guard(
             ),
         )
     else:
-        length = tree.norm(trees[-1])
+        length = sizes[-1]
         finite_length(length, points, **given)
         undefined += _checks.refuse(
             ~(length > 0), lambda: f"{name} is zero: give a direction to keep the points on"
         )
-        unit = tree.combine((1 / jnp.where(length == 0, 1, length),), (trees[-1],))
-    allowed = None if allow is None else allowances(allow, wide)
+        inverse = 1 / jnp.where(length == 0, 1, length)
+    allowed = None if allow is None else each_allowance(allow, points)
     weights = jnp.asarray(c).astype(rounding.dtype)
-    return Guard(gaps, radius, weights, allowed, unit, undefined)
+    return Guard(list(points), avoid, radius, weights, allowed, normal, inverse, undefined)
 
 
+@_checks.of_points
 def guard_hull(
     points: Sequence[WeightsLike],
     avoid: WeightsLike,
@@ -207,13 +215,14 @@ def guard_hull(
     """
     points = _checks.listed("points", points)
     guard = checked_guard(points, avoid, radius, "normal", normal, mode, costs, allow)
-    unit, allowed = guard.normal, guard.allowed
-    asked = heights_of(guard.gaps, unit, guard.radius, mode, guard.costs, allowed)
+    normal, allowed = guard.normal, guard.allowed
+    asked = heights_of(guard, normal, guard.inverse, mode)
     blocked = is_blocked(asked, allowed, mode)
 
     def message() -> str:
         i = int(jnp.argmax(blocked))
-        path, _ = max(tree_leaves_with_path(unit), key=lambda leaf: float(jnp.linalg.norm(leaf[1])))
+        leaves = tree_leaves_with_path(normal)
+        path, _ = max(leaves, key=lambda leaf: float(tree.norm(leaf[1])))
         return (
             f"points[{i}] would have to rise by {asked.needs[i]:.3g} along normal, but allow[{i}] "
             f"leaves nothing of it, the most of which is in leaf {keystr(path) or '(root)'}: "
@@ -221,12 +230,21 @@ def guard_hull(
         )
 
     undefined = guard.undefined + _checks.refuse(jnp.any(blocked), message)
-    moves = [unit] * len(points) if allowed is None else [moved_by(row, unit) for row in allowed]
     steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches) + undefined
+    steps = unstacked(steps * guard.inverse)
+    if allowed is None:
+        return _raised(steps, [*points, normal])
+    moves = [moved_by(row, tree.upcast(normal)) for row in allowed]
     return [
-        tree.combine((1, step), (x, move))
+        tree.weighted_sum((1, step), (x, move))
         for step, x, move in zip(steps, points, moves, strict=True)
     ]
+
+
+@tree.elementwise
+def _raised(steps: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    *points, normal = arrays
+    return [x + step * normal for step, x in zip(steps, points, strict=True)]
 
 
 def is_blocked(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from wspace import geometry, tree
+from wspace._numerics import unstacked
 from wspace.cone.spectra import ratio
-from wspace.typing import Scalar, Weights
+from wspace.typing import Scalar, Weights, WeightsLike
 
 Mode: TypeAlias = Literal["convex", "affine"]
 
@@ -27,12 +28,19 @@ class Nearest(NamedTuple):
     bound: Scalar
 
 
-def nearest_average(points: Sequence[Weights], center: Weights, mode: Mode) -> Nearest:
-    """The nearest of all convex or of all affine averages of points in one dtype."""
-    basis, columns = seen_from(points, center)
-    foot, distance = nearest_in(columns, rounding_of(points, center), mode)
+def nearest_average(
+    points: Sequence[WeightsLike], center: WeightsLike, mode: Mode, rounding: Scalar
+) -> Nearest:
+    """The nearest of all convex or of all affine averages of points."""
+    basis, columns = seen_from(points, center, rounding)
+    foot, distance = nearest_in(columns, rounding, mode)
     unit = ratio(foot, distance)
-    return Nearest(tree.combine(list(unit), basis), distance, jnp.min(_times(columns.T, unit)))
+    return Nearest(_in_span(unstacked(unit), basis), distance, jnp.min(_times(columns.T, unit)))
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _in_span(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, [c * q for c, q in zip(scalars, arrays, strict=True)])
 
 
 def nearest_in(
@@ -50,22 +58,20 @@ def nearest_in(
     return jnp.where(within, 0, foot), jnp.where(within, 0, distance)
 
 
-def rounding_of(points: Sequence[Weights], center: Weights) -> Scalar:
-    """The distance below which averages of the points and the center are not told apart."""
-    sizes = [tree.norm(x) for x in (*points, center)]
+def rounding_of(sizes: Sequence[Scalar]) -> Scalar:
+    """The distance below which averages of trees of some norms are not told apart."""
     largest = functools.reduce(jnp.maximum, sizes)
     return 64 * jnp.finfo(largest.dtype).eps * largest
 
 
 def seen_from(
-    points: Sequence[Weights], center: Weights
+    points: Sequence[WeightsLike], center: WeightsLike, rounding: Scalar
 ) -> tuple[list[Weights], Float[Array, "k k"]]:
     """An orthonormal basis, and the points as seen from the center in it, one a column.
 
     All but the last vector span the differences of the points; one that is dependent is zero.
     """
     start, *others = points
-    rounding = rounding_of(points, center)
     basis: list[Weights] = []
     columns = []
     for x, origin in (*((x, start) for x in others), (start, center)):
@@ -78,14 +84,14 @@ def seen_from(
 
 
 def _next(
-    x: Weights, origin: Weights, basis: Sequence[Weights], rounding: Scalar
+    x: WeightsLike, origin: WeightsLike, basis: Sequence[Weights], rounding: Scalar
 ) -> tuple[list[Scalar], Scalar, Weights]:
     """A difference: what it has along the basis, the length of the rest, and its direction."""
-    along, rest = geometry.components(tree.combine((1, -1), (x, origin)), basis)
+    along, rest = geometry.components(tree.combine((1, -1), (x, origin), rounded=False), basis)
     left = tree.norm(rest)
     kept = left > rounding
     inverse = jnp.where(kept, 1 / jnp.where(kept, left, 1), 0)
-    return along, jnp.where(kept, left, 0), tree.combine((inverse,), (rest,))
+    return list(along), jnp.where(kept, left, 0), _in_span((inverse,), (rest,))
 
 
 def _times(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:

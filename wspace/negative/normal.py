@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from wspace import _checks, tree
+from wspace import _checks, geometry, tree
 from wspace.negative.hull import checked_guard, heights_of, is_blocked
 from wspace.negative.nearest import Mode
 from wspace.typing import Allow, Coefficients, ScalarLike, Solution, WeightsLike
@@ -14,6 +14,7 @@ from wspace.typing import Allow, Coefficients, ScalarLike, Solution, WeightsLike
 __all__ = ["guard_normal"]
 
 
+@_checks.of_points
 def guard_normal(
     points: Sequence[WeightsLike],
     avoid: WeightsLike,
@@ -83,23 +84,24 @@ def guard_normal(
     steps = _checks.rank(steps, "steps")
     rtol = _checks.scalar("rtol", rtol, lambda x: x > 0, "finite and positive")
     guard = checked_guard(points, avoid, radius, "start", start, mode, costs, allow)
-    asked = heights_of(guard.gaps, guard.normal, guard.radius, mode, guard.costs, guard.allowed)
+    asked = heights_of(guard, guard.normal, guard.inverse, mode)
     undefined = guard.undefined + _checks.refuse(
         jnp.any(is_blocked(asked, guard.allowed, mode)),
         lambda: "allow leaves nothing of start at a point that would have to rise: give another",
     )
-    normal, residual, taken, converged = _descend(
-        guard.gaps, guard.normal, guard.radius, guard.costs, guard.allowed, rtol, mode, steps
-    )
+    normal, residual, taken, converged = _descend(guard._replace(undefined=0.0), rtol, mode, steps)
     return Solution(
         tree.combine((1 + undefined,), (normal,)), residual + undefined, taken, converged
     )
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "steps"))
-def _descend(gaps, start, radius, costs, allowed, rtol, mode, steps):
+def _descend(guard, rtol, mode, steps):
+    radius, costs = guard.radius, guard.costs
+    start = tree.combine((guard.inverse,), (guard.normal,), rounded=False)
+
     def cost(normal):
-        return heights_of(gaps, normal, radius, mode, costs, allowed).cost(costs)
+        return heights_of(guard, normal, 1.0, mode).cost(costs)
 
     def onto_sphere(x):
         return tree.combine((1 / tree.norm(x),), (x,))
@@ -133,14 +135,15 @@ def _descend(gaps, start, radius, costs, allowed, rtol, mode, steps):
         return (*kept, length, taken + 1)
 
     # The heights round at the size of the gaps, and the cost with them.
-    sizes = functools.reduce(jnp.maximum, [tree.norm(x) for x in gaps])
+    gaps = [geometry.distance(x, guard.center) for x in guard.points]
+    sizes = functools.reduce(jnp.maximum, gaps)
     rounding = 4 * jnp.finfo(radius.dtype).eps * (1 + sizes / radius)
     value, gradient, residual = measured(start)
     steep = tree.norm(gradient)
     length = 0.1 / jnp.where(steep > 0, steep, 1)
     state = (start, value, gradient, residual, length, jnp.int32(0))
     normal, _, _, residual, _, taken = jax.lax.while_loop(unfinished, step, state)
-    asked = heights_of(gaps, normal, radius, mode, costs, allowed)
+    asked = heights_of(guard, normal, 1.0, mode)
     outward = 2 * jnp.sum(costs * asked.needs * asked.heights)
-    least = outward >= -rtol * scale_of(asked.cost(costs)) if allowed is None else True
+    least = outward >= -rtol * scale_of(asked.cost(costs)) if guard.allowed is None else True
     return normal, residual, taken, (residual <= rtol) & least

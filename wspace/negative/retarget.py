@@ -27,9 +27,9 @@ from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
 from wspace._numerics import matmul, placed_like, replicated
 from wspace.cone.cones import Cone, project
-from wspace.negative.allowance import Allowed, allowances, moved_by, without_rounding
-from wspace.negative.sources import finite_length, sources
-from wspace.typing import Allow, Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.negative.allowance import Allowed, each_allowance, moved_by, without_rounding
+from wspace.negative.sources import average_of, finite_length, sources
+from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["exit_ball", "retarget"]
 
@@ -60,6 +60,7 @@ def _edits(a: Numbers, c: Numbers, allowed: Sequence[Allowed], d: Array) -> list
     ]
 
 
+@_checks.of_points
 def retarget(
     points: Sequence[WeightsLike],
     coefficients: Coefficients,
@@ -118,39 +119,62 @@ def retarget(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points), target=target)
-    wide, (goal,), a, c, mean, size = sources(points, [target], coefficients, costs)
-    shift = tree.combine((1, -1), (goal, mean))
-    length = tree.norm(shift)
-    finite_length(length, points, target=target)
+    seen = sources(points, target, coefficients, costs)
+    finite_length(seen.distance, points, target=target)
+    a = _checks.unpacked(seen.a)
     if allow is None:
-        pulls = a / c / (a**2 / c).sum()
-        return [tree.combine((1, k), (x, shift)) for k, x in zip(pulls, points, strict=True)]
-    allowed = allowances(allow, wide)
-    leaves, structure = jax.tree.flatten(shift)
-    columns = zip(*allowed, strict=True)
-    edits = [_edits(a, c, column, d) for column, d in zip(columns, leaves, strict=True)]
-    moves = [structure.unflatten(leaf[i] for leaf in edits) for i in range(len(points))]
-    left = tree.combine((1, *(-a)), (shift, *moves))
+        pulls = _checks.unpacked(seen.a / seen.c / (seen.a**2 / seen.c).sum())
+        return _shifted([*a, *pulls], [*points, target])
+    allowed = each_allowance(allow, points)
+    leaves, structure = jax.tree.flatten(target)
+    rows = list(zip(*map(jax.tree.leaves, points), strict=True))
+    moves, left = [], []
+    for row, goal, column in zip(rows, leaves, zip(*allowed, strict=True), strict=True):
+        shift = _shift(a, [*row, goal])
+        edits = _edits(seen.a, seen.c, column, shift)
+        left.append(tree.norm(_beyond(a, [shift, *edits])))
+        moves.append(edits)
     missing = tree.norm(left)
-    eps = jnp.finfo(length.dtype).eps
-    bound = jnp.sqrt(eps) * length + 64 * eps * (size + tree.norm(goal))
+    eps = jnp.finfo(seen.distance.dtype).eps
+    bound = jnp.sqrt(eps) * seen.distance + 64 * eps * (seen.size + seen.center)
 
     def message() -> str:
-        path, worst = max(
-            tree_leaves_with_path(left), key=lambda leaf: float(jnp.linalg.norm(leaf[1]))
-        )
+        worst = max(range(len(left)), key=lambda i: float(left[i]))
+        path, _ = tree_leaves_with_path(target)[worst]
         return (
-            f"allow admits no edits whose average is target: of a shift of norm {length:.3g}, "
-            f"{missing:.3g} is out of reach, most of it ({jnp.linalg.norm(worst):.3g}) in leaf "
-            f"{keystr(path) or '(root)'}: allow more there, or move target"
+            f"allow admits no edits whose average is target: of a shift of norm "
+            f"{seen.distance:.3g}, {missing:.3g} is out of reach, most of it ({left[worst]:.3g}) "
+            f"in leaf {keystr(path) or '(root)'}: allow more there, or move target"
         )
 
     undefined = _checks.refuse(~(missing <= bound), message)
     return [
-        tree.combine((1, 1 + undefined), (x, move)) for x, move in zip(points, moves, strict=True)
+        tree.weighted_sum((1, 1 + undefined), (x, structure.unflatten(leaf[i] for leaf in moves)))
+        for i, x in enumerate(points)
     ]
 
 
+@tree.elementwise
+def _shifted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    *points, target = arrays
+    a, pulls = scalars[: len(points)], scalars[len(points) :]
+    shift = target - average_of(a, points)
+    return [x + k * shift for k, x in zip(pulls, points, strict=True)]
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _shift(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    *points, target = arrays
+    return target - average_of(a, points)
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _beyond(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    shift, *edits = arrays
+    return shift - average_of(a, edits)
+
+
+@_checks.of_points
 def exit_ball(
     points: Sequence[WeightsLike],
     coefficients: Coefficients,
@@ -223,8 +247,8 @@ def exit_ball(
         Array([4., 0.], dtype=float32)
     """
     points = _checks.listed("points", points)
-    along = {} if direction is None else {"direction": direction}
-    _checks.same_layout(**_checks.each("points", points), avoid=avoid, **along)
+    given = {} if direction is None else {"direction": direction}
+    _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     if allow is not None and direction is None:
         raise ValueError("allow needs a direction: give the direction to move the average in")
     if cone is not None and direction is not None:
@@ -233,13 +257,12 @@ def exit_ball(
             "as the direction cone.project(cone, direction).edit"
         )
     radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
-    others = [avoid, *along.values()]
-    wide, (center, *given), a, c, mean, size = sources(points, others, coefficients, costs)
-    apart = tree.combine((1, -1), (mean, center))
-    distance = tree.norm(apart)
-    finite_length(distance, points, avoid=avoid)
+    seen = sources(points, avoid, coefficients, costs, direction)
+    finite_length(seen.distance, points, avoid=avoid)
+    distance = seen.distance
     radius = jnp.asarray(radius).astype(distance.dtype)
-    rounding = 64 * jnp.finfo(distance.dtype).eps * size
+    eps = jnp.finfo(distance.dtype).eps
+    rounding = 64 * eps * seen.size
     undefined = _checks.refuse(
         ~(radius > rounding),
         lambda: (
@@ -247,10 +270,7 @@ def exit_ball(
             "no average of them can be placed that finely"
         ),
     )
-    if given:
-        (way,) = given
-    else:
-        way = apart
+    if direction is None:
         undefined += _checks.refuse(
             ~(distance > rounding),
             lambda: (
@@ -259,46 +279,88 @@ def exit_ball(
             ),
         )
     outside = distance >= radius
+    a, pulls = _checks.unpacked(seen.a), _checks.unpacked(seen.a / seen.c)
+    share = (seen.a**2 / seen.c).sum()
+    if direction is None and cone is None:
+        # S g = share E, so that the way is never written.
+        step = share * distance
+        t = _step(radius, distance, step, step * distance) + undefined
+        return _moved_apart([*a, *(t * k for k in pulls)], [*points, avoid])
     if cone is not None:
+        apart = _apart(a, [*points, avoid])
         nothing = jax.tree.map(jnp.zeros_like, apart)
         way = lowrank.apply(nothing, project(cone, apart).edit)
-        part = tree.norm(way)
+        speed, along = tree.norm(way), tree.vdot(apart, way)
         undefined += _checks.refuse(
-            ~outside & ~(part > 64 * jnp.finfo(part.dtype).eps * distance),
+            ~outside & ~(speed > 64 * eps * distance),
             lambda: (
-                f"the average is {distance:.3g} from avoid, {part:.3g} of it in {cone}: no edit of "
-                "the cone is distinguished as the way out; give a larger cone, or a direction"
+                f"the average is {distance:.3g} from avoid, {speed:.3g} of it in {cone}: no edit "
+                "of the cone is distinguished as the way out; give a larger cone, or a direction"
             ),
         )
-    speed = tree.norm(way)
-    if given:
-        finite_length(speed, points, **along)
-    share = _checks.unpacked(a**2 / c)
-    if allow is None:
-        moves, sizes = [way] * len(points), [1.0] * len(points)
     else:
-        allowed = allowances(allow, wide)
-        moves = [moved_by(row, way) for row in allowed]
-        zero = jnp.zeros((), speed.dtype)
-        scales = [[p.scale.astype(speed.dtype) for p in row] for row in allowed]
-        sizes = [functools.reduce(jnp.maximum, row, zero) for row in scales]
-    moved = tree.combine(share, moves)
-    step = tree.norm(moved)
-    largest = sum(w * p for w, p in zip(share, sizes, strict=True))
+        way, speed, along = direction, seen.speed, seen.along
+        finite_length(speed, points, direction=direction)
+    if allow is None:
+        moves, step, along, largest = [way] * len(points), share * speed, share * along, share
+    else:
+        allowed = each_allowance(allow, points)
+        moves = [moved_by(row, tree.upcast(way)) for row in allowed]
+        shares = _checks.unpacked(seen.a**2 / seen.c)
+        moved = _average(shares, moves)
+        step = tree.norm(moved)
+        along = _along(a, [*points, avoid, moved])
+        zero = jnp.zeros((), step.dtype)
+        sizes = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
+        largest = sum(w * p for w, p in zip(shares, sizes, strict=True))
     undefined += _checks.refuse(
-        ~outside & ~(step > 64 * jnp.finfo(step.dtype).eps * largest * speed),
+        ~outside & ~(step > 64 * eps * largest * speed),
         lambda: (
             f"direction has norm {speed:.3g}, and where the points may move {step:.3g} is left of "
             "it: give a direction that is not zero and that allow does not annihilate"
         ),
     )
-    # The positive root t of ||E + t S g|| = radius, in units of S g.
+    t = _step(radius, distance, step, along) + undefined
+    return [
+        tree.weighted_sum((1, t * k), (x, move))
+        for k, x, move in zip(pulls, points, moves, strict=True)
+    ]
+
+
+@jax.jit
+def _step(radius: Scalar, distance: Scalar, step: Scalar, along: Scalar) -> Scalar:
+    r"""The positive root $t$ of $\lVert E + t S g \rVert = \rho$; zero from outside.
+
+    `step` is the norm of $S g$ and `along` its inner product with $E$.
+    """
+    outside, safe = distance >= radius, jnp.where(step == 0, 1, step)
     gap = jnp.where(outside, 1, (radius - distance) * (radius + distance))
-    slope = tree.vdot(apart, moved) / jnp.where(step == 0, 1, step)
+    slope = along / safe
     root = jnp.sqrt(slope**2 + gap)
     reach = jnp.where(slope > 0, gap / (root + jnp.abs(slope)), root - slope)
-    t = jnp.where(outside, 0, reach / jnp.where(step == 0, 1, step)) + undefined
-    return [
-        tree.combine((1, t * k), (x, move))
-        for k, x, move in zip(_checks.unpacked(a / c), points, moves, strict=True)
-    ]
+    return jnp.where(outside, 0, reach / safe)
+
+
+@tree.elementwise
+def _moved_apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    *points, avoid = arrays
+    a, pulls = scalars[: len(points)], scalars[len(points) :]
+    apart = average_of(a, points) - avoid
+    return [x + k * apart for k, x in zip(pulls, points, strict=True)]
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _apart(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    *points, avoid = arrays
+    return average_of(a, points) - avoid
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _average(shares: Sequence[Scalar], moves: Sequence[Array]) -> Array:
+    return average_of(shares, moves)
+
+
+@tree.reduction
+def _along(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    *points, avoid, moved = arrays
+    return (average_of(a, points) - avoid) * moved

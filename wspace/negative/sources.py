@@ -1,14 +1,16 @@
-"""Points to be averaged, as everything that moves or audits them sees them."""
+"""Points to be averaged, measured in one pass beside a point to avoid or to reach."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from wspace import _checks, tree
 from wspace._checks import Numbers
-from wspace.typing import Coefficients, Scalar, Weights, WeightsLike
+from wspace._numerics import safe_sqrt, unstacked
+from wspace.typing import Coefficients, Scalar, WeightsLike
 
 
 def finite_length(length: Scalar, points: Sequence[WeightsLike], **trees: WeightsLike) -> None:
@@ -18,32 +20,56 @@ def finite_length(length: Scalar, points: Sequence[WeightsLike], **trees: Weight
 
 
 class Sources(NamedTuple):
-    """Points and other trees in the dtype of the arithmetic, with what is to be known of them.
+    """What is to be known of points, their average, another point, and a direction.
 
-    `a` are the coefficients divided by their sum, `c` the costs, `mean` is the average and `size`
-    the scale that it rounds at, the sum of |a_i| times the norm of each point.
+    Attributes:
+        a: The coefficients divided by their sum.
+        c: The costs.
+        distance: That of the average from the other point.
+        size: The scale at which the average rounds, the sum of |a_i| times the norm of each point.
+        center: The norm of the other point.
+        speed: The norm of the direction, zero if there is none.
+        along: The inner product of the direction with the average less the other point.
     """
 
-    points: list[Weights]
-    others: list[Weights]
     a: Numbers
     c: Numbers
-    mean: Weights
+    distance: Scalar
     size: Scalar
+    center: Scalar
+    speed: Scalar
+    along: Scalar
+
+
+def average_of(a: Sequence[Scalar], points: Sequence[Array]) -> Array:
+    """The entries of the average."""
+    terms = [k * x for k, x in zip(a, points, strict=True)]
+    return sum(terms[1:], start=terms[0])
+
+
+@tree.reduction
+def _squares(a: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    points, (center, *ways) = arrays[: len(a)], arrays[len(a) :]
+    apart = average_of(a, points) - center
+    products = [x * x for x in (apart, center, *points)]
+    return products + [x for way in ways for x in (way * way, apart * way)]
 
 
 def sources(
     points: Sequence[WeightsLike],
-    others: Sequence[WeightsLike],
+    center: WeightsLike,
     coefficients: Coefficients,
     costs: Coefficients | None,
+    direction: WeightsLike | None = None,
 ) -> Sources:
-    """The points and others in one dtype, their coefficients normalized and their costs checked."""
+    """Points measured beside a center, coefficients normalized and costs checked."""
     a = _checks.affine(coefficients, len(points))
     c = _checks.positive("costs", costs, len(points))
-    trees = tree.widened(*points, *others)
-    wide, others = trees[: len(points)], trees[len(points) :]
-    norms = [tree.norm(x) for x in wide]
-    a, c = (x if isinstance(x, np.ndarray) else x.astype(norms[0].dtype) for x in (a, c))
-    sizes = [abs(k) * norm for k, norm in zip(_checks.unpacked(a), norms, strict=True)]
-    return Sources(wide, others, a, c, tree.combine(a, wide), sum(sizes[1:], sizes[0]))
+    ways = [] if direction is None else [direction]
+    squares = _squares(_checks.unpacked(a), [*points, center, *ways])
+    a, c = (x if isinstance(x, np.ndarray) else x.astype(squares.dtype) for x in (a, c))
+    count = len(points) + 2
+    distance, norm, *norms = unstacked(safe_sqrt(squares[:count]))
+    sizes = [abs(k) * x for k, x in zip(_checks.unpacked(a), norms, strict=True)]
+    speed, along = (0 * norm, 0 * norm) if direction is None else unstacked(squares[count:])
+    return Sources(a, c, distance, sum(sizes[1:], sizes[0]), norm, safe_sqrt(speed), along)

@@ -8,7 +8,7 @@ $\alpha$ the smallest angle between what has to change and what must not.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -17,8 +17,17 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
-from wspace._numerics import matmul, placed_like, pseudo_inverse, replicated, rows_within
-from wspace.negative.allowance import leaf_allowance
+from wspace._numerics import (
+    accumulator,
+    matmul,
+    placed_like,
+    pseudo_inverse,
+    replicated,
+    rows_within,
+    unstacked,
+)
+from wspace.lowrank.factors import matrix_shape
+from wspace.negative.allowance import allowances
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Sides", "attenuate", "erase_keeping"]
@@ -88,13 +97,13 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
         )
     if number:
         whole = _checks.scalar(where, entry, lambda p: (p == 0) | (p == 1), "1 (all) or 0 (none)")
-        return jnp.asarray(whole).astype(leaf.dtype)
+        return jnp.asarray(whole).astype(accumulator(leaf.dtype))
     if leaf.ndim < 2:
         raise ValueError(
             f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
             "give 1.0 (all of it) or 0.0 (nothing)"
         )
-    *stack, rows, columns = lowrank.as_matrix(leaf).shape
+    *stack, rows, columns = matrix_shape(leaf.shape)
     size = (rows, columns)[axis]
     if entry.shape[:-1] not in ((size,), (*stack, size)):
         raise ValueError(
@@ -102,23 +111,9 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
             f"directions of axis {axis} of the leaf's matrix, so it must be ({size}, k)"
         )
     given = replicated(jnp.asarray(entry))
-    q = given.astype(leaf.dtype)
-    unit = max(float(jnp.finfo(x.dtype).eps) for x in (given, leaf))
+    q = given.astype(accumulator(leaf.dtype))
+    unit = max(float(jnp.finfo(x.dtype).eps) for x in (given, q))
     return q + _orthonormal(matmul(jnp.swapaxes(q, -1, -2), q), unit, where)
-
-
-def _sided_part(sides: Sides, x: Weights) -> Weights:
-    if sides.rows is None and sides.columns is None:
-        raise ValueError("basis has neither rows nor columns: give at least one of them")
-    leaves, structure = jax.tree.flatten(x)
-    every = structure.unflatten([1.0] * len(leaves))
-    left, right = (
-        [_side(*entry, axis) for entry in _entries(name, every if side is None else side, x)]
-        for axis, (name, side) in enumerate(
-            [("basis.rows", sides.rows), ("basis.columns", sides.columns)]
-        )
-    )
-    return structure.unflatten(map(_sided, leaves, left, right))
 
 
 def _sided(x: Array, left: Array, right: Array) -> Array:
@@ -195,19 +190,64 @@ def attenuate(
     vectors = [] if isinstance(basis, Sides) else _checks.listed("basis", basis)
     _checks.same_layout(**trees, **_checks.each("basis", vectors))
     _checks.finite(**trees)
-    wide = tree.widened(*trees.values(), *vectors)
-    away, vectors = tree.combine((1, -1)[: len(trees)], wide[: len(trees)]), wide[len(trees) :]
-    undefined = 0.0
     if isinstance(basis, Sides):
-        part = _sided_part(basis, away)
-    else:
-        undefined = _orthonormal(geometry.gram(vectors), _unit(basis), "basis")
-        part = geometry.project(away, vectors)
-    return tree.combine((1, undefined - _checks.floating(gain)), (point, part))
+        return _sided_away(basis, gain, list(trees.values()))
+    undefined = _orthonormal(geometry.inner_products(vectors), _unit(basis), "basis")
+    gain = _checks.floating(gain) + undefined
+    parts = _parts(len(vectors))((), [*vectors, *trees.values()])
+    return _attenuated([-gain * part for part in unstacked(parts)], [point, *vectors])
+
+
+@functools.cache
+def _parts(count: int) -> Callable[..., Array]:
+    """The inner products of a basis with a point, less the center if there is one."""
+
+    @tree.reduction
+    def parts(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+        basis, (x, *center) = arrays[:count], arrays[count:]
+        away = x - center[0] if center else x
+        return [q * away for q in basis]
+
+    return parts
+
+
+@tree.elementwise
+def _attenuated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    x, *basis = arrays
+    return x + functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
+
+
+def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) -> Weights:
+    """The point, first of the trees, less a gain times its part in the subspace, leaf by leaf."""
+    if sides.rows is None and sides.columns is None:
+        raise ValueError("basis has neither rows nor columns: give at least one of them")
+    leaves, structure = jax.tree.flatten(trees[0])
+    every = structure.unflatten([1.0] * len(leaves))
+    left, right = (
+        [_side(*entry, axis) for entry in _entries(name, every if side is None else side, trees[0])]
+        for axis, (name, side) in enumerate(
+            [("basis.rows", sides.rows), ("basis.columns", sides.columns)]
+        )
+    )
+    moved = []
+    for sides_of_leaf, row in zip(
+        zip(left, right, strict=True), zip(*map(jax.tree.leaves, trees), strict=True), strict=True
+    ):
+        away = tree.combine((1, -1)[: len(row)], row, rounded=False)
+        moved.append(
+            tree.weighted_sum((1, -_checks.floating(gain)), (row[0], _sided(away, *sides_of_leaf)))
+        )
+    return structure.unflatten(moved)
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _times_number(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (c,), (x,) = scalars, arrays
+    return c * x
 
 
 def _coordinates(
-    directions: Sequence[Weights],
+    directions: Sequence[WeightsLike],
 ) -> tuple[list[Weights], Float[Array, "k k"]]:
     """Orthonormal trees, and the directions in unit length as rows of coordinates in them.
 
@@ -217,12 +257,12 @@ def _coordinates(
     rows = []
     for x in directions:
         size = tree.norm(x)
-        unit = tree.combine((1 / jnp.where(size == 0, 1, size),), (x,))
+        unit = _times_number((1 / jnp.where(size == 0, 1, size),), (x,))
         coefficients, rest = geometry.components(unit, basis)
         left = tree.norm(rest)
         nothing = left <= 64 * jnp.finfo(left.dtype).eps
         inverse = jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, left))
-        basis.append(tree.combine((inverse,), (rest,)))
+        basis.append(_times_number((inverse,), (rest,)))
         left = jnp.where(nothing, 0, left)
         zeros = [jnp.zeros_like(left)] * (len(directions) - len(basis))
         rows.append(jnp.stack([*coefficients, left, *zeros]))
@@ -257,9 +297,10 @@ def _erased(
 
 def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Array]]:
     r"""Per leaf the $F$ with $H^{-1} = F F^\top$, and its inverse: numbers or matrices."""
+    (allowed,) = allowances({"inverse_metric": inverse_metric}, [point])
     factors = []
-    for entry, leaf, where in _entries("inverse_metric", inverse_metric, point):
-        scale, root = leaf_allowance(entry, leaf, where)
+    places = _entries("inverse_metric", inverse_metric, point)
+    for (scale, root), (_, _, where) in zip(allowed, places, strict=True):
         squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
         least = scale * jnp.min(squares, initial=1)
         scale += _checks.refuse(
@@ -382,12 +423,12 @@ def erase_keeping(
     trees = {"point": point, **_checks.each("erase", erase), **_checks.each("keep", keep)}
     _checks.same_layout(**trees)
     _checks.finite(**trees)
-    white, *directions = tree.widened(point, *keep, *erase)
-    factors = None if inverse_metric is None else _whitening(inverse_metric, white)
+    white, directions = point, [*keep, *erase]
+    factors = None if inverse_metric is None else _whitening(inverse_metric, point)
     if factors is not None:
-        white = _times([inverse for _, inverse in factors], white)
+        white = _times([inverse for _, inverse in factors], tree.upcast(point))
         across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
-        directions = [_times(across, x) for x in directions]
+        directions = [_times(across, tree.upcast(x)) for x in directions]
     basis, rows = _coordinates(directions)
     x = jnp.stack([tree.vdot(q, white) for q in basis])[None]
     cut = jnp.asarray(jnp.finfo(x.dtype).eps ** 0.5 if rtol is None else rtol).astype(x.dtype)
@@ -402,7 +443,7 @@ def erase_keeping(
         ),
     )
     undefined += 0 * cut  # NaN where rtol is out of its domain
-    change = tree.combine(list(removed[0] + undefined), basis)
+    change = tree.weighted_sum(unstacked(removed[0] + undefined), basis)
     if factors is not None:
         change = _times([f for f, _ in factors], change)
-    return tree.combine((1, -1), (point, change))
+    return tree.weighted_sum((1, -1), (point, change))

@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wspace import _lazy
+from wspace import tree
+from wspace._leaves import Piece, Runs, Span
 from wspace._numerics import accumulator
+from wspace.selection import bracket
+from wspace.selection.bracket import Count
+from wspace.selection.keys import Keys, codes_of, first_place
+from wspace.typing import Lazy
 
+FEW = 2**24  # entries between two magnitudes that are taken out of the leaves
 HELD = 2**25  # entries up to which the codes of all are held in memory
 SAMPLE = 2**14  # of these, entries that the guess is made from
 RUN = 256  # of more, entries read at one place
@@ -25,20 +31,6 @@ DEVIATIONS = 4  # by which the share of larger entries may differ from that of t
 COMMON = 1 / 64  # share of the sample from which a magnitude is counted and not taken out
 
 
-class Codes(NamedTuple):
-    """The integers that magnitudes of a dtype are: an unsigned dtype, and the largest, of NaN."""
-
-    dtype: type
-    nan: int
-
-
-def codes_of(wide: type) -> Codes:
-    """The integers of float32 or float64."""
-    if wide == np.float64:
-        return Codes(np.uint64, 0x7FF0000000000001)
-    return Codes(np.uint32, 0x7F800001)
-
-
 class _Range(NamedTuple):
     """Codes from `low` and below `high`, and those of them that are common."""
 
@@ -47,55 +39,78 @@ class _Range(NamedTuple):
     common: list[int]
 
 
-class _Piece(NamedTuple):
+class _Part(NamedTuple):
     """A span of a leaf, and the index of the leaf."""
 
     leaf: int
-    x: Any
-    span: _lazy.Span
-
-    @property
-    def start(self) -> int:
-        """The place of its first entry in the leaf."""
-        return _lazy.start_of(self.span)
+    x: Lazy
+    span: Span
 
 
-class Last(NamedTuple):
-    """The last entry selected: the code of its magnitude, its leaf by index, its place there."""
-
-    code: int
-    leaf: int
-    place: int
-
-
-def last_of(leaves: Sequence[Any], need: int, bounds: Callable[[], tuple[int, int]]) -> Last:
-    """The last of the `need` largest entries, of equal ones the first ones coming first.
-
-    `bounds` gives two codes that are sure to have that of the entry between them, and few others.
-    """
+def last_by_sifting(leaves: Sequence[Any], need: Count) -> Keys:
+    """The last entry selected of leaves of which some are lazy."""
     wide, size = accumulator(*(leaf.dtype for leaf in leaves)), sum(leaf.size for leaf in leaves)
-    leaves = [leaf.astype(wide) for leaf in leaves]
-    pieces = [_Piece(i, x, span) for i, x in enumerate(leaves) for span in _lazy.spans(x)]
-    with _lazy.threads() as pool:
+    if not size:
+        return Keys(np.asarray(0).astype(codes_of(wide).dtype), np.uint32(0), np.uint32(0))
+    code, leaf, place = _last([tree.lazily(leaf, wide) for leaf in leaves], bracket.known(need))
+    return Keys(
+        np.asarray(code).astype(codes_of(wide).dtype),
+        np.uint32(len(leaves) - 1 - leaf),
+        np.uint32(first_place(leaves[leaf].size) - place),
+    )
+
+
+def _last(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
+    """The code of the last of the `need` largest entries, its leaf by index, its place there."""
+    size = sum(leaf.size for leaf in leaves)
+    parts = [_Part(i, x, span) for i, x in enumerate(leaves) if x.size for span in x.pieces()]
+    with Lazy.threads() as pool:
         if size <= HELD or not all(leaf.in_pieces for leaf in leaves):
-            held = list(pool.map(_codes, pieces))
+            held = list(pool.map(_codes, parts))
             sample = np.concatenate([codes[:: max(size // SAMPLE, 1)] for codes in held])
             read, independent = held.__getitem__, len(sample)
         else:
             sample, independent = _runs(leaves)
 
             def read(k: int) -> np.ndarray:
-                return _codes(pieces[k])
+                return _codes(parts[k])
 
-        among = _guess(sample, need / size, independent, codes_of(wide).nan + 1)
-        found = _sifted(pool, read, len(pieces), need, among)
+        among = _guess(sample, need / size, independent, codes_of(leaves[0].dtype).nan + 1)
+        found = _sifted(pool, read, len(parts), need, among)
         if found is None:
-            low, high = bounds()
+            low, high = _bounds(pool, read, len(parts), need, size)
             common = [low] if high == low + 1 else []
-            found = _sifted(pool, read, len(pieces), need, _Range(low, high, common))
+            found = _sifted(pool, read, len(parts), need, _Range(low, high, common))
     assert found is not None  # the bounds are sure
     code, k, place = found
-    return Last(code, pieces[k].leaf, place + pieces[k].start)
+    span = parts[k].span
+    return code, parts[k].leaf, place + (span.start if isinstance(span, Piece) else 0)
+
+
+def _bounds(
+    pool: ThreadPoolExecutor,
+    read: Callable[[int], np.ndarray],
+    count: int,
+    need: int,
+    size: int,
+) -> tuple[int, int]:
+    """Two codes that are sure to have that of the entry between them, and few others."""
+    dtype = read(0).dtype.type
+    asked, total = bracket.count_of(need), bracket.count_of(size)
+    state = bracket.begun(
+        dtype(codes_of(np.dtype(f"f{dtype().itemsize}")).nan + 1), total, asked, None, True
+    )
+    while state.unfinished and bracket.known(bracket.inside(state.bracket, asked)[1]) > FEW:
+        pivots = np.asarray(state.pivots)
+
+        def counted(k: int, pivots: np.ndarray = pivots) -> list[int]:
+            codes = read(k)
+            return [int(np.count_nonzero(codes >= pivot)) for pivot in pivots]
+
+        counts = np.sum(list(pool.map(counted, range(count))), axis=0).tolist()
+        reached = np.array([[c >> 16, c & 0xFFFF] for c in counts], np.uint32)
+        state = bracket.step(state, reached, asked, True)
+    return int(state.bracket.low), int(state.bracket.high)
 
 
 def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
@@ -107,8 +122,8 @@ def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
         for k in range(0, number, RUNS):
             places = np.arange(k, min(k + RUNS, number)) * x.size // number
             starts = np.resize(np.minimum(places, max(x.size - RUN, 0)), RUNS)
-            runs = _lazy.Runs(tuple(starts.tolist()), min(RUN, x.size))
-            samples.append(_codes(_Piece(i, x, runs))[: len(places) * runs.length])
+            runs = Runs(tuple(starts.tolist()), min(RUN, x.size))
+            samples.append(_codes(_Part(i, x, runs))[: len(places) * runs.length])
             count += len(places)
     return np.concatenate(samples), min(INDEPENDENT, RUN) * count
 
@@ -173,9 +188,9 @@ def _sifted(
     return last, k, int(places[k][index - ends[k]])  # from the end of the piece
 
 
-def _codes(piece: _Piece) -> np.ndarray:
-    """The codes of a piece of a leaf of float32 or float64."""
-    x = np.asarray(piece.x.entries(piece.span)).reshape(-1)
-    dtype, nan = codes_of(piece.x.dtype)
+def _codes(part: _Part) -> np.ndarray:
+    """The codes of a part of a leaf of float32 or float64."""
+    x = part.x.read(part.span).reshape(-1)
+    dtype, nan = codes_of(part.x.dtype)
     codes = x.view(dtype) & (~dtype(0) >> dtype(1))
     return np.minimum(codes, dtype(nan), out=codes)

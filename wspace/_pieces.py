@@ -1,0 +1,128 @@
+"""How the entries of leaves are computed: in memory by groups of leaves, of lazy ones in pieces.
+
+A program takes ten to a hundred milliseconds to compile and some ten microseconds to start, the
+entries of a small leaf less to compute. So small leaves in memory whose shapes are rare share one
+program, and small lazy leaves are flat arrays of few lengths.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from wspace._leaves import Lazy, Piece, Span, computed, taken
+
+_SMALL = 2**16
+"""Entries of a leaf up to which starting its program takes as long as running it."""
+
+_RARE = 8
+"""Leaves of one shape from which on it has a program of its own."""
+
+_TOGETHER = 128
+"""The most leaves that share a program."""
+
+
+def array(leaf: Any) -> Any:
+    """The leaf as an array, if it is not lazy."""
+    return leaf if isinstance(leaf, Lazy | jax.Array) else jnp.asarray(leaf)
+
+
+def is_lazy(leaves: Sequence[Any]) -> bool:
+    """Whether a leaf is lazy."""
+    return any(isinstance(leaf, Lazy) for leaf in leaves)
+
+
+def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """Which rows, of leaves of one shape in several trees, share a program: their indices.
+
+    Large leaves have one of their own, and so have those of a shape that occurs often, that are
+    spread over devices, or that are traced. The others share programs, those on one device each.
+    """
+    alone: list[list[int]] = []
+    rare: dict[Any, list[list[int]]] = collections.defaultdict(list)
+    alike: dict[Any, list[int]] = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        place = _place(row)
+        if place is _OF_ITS_OWN or row[0].size > _SMALL:
+            alone.append([i])
+        else:
+            alike[place, row[0].shape, tuple([x.dtype for x in row])].append(i)
+    for (place, *_), indices in alike.items():
+        if len(indices) < _RARE:
+            rare[place].append(indices)
+        else:
+            alone.extend([i] for i in indices)
+    for several in rare.values():
+        indices = sorted(i for one in several for i in one)
+        alone.extend(indices[i : i + _TOGETHER] for i in range(0, len(indices), _TOGETHER))
+    return alone
+
+
+_OF_ITS_OWN = object()
+
+
+def _place(row: Sequence[Any]) -> Any:
+    """Where the leaves of a row are: the device, nothing if that is free, or somewhere else."""
+    place = None
+    for leaf in row:
+        if isinstance(leaf, Tracer):
+            return _OF_ITS_OWN
+        if getattr(leaf, "committed", False):
+            devices = leaf.sharding.device_set
+            if len(devices) > 1:
+                return _OF_ITS_OWN
+            (place,) = devices
+    return place
+
+
+def put_off(
+    kernel: Callable[[Sequence[Any], Any], Any], row: Sequence[Any], in_pieces: bool
+) -> Any:
+    """What a kernel of entries, and of the flat index of the first one, makes of lazy leaves."""
+    shape = row[0].shape
+    alike = [jax.ShapeDtypeStruct(shape, leaf.dtype) for leaf in row]
+    like = jax.eval_shape(kernel, alike, np.uint32(0))
+    inputs = [leaf if isinstance(leaf, Lazy) else _in_memory(leaf) for leaf in row]
+
+    def compute(span: Span, given: Sequence[Any]) -> Any:
+        return kernel(given, np.uint32(span.start if isinstance(span, Piece) else 0))
+
+    if not isinstance(like, list):
+        return Lazy(shape, like.dtype, compute, inputs, in_pieces)
+    several = Lazy(shape, like[0].dtype, compute, inputs, in_pieces)
+    return [
+        Lazy(shape, x.dtype, lambda _, given, i=i: given[0][i], [several], in_pieces)
+        for i, x in enumerate(like)
+    ]
+
+
+def _in_memory(leaf: Any) -> Lazy:
+    """A leaf that is in memory as a lazy one."""
+    return Lazy(leaf.shape, leaf.dtype, lambda span, _: jnp.asarray(taken(leaf, span)))
+
+
+def whole(leaves: Sequence[Any]) -> list[Any]:
+    """Leaves of one shape as arrays."""
+    if not is_lazy(leaves):
+        return list(leaves)
+    first, *others = _pieces(leaves)
+    if first is None or others:
+        return computed(leaves)
+    size, shape = leaves[0].size, leaves[0].shape
+    return [np.asarray(x)[:size].reshape(shape) for x in computed(leaves, first)]
+
+
+def entries(leaves: Sequence[Any]) -> Iterator[list[Any]]:
+    """The entries of leaves of one shape, some of them lazy, piece by piece."""
+    for piece in _pieces(leaves):
+        parts = computed(leaves, piece)
+        yield parts if piece is None else [np.asarray(x)[: piece.stop - piece.start] for x in parts]
+
+
+def _pieces(leaves: Sequence[Any]) -> list[Piece | None]:
+    lazy = [leaf for leaf in leaves if isinstance(leaf, Lazy)]
+    return min((leaf.pieces() for leaf in lazy), key=lambda spans: spans[0] is not None)

@@ -1,0 +1,166 @@
+"""Passes over the entries of arrays that count how many reach some pivots, where they lie."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, UInt
+
+from wspace import _checks
+from wspace._numerics import Wide, accumulator
+from wspace.selection import bracket
+from wspace.selection.bracket import PIVOTS, Count
+from wspace.selection.keys import Keys, code, codes_of, first_place
+
+SAMPLE = 2**14  # entries whose quantiles are the first pivots
+
+
+def wide_of(leaves: Sequence[Array]) -> Wide:
+    """The dtype of arithmetic on leaves, or that of which they are codes."""
+    double = [jnp.float64 if x.dtype == np.uint64 else x.dtype for x in leaves]
+    return accumulator(*double)
+
+
+def last_by_counting(
+    leaves: Sequence[Array], sizes: Sequence[int], need: Count, exact: bool
+) -> Keys:
+    """The last entry selected, or if `exact` its magnitude and anything as its place.
+
+    Leaves may be codes, longer than their sizes by zeros. On each level the entries are those that
+    have the keys found before, and of them as many are needed as the entries above leave to be
+    selected.
+    """
+    codes = codes_of(wide_of(leaves))
+    heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(max(sizes, default=0))]
+    total = bracket.count_of(sum(sizes))
+    pivots = _quantiles(leaves, need)
+    keys: tuple[Array, ...] = ()
+    for level, height in enumerate(heights[:1] if exact else heights):
+        state = bracket.begun(height, total, need, pivots, exact)
+        if level != 1 or len(leaves) > 1:
+            counted = functools.partial(_counts, leaves, sizes, keys)
+            state = bracket.search(counted, state, need, exact)
+        keys, pivots = (*keys, state.bracket.low), None
+        need, total = bracket.inside(state.bracket, need)
+    zero = jnp.uint32(0)
+    return Keys(*keys, zero, zero) if exact else Keys(*keys)
+
+
+def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
+    """First pivots, from evenly spaced entries; none if there is nothing or leaves are sharded."""
+    size = sum(leaf.size for leaf in leaves)
+    if not size or any(map(axes, leaves)):
+        return None
+    # Odd, as a power of two would see few columns.
+    stride, wide = max(size // SAMPLE, 1) | 1, wide_of(leaves)
+    parts = [_sample(leaf, stride, wide) for leaf in leaves if leaf.size]
+    if len(parts) > 1:
+        # NumPy joins a thousand samples at once; for XLA every list of shapes is a new program.
+        parts = [(jnp if _checks.is_traced(parts) else np).concatenate(parts)]
+    return bracket.picked(parts[0], need, np.float32(size))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sample(x: Array, stride: int, wide: Wide) -> UInt[Array, " sample"]:
+    return code(x.reshape(-1)[::stride], wide)
+
+
+def _counts(
+    leaves: Sequence[Array], sizes: Sequence[int], keys: tuple[Array, ...], pivots: Array
+) -> Count:
+    """How many entries that have the given keys reach each pivot with their next one."""
+    wide, last = wide_of(leaves), len(leaves) - 1
+    total: Any = np.zeros((PIVOTS, 2), np.uint32)
+    only = None if len(keys) < 2 or _checks.is_traced(leaves, keys) else int(keys[1])
+    for i, (leaf, size) in enumerate(zip(leaves, sizes, strict=True)):
+        number = np.uint32(last - i)
+        if size and only in (None, number):
+            total = _leaf_counts(total, leaf, first_place(size), number, keys, pivots, wide)
+    return jnp.asarray(total)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _leaf_counts(
+    others: Count,
+    x: Array,
+    first: Any,
+    number: Any,
+    keys: tuple[Array, ...],
+    pivots: Array,
+    wide: Wide,
+) -> Count:
+    """The counts of other leaves, and those of this one added."""
+
+    def local(
+        x: Array, starts: Sequence[Array], first: Array, number: Array, keys: Any, pivots: Array
+    ) -> Array:
+        # Zero in a way that XLA cannot see: it would write down, ahead of a loop, the keys of all.
+        zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
+        own = _keys(x, starts, shape, first, number, wide, zero)
+        among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
+        if keys:  # without those behind a leaf of codes, which are no smaller than zero
+            among &= own[2] <= first
+        reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
+        # One variadic reduction reads the entries once; seven sums would write them first.
+        counts = lax.reduce(
+            reached,
+            [jnp.uint32(0)] * PIVOTS,
+            lambda x, y: list(map(jnp.add, x, y)),
+            range(x.ndim),
+        )
+        return jnp.stack(counts)
+
+    shape = x.shape
+    places = jnp.asarray(first), jnp.asarray(number)
+    counts = _shardwise(local, x, *places, keys, pivots)
+    return bracket.plus(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
+
+
+def _keys(
+    x: Array,
+    starts: Sequence[Array],
+    shape: Sequence[int],
+    first: Array,
+    number: Array,
+    wide: Wide,
+    zero: Any,
+) -> tuple[Array, ...]:
+    """The keys of entries, in order of precedence; all fall from the first entry to the last."""
+    own = code(jnp.where(zero == 0, x, jnp.zeros((), x.dtype)), wide)
+    place = jnp.broadcast_to(first, x.shape) + zero.astype(jnp.uint32)
+    for axis, start in enumerate(starts):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+        place -= (lax.broadcasted_iota(jnp.uint32, x.shape, axis) + start) * stride
+    return own, jnp.broadcast_to(number, x.shape), place
+
+
+def axes(x: Any) -> tuple[str, ...]:
+    """The axes of the mesh that a leaf is spread over."""
+    names = (
+        (name,) if isinstance(name, str) else name or () for name in jax.typeof(x).sharding.spec
+    )
+    return tuple(itertools.chain.from_iterable(names))
+
+
+def _shardwise(function: Callable[..., Array], x: Array, *operands: Any) -> Array:
+    """Numbers counted among entries, which start somewhere in the leaf, on all shards."""
+    names, sharding = axes(x), jax.typeof(x).sharding
+    if not names:
+        return function(x, [jnp.uint32(0)] * x.ndim, *operands)
+
+    def local(x: Array, operands: Any) -> Array:
+        starts = [
+            lax.axis_index(along).astype(jnp.uint32) * size if along else jnp.uint32(0)
+            for along, size in zip(sharding.spec, x.shape, strict=True)
+        ]
+        return lax.psum(function(x, starts, *operands), names)
+
+    return jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=(sharding.spec, jax.P()), out_specs=jax.P()
+    )(x, operands)

@@ -1,0 +1,310 @@
+"""The public functions, and the entry at which a selection ends."""
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from wspace import _checks, tree
+from wspace._numerics import Wide, accumulator
+from wspace.selection import bracket
+from wspace.selection.bracket import Count
+from wspace.selection.counting import axes, last_by_counting
+from wspace.selection.keys import Keys, code, codes_of, first_place, numbers
+from wspace.selection.sifting import last_by_sifting
+from wspace.selection.sorting import FEW, kept_in_leaf, kept_in_rows, last_by_sorting
+from wspace.typing import Lazy, Scalar, Weights, WeightsLike
+
+SMALL = 2**22  # entries up to which starting passes takes longer than the passes do
+
+
+def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
+    r"""The k-th largest magnitude of an array or of a whole tree, exactly.
+
+    $$
+    m_k = \max \bigl\{ m : \#\{ j : |x_j| \ge m \} \ge k \bigr\}
+    $$
+
+    Every entry counts as often as it occurs: $m_1$ is the largest magnitude and $m_n$ the least.
+    The order of leaves and their sharding do not change it.
+
+    Args:
+        x: A tree of $n$ entries.
+        k: Which one, from 1 to $n$. It may be traced; a new one compiles nothing.
+
+    Returns:
+        The magnitude, in at least float32; NaN if $k$ entries or more are NaN. Its derivative is
+            that of the entry, or the mean of those of several equal ones.
+
+    Raises:
+        ValueError: If `k` is known and not from 1 to $n$ (NaN if traced), or a leaf has $2^{32}$
+            entries or more.
+        TypeError: If `k` is not an integer, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import selection
+        >>> selection.kth_magnitude({"w": jnp.array([3.0, -5.0]), "b": jnp.array([4.0])}, 2)
+        Array(4., dtype=float32)
+    """
+    leaves, size = _entries(x)
+    need, below, above = _asked(k, 1, size)
+    kth = _kth_value if any(isinstance(leaf, Lazy) for leaf in leaves) else _kth
+    magnitude = kth(leaves, need)
+    return jnp.where(below | above, jnp.nan, magnitude) if _checks.is_traced(k) else magnitude
+
+
+def _kth_value(leaves: Sequence[Any], need: Count) -> Scalar:
+    return _magnitude(_last(leaves, need, exact=True).code, _wide(leaves))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _magnitude(key: Array, wide: Wide) -> Scalar:
+    magnitude = lax.bitcast_convert_type(key, wide)
+    return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
+
+
+_kth = jax.custom_jvp(_kth_value)
+
+
+@_kth.defjvp
+def _kth_derivative(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
+    (leaves, need), (changes, _) = primals, tangents
+    value = _kth(leaves, need)
+    wide = [leaf.astype(value.dtype) for leaf in leaves]
+    signs = [jnp.where(jnp.abs(x) == value, jnp.sign(x), 0) for x in wide]
+    ties = jax.tree.reduce_associative(jnp.add, [jnp.sum(jnp.abs(sign)) for sign in signs])
+    moved = [
+        jnp.sum(sign * change.astype(value.dtype))
+        for sign, change in zip(signs, changes, strict=True)
+    ]
+    return value, jax.tree.reduce_associative(jnp.add, moved) / jnp.maximum(ties, 1)
+
+
+def top_mask(x: WeightsLike, k: Any) -> PyTree:
+    r"""Which entries are the k of largest magnitude, exactly k of them.
+
+    $$
+    \operatorname{mask}_j = \bigl[\, (|x_j|, -j) \text{ is among the } k \text{ largest} \,\bigr]
+    $$
+
+    Among equal magnitudes the first ones in the tree are taken, so masks of rising $k$ are nested.
+    `tree.per_leaf(selection.top_mask)` selects in every leaf alone.
+
+    Args:
+        x: A tree of $n$ entries.
+        k: How many, from 0 to $n$. It may be traced; a new one compiles nothing.
+
+    Returns:
+        A tree of boolean arrays of the layout and sharding of `x`.
+
+    Raises:
+        ValueError: If `k` is known and not from 0 to $n$ (if traced, below 0 nothing is selected
+            and above $n$ everything), or a leaf has $2^{32}$ entries or more.
+        TypeError: If `k` is not an integer, or a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import selection
+        >>> selection.top_mask(jnp.array([1.0, -2.0, 2.0, 2.0]), 2)
+        Array([False,  True,  True, False], dtype=bool)
+    """
+    return _selected(*_compared(x, k))
+
+
+def _is_selected(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) -> Any:
+    last, own_number, own_first = Keys(*scalars[:3]), *scalars[3:]
+    wide = jnp.float64 if last.code.dtype == np.uint64 else jnp.float32
+    own = code(arrays[0].astype(wide), wide)
+    later = (own_number > last.number) | (
+        (own_number == last.number) & (own_first - index >= last.place)
+    )
+    return (own > last.code) | ((own == last.code) & later)
+
+
+_selected = tree.elementwise(_is_selected, placed=True)
+
+
+@functools.partial(tree.elementwise, placed=True)
+def _kept(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) -> Array:
+    return jnp.where(_is_selected(scalars, arrays, index), arrays[0], 0)
+
+
+def _compared(x: WeightsLike, k: Any) -> tuple[Keys, tuple[WeightsLike], list[PyTree]]:
+    """What entries are compared with to tell whether they are among the k of largest magnitude."""
+    leaves, size = _entries(x)
+    need, nothing, _ = _asked(k, 0, size)
+    above = np.asarray(-1).astype(codes_of(_wide(leaves)).dtype)  # all codes
+    if _checks.is_traced(nothing):
+        last = _last(leaves, need)
+        last = last._replace(code=jnp.where(nothing, above, last.code))
+    else:
+        last = Keys(above, np.uint32(0), np.uint32(0)) if nothing else _last(leaves, need)
+    structure = jax.tree.structure(x)
+    places = numbers(leaves), [first_place(leaf.size) for leaf in leaves]
+    return last, (x,), [structure.unflatten(row) for row in places]
+
+
+def keep_top(x: WeightsLike, k: Any) -> Weights:
+    """The k entries of largest magnitude, and zero everywhere else."""
+    return _kept(*_compared(x, k))
+
+
+def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
+    """The k entries of largest magnitude, k the stop, without those for k the start; zero else."""
+    if not start:
+        return keep_top(x, stop)
+    return _between((), (x, top_mask(x, stop), top_mask(x, start)))
+
+
+@tree.elementwise
+def _between(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    x, inside, above = arrays
+    return jnp.where(inside & jnp.logical_not(above), x, 0)
+
+
+def keep_in_leaves(x: WeightsLike, band: Callable[[int], tuple[int, int]]) -> Weights:
+    """Of every leaf what `keep_between` keeps, for the start and stop that its size asks for."""
+    return _each_alone(kept_in_leaf, x, band, lambda leaf: leaf.size)
+
+
+def keep_in_rows(x: WeightsLike, band: Callable[[int], tuple[int, int]]) -> Weights:
+    """The same of every row, which is the last axis of a leaf."""
+    return _each_alone(
+        kept_in_rows, x, band, lambda leaf: leaf.shape[-1] if leaf.ndim > 1 else leaf.size
+    )
+
+
+def _each_alone(
+    kept: Callable[..., Weights],
+    x: WeightsLike,
+    band: Callable[[int], tuple[int, int]],
+    length: Callable[[Any], int],
+) -> Weights:
+    """What is kept of leaves one by one: all those together that are sorted, the others counted."""
+    leaves, structure = jax.tree.flatten(x)
+    is_sorted = [length(leaf) < leaf.size or _is_sorted(leaf) for leaf in leaves]
+    together = [leaf for leaf, yes in zip(leaves, is_sorted, strict=True) if yes]
+    bands = [list(map(np.uint32, band(length(leaf)))) for leaf in together]
+    found = iter(kept((), (together,), list(map(list, zip(*bands, strict=True)))))
+    return structure.unflatten(
+        next(found) if yes else keep_between(leaf, *band(leaf.size))
+        for leaf, yes in zip(leaves, is_sorted, strict=True)
+    )
+
+
+def _is_sorted(leaf: Any) -> bool:
+    """Whether entries of a leaf by itself are sorted."""
+    return not isinstance(leaf, Lazy) and leaf.size <= FEW and not axes(jnp.asarray(leaf))
+
+
+def _entries(x: WeightsLike) -> tuple[list[Any], int]:
+    _checks.same_layout(x=x)
+    leaves = jax.tree.leaves(x)
+    for leaf in leaves:
+        if leaf.size >= 2**32:
+            raise ValueError(
+                f"x has a leaf of shape {leaf.shape}, with 2^32 entries or more: split it along "
+                "its first axis into leaves that are counted one by one"
+            )
+    return leaves, sum(leaf.size for leaf in leaves)
+
+
+def _asked(k: Any, least: int, size: int) -> tuple[Count, Any, Any]:
+    """How many entries are asked for, from 1 to all, and whether that is too few or too many."""
+    if not _checks.is_traced(k):
+        try:
+            known = operator.index(k)
+        except TypeError as error:
+            raise TypeError(f"k must be an integer, got {k!r}") from error
+        if not least <= known <= size:
+            raise ValueError(f"k must be from {least} to the {size} entries of x, got {known}")
+        return bracket.count_of(min(max(known, 1), size)), known < 1, False
+    if not jnp.issubdtype(k.dtype, jnp.integer):
+        raise TypeError(f"k must be an integer, got an array of dtype {k.dtype}")
+    inside = jnp.clip(k, 1, min(size, jnp.iinfo(k.dtype).max))
+    return bracket.count_of(inside), k < 1, k > size
+
+
+def _wide(leaves: Sequence[Any]) -> Wide:
+    return accumulator(*(leaf.dtype for leaf in leaves))
+
+
+def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
+    """The last entry selected; if `exact`, its magnitude alone is right.
+
+    Where values are known every pass over a large leaf is a program of its own, compiled once per
+    shape, and the number of passes is decided here. Small neighbours are joined before.
+    """
+    if any(isinstance(leaf, Lazy) for leaf in leaves):
+        return last_by_sifting(leaves, need)
+    leaves, wide = [lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves], _wide(leaves)
+    if _checks.is_traced(leaves, need):
+        if len(leaves) == 1 and leaves[0].size and _is_sorted(leaves[0]):
+            size = leaves[0].size
+            return last_by_sorting(_joined(leaves, wide, size), first_place(size), need)
+        return _in_one_program(leaves, tuple(leaf.size for leaf in leaves), need, exact)
+    runs = _runs(leaves)
+    sizes = [sum(leaves[i].size for i in run) for run in runs]
+    blocks = [
+        _joined([leaves[i] for i in run], wide, 1 << (size - 1).bit_length() if size else 1)
+        if leaves[run[0]].size <= FEW and not axes(leaves[run[0]])
+        else leaves[run[0]]
+        for run, size in zip(runs, sizes, strict=True)
+    ]
+    if len(blocks) == 1 and blocks[0].size <= FEW:
+        last = last_by_sorting(blocks[0], first_place(sizes[0]), need)
+    elif len(blocks) == 1 and sizes[0] <= SMALL:
+        last = _in_one_program(blocks, tuple(sizes), need, exact)
+    else:
+        last = last_by_counting(blocks, sizes, need, exact)
+    return last if exact or len(runs) == len(leaves) else _apart(last, leaves, runs)
+
+
+def _runs(leaves: Sequence[Array]) -> list[list[int]]:
+    """The indices of leaves that are joined: of neighbours that are small, or of one."""
+
+    def key(i: int) -> Any:
+        devices = leaves[i].sharding.device_set
+        return devices if leaves[i].size <= FEW and len(devices) == 1 else i
+
+    return [list(run) for _, run in itertools.groupby(range(len(leaves)), key)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _joined(leaves: Sequence[Array], wide: Wide, length: int) -> Array:
+    """The codes of leaves as one flat array, with zeros behind it."""
+    codes = [code(leaf.reshape(-1), wide) for leaf in leaves]
+    missing = length - sum(x.size for x in codes)
+    return jnp.concatenate([*codes, jnp.zeros(missing, codes[0].dtype)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _in_one_program(
+    leaves: Sequence[Array], sizes: tuple[int, ...], need: Count, exact: bool
+) -> Keys:
+    return last_by_counting(leaves, sizes, need, exact)
+
+
+def _apart(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]) -> Keys:
+    """The keys of an entry of leaves, by those of the same entry of joined ones."""
+    run = runs[len(runs) - 1 - int(last.number)] if len(runs) > 1 else runs[0]
+    ends = np.cumsum([leaves[i].size for i in run], dtype=np.uint32)
+    number, place = _in_run(last.place, ends)
+    return Keys(last.code, number + np.uint32(len(leaves) - 1 - run[-1]), place)
+
+
+@jax.jit
+def _in_run(place: Array, ends: Array) -> tuple[Array, Array]:
+    """How many leaves of a run come after that of an entry, and how many entries in it."""
+    position = ends[-1] - 1 - place
+    leaf = jnp.searchsorted(ends, position, side="right")
+    number = jnp.uint32(len(ends) - 1) - leaf.astype(jnp.uint32)
+    return number, ends[leaf] - 1 - position
