@@ -440,6 +440,7 @@ NOT_ON_TREES = {
     "average.exponent_of": "acts on a number; laws in test_posthoc.py",
     "average.karcher_mean_on": "acts on an exponential; laws in test_karcher.py",
     "average.width_of": "acts on a number; laws in test_posthoc.py",
+    "cone.Cone": "a protocol; laws in test_cone.py",
     "cone.Mask": "a record",
     "cone.Move": "a record",
     "cone.PooledRank": "a record",

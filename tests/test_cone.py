@@ -1,21 +1,24 @@
 """Laws of `wspace.cone`: the nearest edit in a cone, and the support-distance lemma."""
 
+import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, matrices, scales
-from wspace import cone, geometry, lowrank, selection, tree
+from wspace import _checks, cone, fit, geometry, lowrank, negative, selection, tree
 from wspace.lowrank import LowRank
 
 LAYOUT = {"w": (5, 4), "s": (2, 3, 2), "k": (2, 1, 2, 3), "b": (3,), "c": (), "e": (0, 2)}
-NAMES = ("rank 1", "rank 2", "pooled 3", "subspace", "mask", "sparse 7")
+NAMES = ("rank 1", "rank 2", "pooled 3", "subspace", "mask", "sparse 7", "even")
 each_cone = pytest.mark.parametrize("name", NAMES)
 seeds = st.integers(0, 2**16)
 
@@ -23,6 +26,39 @@ seeds = st.integers(0, 2**16)
 def numbers(seed):
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.normal(size=shape), FLOAT) for name, shape in LAYOUT.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Even:
+    """A cone of a user: edits whose entries are equal along the first axis of every leaf."""
+
+    def project(self, edit):
+        """The means along that axis."""
+        dense = jax.tree.map(
+            lambda x: lowrank.materialize(x) if isinstance(x, LowRank) else x,
+            edit,
+            is_leaf=lambda x: isinstance(x, LowRank),
+        )
+        nearest = jax.tree.map(
+            lambda x: jnp.broadcast_to(x.mean(0, keepdims=True), x.shape) if x.size > 1 else x,
+            tree.upcast(dense),
+        )
+        return cone.Projection(nearest, tree.norm(nearest), geometry.distance(dense, nearest))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ray:
+    """Another: the nonnegative multiples of a direction of norm one."""
+
+    direction: Any
+
+    def project(self, edit):
+        """The multiple by the inner product, zero where that is negative."""
+        length = jnp.maximum(tree.vdot(self.direction, edit), 0)
+        nearest = tree.combine((length,), (self.direction,))
+        return cone.Projection(nearest, length, geometry.distance(edit, nearest))
 
 
 @st.composite
@@ -42,6 +78,7 @@ CONES = {
     "subspace": cone.Subspace(BASIS),
     "mask": cone.Mask(MASK),
     "sparse 7": cone.Sparse(7),
+    "even": Even(),
 }
 project = {name: jax.jit(lambda x, k=k: cone.project(k, x)) for name, k in CONES.items()}
 entry = {name: jax.jit(lambda x, r, k=k: cone.entry(k, x, r)) for name, k in CONES.items()}
@@ -96,6 +133,11 @@ def wanted_sizes(name, x):
     elif name == "mask":
         mask = flat({n: np.broadcast_to(m, LAYOUT[n]) for n, m in MASK.items()}) > 0
         kept, left = entries[mask], entries[~mask]
+    elif name == "even":
+        parts = {n: np.asarray(x[n], np.float64) for n in LAYOUT}
+        means = {n: m.mean(0, keepdims=True) if m.size > 1 else m for n, m in parts.items()}
+        kept = flat({n: np.broadcast_to(means[n], shape) for n, shape in LAYOUT.items()})
+        left = entries - kept
     else:
         order = np.argsort(-np.abs(entries), kind="stable")
         kept, left = entries[order[:7]], entries[order[7:]]
@@ -495,3 +537,229 @@ def test_bad_arguments_are_refused(refuses):
     with refuses(ValueError, match=r"leaf \['w'\] of edit holds NaN"):
         cone.project(rank, x | {"w": x["w"] * jnp.nan})
     assert is_nan(jax.jit(cone.project)(rank, x | {"w": x["w"] * jnp.nan}).tail)
+    with refuses(TypeError, match="cone must be a Rank, .* as type has not"):
+        cone.reach(cone.Rank, x, 1.0)
+
+
+# Cones of a user. Those that hold -D with every D obey all laws above; others have a side.
+
+
+def rays(seed):
+    """A displacement and a direction with numpy's inner product, norm and sine between them."""
+    x, q = numbers(seed), numbers(seed + 1)
+    q = {n: jnp.asarray(part, FLOAT) for n, part in unflat(flat(q) / norm_of(q)).items()}
+    size, inner = norm_of(x), flat(q) @ flat(x)
+    return x, q, size, inner
+
+
+def norm_of(x):
+    return np.linalg.norm(flat(x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_cone_with_one_side_obeys_the_lemma(seed, sign):
+    x, q, size, inner = rays(seed)
+    x, inner = jax.tree.map(lambda leaf: sign * leaf, x), sign * inner
+    ray, atol = Ray(q), 64 * UNIT * size
+    e, d = max(inner, 0), 0.5 * size
+    tail = np.sqrt(size**2 - e**2)
+    nearest = cone.project(ray, x)
+    np.testing.assert_allclose(nearest[1:], (e, tail), atol=atol)
+    np.testing.assert_allclose(flat(nearest.edit), e * flat(q), atol=atol)
+    np.testing.assert_allclose(cone.support(ray, x, d), d * e, atol=atol * size)
+    wanted = np.hypot(tail, max(e - d, 0))
+    np.testing.assert_allclose(cone.reach(ray, x, d), wanted, atol=atol)
+    # In by +q: the first t >= 0 with ||x + t q|| = radius.
+    radius = np.sqrt(size**2 - 0.75 * inner**2)
+    move = cone.entry(ray, x, radius)
+    if inner < 0:
+        t = -inner - np.sqrt(inner**2 - size**2 + radius**2)
+        np.testing.assert_allclose(move.norm, t, atol=256 * atol)
+        np.testing.assert_allclose(flat(move.edit), t * flat(q), atol=256 * atol)
+    else:
+        assert jnp.isinf(move.norm)  # every step along +q leads away
+    # Out by +q.
+    if inner > 0:
+        t = -inner + np.sqrt(inner**2 + 3 * size**2)
+        move = cone.exit(ray, x, 2 * size)
+        np.testing.assert_allclose(move.norm, t, atol=4 * atol)
+        np.testing.assert_allclose(flat(move.edit), t * flat(q), atol=4 * atol)
+    else:
+        with pytest.raises(ValueError, match="no way out is distinguished"):
+            cone.exit(ray, x, 2 * size)
+
+
+def test_points_leave_a_ball_along_a_cone_of_ones_own():
+    x, q, size, inner = rays(1)
+    sign = np.sign(inner)
+    avoid = numbers(7)
+    center = tree.combine((1, sign), (avoid, x))
+    points = [tree.combine((1, s), (center, numbers(8))) for s in (1, -1)]
+    moved = negative.exit_ball(points, (0.5, 0.5), avoid, 2 * size, cone=Ray(q))
+    t = -abs(inner) + np.sqrt(inner**2 + 3 * size**2)
+    for before, after in zip(points, moved, strict=True):
+        np.testing.assert_allclose(flat(after) - flat(before), t * flat(q), atol=512 * UNIT * size)
+    back = tree.combine((-1,), (q,))
+    with pytest.raises(ValueError, match="no edit of the cone is distinguished"):
+        negative.exit_ball(points, (0.5, 0.5), avoid, 2 * size, cone=Ray(back))
+
+
+def test_a_readout_is_bounded_on_a_cone_of_ones_own():
+    x, q, size, inner = rays(2)
+    for sign in (1, -1):
+        bound = negative.linear_bound(
+            lambda w, sign=sign: sign * tree.vdot(x, w), numbers(9), Ray(q), 0.5, curvature=0.0
+        )
+        rises = sign * inner > 0
+        np.testing.assert_allclose(bound.change, 0.5 * max(sign * inner, 0), atol=64 * UNIT * size)
+        np.testing.assert_allclose(flat(bound.edit), 0.5 * rises * flat(q), atol=64 * UNIT)
+
+
+def test_a_guard_holds_against_a_cone_of_ones_own():
+    start, avoid = jnp.asarray([1.0, 2.0], FLOAT), jnp.asarray([0.5, 3.0], FLOAT)
+    q = jnp.asarray([0.6, -0.8], FLOAT)
+    guarded = fit.guard(
+        jax.random.key(0),
+        [lambda w: 0 * jnp.sum(w)],
+        [start],
+        [1.0],
+        lambda w: jnp.sum((w - avoid) ** 2) / 2,
+        optimizer=optax.sgd(0.1),
+        steps=1,
+        cone=Ray(q),
+        budget=0.25,
+    )
+    # The slope there is (0.5, -1), which q raises; so the worst edit is 0.25 q.
+    wanted = np.array([1.0, 2.0]) - 0.1 * (np.array([0.5, -1.0]) + 0.25 * np.array([0.6, -0.8]))
+    np.testing.assert_allclose(guarded.weights[0], wanted, rtol=16 * UNIT)
+
+
+def test_cones_of_ones_own_are_refused_by_name(refuses):
+    class Nothing:
+        pass
+
+    class Bare:
+        def project(self, edit):
+            return edit
+
+    class Plain:
+        def project(self, edit):
+            return cone.Projection(edit, 1.0, tree.norm(edit))
+
+    class Coarse:
+        def project(self, edit):
+            norm = tree.norm(edit)
+            return cone.Projection(edit, norm.astype(jnp.bfloat16), norm)
+
+    x = jnp.ones(2, FLOAT)
+    calls = (
+        lambda k: cone.project(k, x),
+        lambda k: cone.support(k, x, 1.0),
+        lambda k: cone.reach(k, x, 1.0),
+        lambda k: cone.entry(k, x, 1.0),
+        lambda k: cone.exit(k, x, 9.0),
+        lambda k: negative.exit_ball([x], (1.0,), 0 * x, 9.0, cone=k),
+        lambda k: negative.linear_bound(jnp.sum, x, k, 1.0),
+        lambda k: negative.size_to_change(jnp.sum, x, k, 1.0),
+        guard_with,
+    )
+    words = r"or have a method project\(self, edit\) that returns .* as Nothing has not: write it"
+    for call in calls:
+        with refuses(TypeError, match=words):
+            call(Nothing())
+    for call in calls[:-1]:
+        for made in (Bare, Plain, Coarse):
+            words = rf"{made.__name__}.project must return a cone.Projection\(edit, norm, tail\)"
+            with refuses(TypeError, match=words):
+                call(made())
+    with refuses(TypeError, match="cone is a Bare, .* by jax.tree_util.register_dataclass"):
+        guard_with(Bare())
+
+
+def guard_with(k):
+    x = jnp.ones(2, FLOAT)
+    return fit.guard(
+        jax.random.key(0),
+        [jnp.sum],
+        [x],
+        [1.0],
+        jnp.sum,
+        optimizer=optax.sgd(0.1),
+        steps=1,
+        cone=k,
+        budget=1.0,
+    )
+
+
+# How often a call waits for the device.
+
+
+READS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "item", "tolist")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts the values of arrays that a call reads, once it is compiled."""
+    seen, inner = [], []
+
+    def counting(read):
+        def wrapped(self, *args, **kwargs):
+            if not inner:
+                seen.append(read.__name__)
+            inner.append(None)  # one read may go by way of another
+            try:
+                return read(self, *args, **kwargs)
+            finally:
+                inner.pop()
+
+        return wrapped
+
+    kind = type(jnp.zeros(()))
+    for name in READS:
+        monkeypatch.setattr(kind, name, counting(getattr(kind, name)))
+
+    def count(call):
+        call()
+        seen.clear()
+        call()
+        return len(seen)
+
+    return count
+
+
+def test_values_are_read_as_seldom_with_many_leaves_as_with_one(reads):
+    rng = np.random.default_rng(0)
+    shapes = {f"{i}": (6, 5) if i % 2 else (5,) for i in range(24)}
+    x, *basis = (
+        {n: jnp.asarray(rng.normal(size=shape), FLOAT) for n, shape in shapes.items()}
+        for _ in range(3)
+    )
+    basis = geometry.orthonormalize(basis)
+    cones = {
+        cone.Rank(1): 1,
+        cone.PooledRank(3): 1,
+        # The search for the smallest entry that is kept decides by values how long it is.
+        cone.Sparse(10): 1 + reads(lambda: selection.keep_top(x, 10)),
+    }
+    others = ((cone.Mask(dict.fromkeys(x, True)), 1), (cone.Subspace(basis), 3), (Even(), 1))
+    for k, wanted in (*cones.items(), *others):
+        assert reads(lambda k=k: cone.project(k, x)) <= wanted
+        assert reads(lambda k=k: cone.support(k, x, 1.0)) <= wanted
+        assert reads(lambda k=k: cone.reach(k, x, 1.0)) <= wanted
+        assert reads(lambda k=k: cone.entry(k, x, 99.0)) <= wanted + 1  # of a radius in reach
+        assert reads(lambda k=k: cone.exit(k, x, 99.0)) <= wanted + 1
+
+
+def test_the_leaf_that_is_not_finite_is_named_wherever_leaves_lie():
+    here, there = jax.devices()[:2]
+    sound = {"a": jax.device_put(jnp.ones(2), here), "b": jax.device_put(jnp.ones(2), there)}
+    _checks.finite(x=sound, y=sound, z={"c": np.ones(2, np.float32)})
+    for name in sound:
+        for value in (jnp.nan, jnp.inf):
+            bad = sound | {name: sound[name].at[1].set(value)}
+            with pytest.raises(ValueError, match=rf"leaf \['{name}'\] of y holds NaN or an inf"):
+                _checks.finite(x=sound, y=bad, z=sound)
+    known = jnp.asarray([jnp.nan])
+    with pytest.raises(ValueError, match=r"leaf \['b'\] of displacement holds NaN"):
+        jax.grad(lambda a: cone.support(cone.Sparse(1), {"a": a, "b": known}, 1.0))(jnp.ones(2))

@@ -276,11 +276,18 @@ def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | 
 
 def finite(**trees: object) -> None:
     """Raises if a leaf with known values holds NaN or an infinity; traced leaves pass."""
-    for name, x in trees.items():
-        for path, leaf in tree_leaves_with_path(x):
-            sound = jnp.isfinite(leaf).all()
-            if not is_traced(sound) and not sound:
-                raise ValueError(
-                    f"leaf {keystr(path) or '(root)'} of {name} holds NaN or an infinity: "
-                    "no distance or rank is defined for it; mend the weights first"
-                )
+    leaves = [(name, *leaf) for name, x in trees.items() for leaf in tree_leaves_with_path(x)]
+    flags = [jnp.isfinite(leaf).all() for *_, leaf in leaves]
+    together: dict[Any, Array] = {}  # one flag to read, wherever the leaves lie
+    for sound in flags:
+        if not is_traced(sound):
+            where = sound.sharding
+            together[where] = sound & together[where] if where in together else sound
+    if all(map(bool, together.values())):
+        return
+    for (name, path, _), sound in zip(leaves, flags, strict=True):
+        if not is_traced(sound) and not sound:
+            raise ValueError(
+                f"leaf {keystr(path) or '(root)'} of {name} holds NaN or an infinity: "
+                "no distance or rank is defined for it; mend the weights first"
+            )

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, lowrank, tree
 from wspace._numerics import safe_sqrt
-from wspace.cone.cones import Cone, Projection, is_zero, project, sizes_of
-from wspace.cone.spectra import ratio
+from wspace.cone.cones import Cone, Projection, holds_only_zero, projected, sizes_of
+from wspace.cone.spectra import finite_edit, ratio
 from wspace.lowrank import LowRank
 from wspace.typing import Scalar, ScalarLike
 
@@ -106,9 +106,10 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     $$
 
     with $e = \lVert E \rVert$. The edit is a negative multiple of $P E$ and lands on the sphere,
-    computed in the second form, in which nothing cancels. For the displacement of an average from
-    a point to avoid, the norm is what an edit in the cone needs at least to undo a guard. Within
-    the ball, $\rho \ge e$, nothing has to move.
+    computed in the second form, in which nothing cancels. In a cone that does not hold $-D$ with
+    $D$, norm and tail are those of $-E$, and the edit is a positive multiple of $P(-E)$. For the
+    displacement of an average from a point to avoid, the norm is what an edit in the cone needs at
+    least to undo a guard. Within the ball, $\rho \ge e$, nothing has to move.
 
     Args:
         cone: The cone $K$ of edits.
@@ -135,14 +136,15 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
         Array(inf, dtype=float32)
     """
     radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
-    nearest = project(cone, displacement)
+    finite_edit(displacement=displacement)
+    nearest = projected(cone, lowrank.scale(-1, displacement))
     size, norm, tail = tree.norm([nearest.norm, nearest.tail]), nearest.norm, nearest.tail
     radius = jnp.asarray(radius).astype(size.dtype)
     outside, feasible = size > radius, tail <= radius
     root = safe_sqrt(jnp.where(feasible, (radius - tail) * (radius + tail), 0))
     step = ratio((size - radius) * (size + radius), norm + root)
     step = jnp.where(outside, jnp.where(feasible, step, jnp.inf), 0) + 0 * (radius + size)
-    return Move(_along(nearest, -step), step)
+    return Move(_along(nearest, step), step)
 
 
 def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
@@ -169,7 +171,7 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
             zero.
 
     Raises:
-        ValueError: If the displacement is zero or orthogonal to the cone, $\lVert P E \rVert \le
+        ValueError: If the displacement is zero or has no part in the cone, $\lVert P E \rVert \le
             64\,\varepsilon\, e < \rho$, where all ways out are equally long and none is
             distinguished (NaN if traced); if `radius` is known and negative or not finite (NaN if
             traced); and as [`project`][wspace.cone.project] does.
@@ -183,10 +185,11 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
         (Array([3., 4.], dtype=float32), Array(5., dtype=float32))
     """
     radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
-    nearest = project(cone, displacement)
+    finite_edit(displacement=displacement)
+    nearest = projected(cone, displacement)
     size, norm = tree.norm([nearest.norm, nearest.tail]), nearest.norm
     radius = jnp.asarray(radius).astype(size.dtype)
-    inside, nothing = size < radius, is_zero(cone)
+    inside, nothing = size < radius, holds_only_zero(cone)
     undefined = _checks.refuse(
         inside & ~nothing & (norm <= 64 * jnp.finfo(size.dtype).eps * size),
         lambda: (

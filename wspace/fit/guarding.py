@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace.cone.cones import Cone
+from wspace.cone.cones import Cone, refuse_other
 from wspace.fit.away import Away
 from wspace.fit.training import (
     Fit,
@@ -169,7 +169,7 @@ def guard(
             domain or not as many as the points, a cone comes without a budget or a budget without
             a cone, or the trees differ in layout.
         TypeError: If a loss does not return one number, `optimizer` is not one of optax, `key` is
-            not one key, or a leaf is not floating-point.
+            not one key, `cone` is no cone or not a pytree, or a leaf is not floating-point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -213,6 +213,13 @@ def guard(
         raise ValueError(
             "cone and budget belong together: the edits to hold against, and their norm"
         )
+    if cone is not None:
+        refuse_other(cone)
+        if jax.tree_util.all_leaves([cone]):
+            raise TypeError(
+                f"cone is a {type(cone).__name__}, which no compiled step can take: register the "
+                "class as a pytree, by jax.tree_util.register_dataclass"
+            )
     if budget is not None:
         budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
     strength = _checks.scalar("strength", strength, lambda x: x >= 0, "finite and at least 0")

@@ -66,7 +66,8 @@ def linear_bound(
     For every edit $D$ of the cone with $\lVert D \rVert \le d$,
     $\lvert f(\theta + D) - f(\theta) \rvert$ is at most that and the remainder
     $\frac{1}{2} H d^2$, if no Hessian on the way from $\theta$ to $\theta + D$ has a spectral norm
-    above $H$. Exact for a readout that is affine in the weights, with $H = 0$. The change is
+    above $H$. In a cone that does not hold $-D$ with $D$, what is bounded is the rise $f(\theta +
+    D) - f(\theta)$. Exact for a readout that is affine in the weights, with $H = 0$. The change is
     proportional to $d$, and never above that of all edits, $d\, \lVert \nabla f(\theta) \rVert$.
 
     Args:
@@ -130,7 +131,8 @@ def size_to_change(
     d = \frac{2 m}{g + \sqrt{g^2 + 2 H m}}, \qquad g = \lVert P\, \nabla f(\theta) \rVert
     $$
 
-    No edit of the cone with a smaller norm changes the readout by $m$, if no Hessian on its way
+    No edit of the cone with a smaller norm changes the readout by $m$ (raises it by $m$, in a cone
+    that does not hold $-D$ with $D$), if no Hessian on its way
     has a spectral norm above $H$: it is where the [`linear_bound`][wspace.negative.linear_bound]
     meets the margin. With $H = 0$ it is $m / g$: what is needed exactly where the readout is
     affine in the weights, and elsewhere an estimate to first order, which certifies nothing.
