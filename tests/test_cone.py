@@ -635,6 +635,24 @@ def test_a_guard_holds_against_a_cone_of_ones_own():
     np.testing.assert_allclose(guarded.weights[0], wanted, rtol=16 * UNIT)
 
 
+def test_what_a_cone_of_ones_own_says_besides_is_used():
+    class Nothing:
+        def project(self, edit):
+            nearest = jax.tree.map(jnp.zeros_like, edit)
+            return cone.Projection(nearest, tree.norm(nearest), tree.norm(edit))
+
+        def holds_only_zero(self):
+            return True
+
+        def sizes(self, edit):
+            return jnp.zeros((), FLOAT), jnp.asarray(7.0, FLOAT)
+
+    x = jnp.ones(2, FLOAT)
+    assert jnp.isinf(cone.exit(Nothing(), x, 9.0).norm)
+    assert cone.exit(Nothing(), x, 1.0).norm == 0
+    assert cone.reach(Nothing(), x, 1.0) == 7  # from the sizes
+
+
 def test_cones_of_ones_own_are_refused_by_name(refuses):
     class Nothing:
         pass

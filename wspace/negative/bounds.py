@@ -66,9 +66,10 @@ def linear_bound(
     For every edit $D$ of the cone with $\lVert D \rVert \le d$,
     $\lvert f(\theta + D) - f(\theta) \rvert$ is at most that and the remainder
     $\frac{1}{2} H d^2$, if no Hessian on the way from $\theta$ to $\theta + D$ has a spectral norm
-    above $H$. In a cone that does not hold $-D$ with $D$, what is bounded is the rise $f(\theta +
-    D) - f(\theta)$. Exact for a readout that is affine in the weights, with $H = 0$. The change is
-    proportional to $d$, and never above that of all edits, $d\, \lVert \nabla f(\theta) \rVert$.
+    above $H$. In a cone that does not hold $-D$ with $D$, what is bounded is the rise
+    $f(\theta + D) - f(\theta)$. Exact for a readout that is affine in the weights, with $H = 0$.
+    The change is proportional to $d$, and never above that of all edits,
+    $d\, \lVert \nabla f(\theta) \rVert$.
 
     Args:
         readout: A number that the model says, as a function $f$ of the weights: a logit, a
