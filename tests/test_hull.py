@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close, is_nan, size, vector
 from tests.strategies import FLOAT, UNIT, costs, points, projectors, weights
 from wspace import average, geometry, negative, tree
-from wspace.negative.nearest import nearest_average
+from wspace.negative.nearest import nearest_average, rounding_of
 
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2)}
 MODES = ["convex", "affine"]
-nearest = jax.jit(nearest_average, static_argnames="mode")
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def nearest(xs, center, mode):
+    rounding = rounding_of([tree.norm(x) for x in (*xs, center)])
+    return nearest_average(xs, center, mode, rounding)
+
+
 guard_hull = jax.jit(negative.guard_hull, static_argnames="mode")
 guard_normal = jax.jit(negative.guard_normal, static_argnames=("mode", "steps"))
 

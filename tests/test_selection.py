@@ -193,9 +193,7 @@ def test_counters_are_right_beyond_two_to_the_thirty_two(seed, k, size):
         rest = jnp.stack([bracket.count_of(t - 2 * (t // 3)) for t in totals])
         return bracket.plus(bracket.plus(parts, rest), parts)
 
-    start = bracket.begun(
-        np.uint32(2**31), bracket.count_of(size), bracket.count_of(k), None, True
-    )
+    start = bracket.begun(np.uint32(2**31), bracket.count_of(size), bracket.count_of(k), None, True)
     found = bracket.search(counted, start, bracket.count_of(k), True).bracket
     reaching = np.cumsum(members[::-1], dtype=object)[::-1]
     assert int(found.low) == max(key for key, n in zip(keys, reaching, strict=True) if n >= k)

@@ -127,6 +127,34 @@ def _rest_square(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return _without(x - origin, c, _vectors(inverse, frame)) ** 2
 
 
+def gap_times(c: Scalar, gap: tuple[WeightsLike, WeightsLike]) -> Weights:
+    """A multiple of a difference."""
+    return _gap_times((c,), gap)
+
+
+def combination(
+    c: Scalar,
+    gap: tuple[WeightsLike, WeightsLike],
+    coefficients: Sequence[Scalar],
+    frame: Frame,
+) -> Weights:
+    """A multiple of a difference, and multiples of the vectors of a frame, added up."""
+    return _combination([frame.inverse, c, *coefficients], [*gap, *frame.trees])
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _gap_times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (c,), (x, origin) = scalars, arrays
+    return c * (x - origin)
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _combination(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (inverse, c, *coefficients), (x, origin, *frame) = scalars, arrays
+    vectors = _vectors(inverse, frame)
+    return _without(c * (x - origin), [-k for k in coefficients], vectors)
+
+
 @functools.partial(tree.elementwise, rounded=False)
 def _times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays

@@ -130,9 +130,9 @@ def elementwise(
                 )
                 for i, result in zip(group, found, strict=True):
                     results[i] = result
-        if not rows:
+        if not rows and not each:
             results = [jax.eval_shape(on_leaf, scalars, [jnp.zeros(0)] * len(trees), np.uint32(0))]
-        if isinstance(results[0], list):
+        if results and isinstance(results[0], list):
             return [structure.unflatten(xs if rows else ()) for xs in zip(*results, strict=True)]
         return structure.unflatten(results if rows else ())
 

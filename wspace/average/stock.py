@@ -33,55 +33,54 @@ def model_stock(
 ) -> Weights:
     r"""Model Stock: the mean of tuned models, drawn back to their base by the angle between them.
 
-        $$
-        \theta = \theta_0 + t\,(\bar\theta - \theta_0), \qquad
-        t = \frac{N c}{1 + (N - 1)\, c}, \qquad c = \cos \Omega
-        $$
+    $$
+    \theta = \theta_0 + t\,(\bar\theta - \theta_0), \qquad
+    t = \frac{N c}{1 + (N - 1)\, c}, \qquad c = \cos \Omega
+    $$
 
-        $\Omega$ is the angle between two task vectors $\theta_i - \theta_0$. If these are a common
-        part and independent noise of one size each, this is the point of the segment that is nearest
-        to the common part: all of the mean where they agree, $\Omega = 0$, and the base where they are
-        orthogonal. For more than two points, `statistic="angle"` takes the mean of the pairwise
-        angles, as the authors do, and `"cosine"` the mean of the pairwise cosines; for two points they
-        are the same. Translating base and points together translates the result, and scaling them
-        scales it, however close to the base the points are.
+    $\Omega$ is the angle between two task vectors $\theta_i - \theta_0$. If these are a common
+    part and independent noise of one size each, this is the point of the segment that is nearest
+    to the common part: all of the mean where they agree, $\Omega = 0$, and the base where they are
+    orthogonal. For more than two points, `statistic="angle"` takes the mean of the pairwise
+    angles, as the authors do, and `"cosine"` the mean of the pairwise cosines; for two points they
+    are the same. Translating base and points together translates the result, and scaling them
+    scales it, however close to the base the points are.
 
-        Presets set the options as these systems do: `"mergekit-0.1.5"`, whose `filter_wise` is
-        `scope="row"`, and `"fusionbench"`.
+    Presets set the options as these systems do: `"mergekit-0.1.5"`, whose `filter_wise` is
+    `scope="row"`, and `"fusionbench"`.
 
-        Args:
-            base: The weights $\theta_0$.
-            points: The $\theta_i$, $N \ge 2$ trees of the layout of `base`.
-            preset: The system whose options to take where none are given.
-            statistic: `"angle"` (the default) or `"cosine"`. A task vector that is zero is taken as
-                orthogonal to the others.
-            scope: What has one $t$: the `"tree"` (the default), each `"leaf"`, or each `"row"`, the
-                last axis of a leaf.
-            floor: The least $c$ to take, 0 by default, so that task vectors that point away from each
-                other leave the base. With -1, as in the presets, such a $c$ goes beyond the base, away
-                from the mean.
+    Args:
+        base: The weights $\theta_0$.
+        points: The $\theta_i$, $N \ge 2$ trees of the layout of `base`.
+        preset: The system whose options to take where none are given.
+        statistic: `"angle"` (the default) or `"cosine"`. A task vector that is zero is taken as
+            orthogonal to the others.
+        scope: What has one $t$: the `"tree"` (the default), each `"leaf"`, or each `"row"`, the
+            last axis of a leaf.
+        floor: The least $c$ to take, 0 by default, so that task vectors that point away from each
+            other leave the base. With -1, as in the presets, such a $c$ goes beyond the base, away
+            from the mean.
 
-        Returns:
-            The weights, each leaf in the dtype of that leaf of `base`. Where all task vectors of a
-                scope are zero it is the base.
+    Returns:
+        The weights, each leaf in the dtype of that leaf of `base`. Where all task vectors of a
+            scope are zero it is the base.
 
-        Raises:
-            ValueError: If $1 + (N - 1)\,c \le 64\,\varepsilon N$, where the formula has its pole,
-                which takes a negative floor; NaN if the values are traced. Also if there are fewer
-                than two points, an option is unknown, `floor` is known and not in $[-1, 1]$, or
-                the trees differ in structure or in a leaf's shape.
-            TypeError: If a leaf is not floating-point.
+    Raises:
+        ValueError: If $1 + (N - 1)\,c \le 64\,\varepsilon N$, where the formula has its pole,
+            which takes a negative floor; NaN if the values are traced. Also if there are fewer
+            than two points, an option is unknown, `floor` is known and not in $[-1, 1]$, or
+            the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> from wspace import average
-            >>> average.model_stock(jnp.zeros(2), [jnp.array([4.0, 3.0]), jnp.array([4.0, -3.0])])
-            Array([1.75, 0.  ], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import average
+        >>> average.model_stock(jnp.zeros(2), [jnp.array([4.0, 3.0]), jnp.array([4.0, -3.0])])
+        Array([1.75, 0.  ], dtype=float32)
 
-        References:
-            D.-H. Jang, S. Yun, D. Han, *Model Stock: All we need is just a few fine-tuned models*,
-            ECCV 2024, [arXiv:2403.19522](https://arxiv.org/abs/2403.19522).
+    References:
+        D.-H. Jang, S. Yun, D. Han, *Model Stock: All we need is just a few fine-tuned models*,
+        ECCV 2024, [arXiv:2403.19522](https://arxiv.org/abs/2403.19522).
     """
     points = _checks.listed("points", points)
     _checks.same_layout(base=base, **_checks.each("points", points))

@@ -104,7 +104,7 @@ def audit(
     leaves = _leaf_audits(apart, spectra, radius, _inputs_of(activations, apart))
     del mean, apart  # each as large as a point, and so are the directions below
     rounding = rounding_of([tree.norm(x) for x in (*points, avoid)])
-    columns = seen_from(points, avoid, rounding)[1]
+    columns = seen_from(points, avoid, rounding).columns
     realigned = None
     if given:
         realigned = tree.norm(tree.combine((*a, -1), (*given.values(), avoid), rounded=False))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wspace import geometry, tree
+from wspace import _frames as frames
+from wspace import tree
 from wspace._numerics import unstacked
 from wspace.cone.spectra import ratio
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -32,15 +33,39 @@ def nearest_average(
     points: Sequence[WeightsLike], center: WeightsLike, mode: Mode, rounding: Scalar
 ) -> Nearest:
     """The nearest of all convex or of all affine averages of points."""
-    basis, columns = seen_from(points, center, rounding)
-    foot, distance = nearest_in(columns, rounding, mode)
+    seen = seen_from(points, center, rounding)
+    foot, distance = nearest_in(seen.columns, rounding, mode)
     unit = ratio(foot, distance)
-    return Nearest(_in_span(unstacked(unit), basis), distance, jnp.min(_times(columns.T, unit)))
+    bound = jnp.min(_times(seen.columns.T, unit))
+    *along, last = unstacked(unit)
+    gap = last * seen.inverse
+    coefficients = [c - gap * k for c, k in zip(along, seen.along, strict=True)]
+    return Nearest(seen.normal(gap, coefficients), distance, bound)
 
 
-@functools.partial(tree.elementwise, rounded=False)
-def _in_span(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    return functools.reduce(jnp.add, [c * q for c, q in zip(scalars, arrays, strict=True)])
+class Seen(NamedTuple):
+    """Points as seen from a center: in a frame of their differences, and across it.
+
+    Attributes:
+        columns: The points in an orthonormal basis: the frame, and what the gap from the center
+            to the first point leaves outside of it. A vector that is dependent is zero.
+        frame: The frame, if there is more than one point.
+        gap: The first point and the center.
+        along: The coefficients of the gap in the frame.
+        inverse: One over the length of what is left of the gap, zero if that is nothing.
+    """
+
+    columns: Float[Array, "k k"]
+    frame: frames.Frame | None
+    gap: tuple[WeightsLike, WeightsLike]
+    along: list[Scalar]
+    inverse: Scalar
+
+    def normal(self, gap: Scalar, coefficients: Sequence[Scalar]) -> Weights:
+        """A multiple of the gap, and multiples of the vectors of the frame, added up."""
+        if self.frame is None:
+            return frames.gap_times(gap, self.gap)
+        return frames.combination(gap, self.gap, coefficients, self.frame)
 
 
 def nearest_in(
@@ -64,34 +89,29 @@ def rounding_of(sizes: Sequence[Scalar]) -> Scalar:
     return 64 * jnp.finfo(largest.dtype).eps * largest
 
 
-def seen_from(
-    points: Sequence[WeightsLike], center: WeightsLike, rounding: Scalar
-) -> tuple[list[Weights], Float[Array, "k k"]]:
-    """An orthonormal basis, and the points as seen from the center in it, one a column.
-
-    All but the last vector span the differences of the points; one that is dependent is zero.
-    """
+def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scalar) -> Seen:
+    """Points as seen from a center."""
     start, *others = points
-    basis: list[Weights] = []
-    columns = []
-    for x, origin in (*((x, start) for x in others), (start, center)):
-        along, left, direction = _next(x, origin, basis, rounding)
-        basis.append(direction)
+
+    def inverse(_: int, left: Scalar) -> Scalar:
+        kept = left > rounding
+        return jnp.where(kept, 1 / jnp.where(kept, left, 1), 0)
+
+    frame, rows, along = None, [], []
+    if others:
+        frame, rows = frames.of_differences(start, others, inverse)
+        coefficients, left = frames.measured(frame, start, center)
+        along = unstacked(coefficients)
+    else:
+        left = frames.distance(start, center)
+
+    def column(*along: Scalar, left: Scalar) -> Float[Array, " k"]:
         padding = [jnp.zeros_like(left)] * (len(others) - len(along))
-        columns.append(jnp.stack([*along, left, *padding]))
-    *edges, first = columns
-    return basis, jnp.stack([first, *(first + edge for edge in edges)], axis=-1)
+        return jnp.stack([*along, jnp.where(left > rounding, left, 0), *padding])
 
-
-def _next(
-    x: WeightsLike, origin: WeightsLike, basis: Sequence[Weights], rounding: Scalar
-) -> tuple[list[Scalar], Scalar, Weights]:
-    """A difference: what it has along the basis, the length of the rest, and its direction."""
-    along, rest = geometry.components(tree.combine((1, -1), (x, origin), rounded=False), basis)
-    left = tree.norm(rest)
-    kept = left > rounding
-    inverse = jnp.where(kept, 1 / jnp.where(kept, left, 1), 0)
-    return list(along), jnp.where(kept, left, 0), _in_span((inverse,), (rest,))
+    first = column(*along, left=left)
+    columns = [first, *(first + column(*row, left=own) for *row, own in rows)]
+    return Seen(jnp.stack(columns, axis=-1), frame, (start, center), along, inverse(0, left))
 
 
 def _times(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
