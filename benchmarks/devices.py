@@ -4,7 +4,7 @@ Run: PYTHONPATH=. python benchmarks/devices.py [--part 0 --parts 1]
 
 A line is a function that does not: the largest difference of an entry, both compiled, in
 roundings of float32 times the largest entry of the result. Below stands how many were compared,
-and the distribution of the differences. The arguments are those of tests/test_transforms.py.
+and the distribution of the differences. The arguments are those of tests/arguments.py.
 Compiling takes nearly all of the time, so that parts may run side by side.
 """
 
@@ -14,8 +14,8 @@ import platform
 import jax
 import numpy as np
 
-from tests.catalog import CATALOG
-from tests.test_transforms import trees
+from tests.arguments import trees
+from tests.catalog import CASES
 
 BOUND = 256  # roundings; products of 16 numbers in half precision would be off by thousands
 
@@ -42,14 +42,14 @@ def main():
     device, host = jax.devices()[0], jax.devices("cpu")[0]
     print(f"{device.device_kind} beside {platform.machine()}, jax {jax.__version__}")
     found = []
-    for name, (count, function) in list(CATALOG.items())[options.part :: options.parts]:
+    for case in CASES[options.part :: options.parts]:
         results = []
         for place in (device, host):
             with jax.default_device(place):
-                results.append(jax.tree.map(np.asarray, jax.jit(function)(*trees(count))))
+                results.append(jax.tree.map(np.asarray, jax.jit(case.function)(*trees(case.trees))))
         gap = apart(*results)
         if gap > BOUND:
-            print(f"    {name:<40}{gap:12.1f}", flush=True)
+            print(f"    {case.name:<40}{gap:12.1f}", flush=True)
         found.append(gap)
     shares = ", ".join(f"{np.quantile(found, q):.1f} at {q:.0%}" for q in (0.5, 0.9, 1.0))
     print(f"{len(found)} functions; roundings apart: {shares}")

@@ -1,8 +1,23 @@
 """Every public function, callable on trees of weights alone. `test_api.py` holds it complete."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import pytest
 
+from tests.arguments import (
+    allow,
+    directed,
+    factors,
+    grams,
+    masked,
+    metric,
+    sides,
+    signs_of,
+    squares,
+)
 from wspace import (
     average,
     cone,
@@ -17,14 +32,33 @@ from wspace import (
 )
 
 
-def allow():
-    """Where two points of the layout of `test_transforms` may move: a projector, and scalars."""
-    half = jnp.diag(jnp.asarray([1.0, 0.0] * 8, jnp.float32))
-    projector = jnp.diag(jnp.asarray([1.0] * 8 + [0.0] * 8, jnp.float32))
-    return [
-        {"w": projector, "b": [1.0, 0.0], "s": 1.0, "k": 1.0},
-        {"w": jnp.eye(16, dtype=jnp.float32) / 2, "b": [0.0, 1.0], "s": jnp.eye(8), "k": half},
-    ]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function of trees, and which laws it has beside those of all functions.
+
+    Attributes:
+        name: The name of the public function, and after a comma the case where it has several.
+        trees: How many trees it takes.
+        function: The function.
+        composed: Whether it is made of parts that are here or below them. Every part has all laws
+            of transformations, and a function made of them the compiled form, the rounding of
+            half precision and the refusals: what is left, differentiating and spreading over
+            devices, is most of the compilation.
+        derivatives: Whether it has some; a function that is composed has those of its parts.
+        lazy: Whether on lazy leaves, whatever the layout, it returns lazy leaves.
+        command: The arguments of `wspace merge` that do the same, with the places of the trees.
+    """
+
+    name: str
+    trees: int
+    function: Callable
+    composed: bool = False
+    derivatives: bool = True
+    lazy: bool = False
+    command: str | None = None
+
+    def __str__(self):
+        return self.name
 
 
 def thin(x):
@@ -42,61 +76,10 @@ def in_space(function, x, y):
     return thick(function(merge.task_arithmetic, (thin(x), thin(y)), (1.5, -0.7)))
 
 
-def masked(x):
-    """Every other entry of a tree, and all of its vectors."""
-    return {"w": x["w"] > 0, "b": [True, False], "s": True, "k": x["k"] > 0}
-
-
-def directed(x):
-    """A tree of unit length."""
-    x = tree.upcast(x)
-    return tree.combine((1 / tree.norm(x),), (x,))
-
-
-def sides():
-    """A subspace of the layout of `test_transforms`, by sides."""
-    half = jnp.eye(8, 3, dtype=jnp.float32)
-    turned = jnp.asarray([[0.6], [0.8], [0.0]], jnp.float32)
-    return negative.Sides(
-        rows={"w": jnp.eye(16, 5, dtype=jnp.float32), "b": [1.0, 0.0], "s": half, "k": 1.0},
-        columns={"w": jnp.eye(4, 2), "b": [1.0, 1.0], "s": 1.0, "k": turned},
-    )
-
-
-def metric():
-    """The inverse of a metric for the layout of `test_transforms`."""
-    spread = jnp.diag(jnp.arange(1.0, 9))
-    return {"w": jnp.eye(16) + 1, "b": [2.0, 1.0], "s": spread, "k": 0.5}
-
-
 def rewritten(x):
     """A matrix with two of its own columns as keys, and the others as keys to keep."""
     keys = jnp.swapaxes(x["w"], 0, 1)
     return [negative.rewrite(x["w"], keys[:2], jnp.eye(2, 4), keep=keys[2:])]
-
-
-def squares(x):
-    """A tree of the same layout without negative entries."""
-    return jax.tree.map(jnp.square, tree.upcast(x))
-
-
-def grams():
-    """Gram matrices of the inputs of two points of the layout of `test_transforms`."""
-    spread = jnp.diag(jnp.arange(1.0, 9))
-    return [
-        {"w": jnp.eye(16) + 1, "b": [None, None], "s": spread, "k": None},
-        {"w": jnp.eye(16), "b": [None, None], "s": spread + 1, "k": None},
-    ]
-
-
-def factors():
-    """Kronecker factors for the same points."""
-    rest = {"w": None, "b": [None, None], "k": None}
-    left, right = jnp.diag(jnp.arange(1.0, 9)), jnp.eye(3)
-    return [
-        rest | {"s": average.Kronecker(left + 1, right)},
-        rest | {"s": average.Kronecker(left, right + 1)},
-    ]
 
 
 def streamed(run, *points):
@@ -123,313 +106,485 @@ def halved(x):
     return [x["w"], x["w"].T], [half, half.T]
 
 
-def signs_of(x):
-    """A tree of signs."""
-    return jax.tree.map(jnp.sign, x)
-
-
 def split(x):
     """The parts of one matrix that two points take, added to it."""
     return [lowrank.apply(x["w"], e) for e in negative.split_rank(x["w"], (0.3, 0.7), (4, 4))]
 
 
-CATALOG = {
-    "average.ema": (3, lambda *points: streamed(average.ema(0.3), *points)),
-    "average.fisher_mean": (
+CASES = (
+    Case("average.ema", 3, lambda *points: streamed(average.ema(0.3), *points), composed=True),
+    Case(
+        "average.fisher_mean",
         3,
         lambda x, y, z: average.fisher_mean([x, y], [squares(y), squares(z)], (1.0, 0.7)),
     ),
-    "average.kronecker_mean": (2, lambda x, y: average.kronecker_mean([x, y], factors()).weights),
-    "average.geometric_median": (
+    Case(
+        "average.kronecker_mean",
+        2,
+        lambda x, y: average.kronecker_mean([x, y], factors()).weights,
+        composed=True,
+    ),
+    Case(
+        "average.geometric_median",
         3,
         lambda *points: average.geometric_median(points, (1.0, 0.7, 0.8)).weights,
+        composed=True,
+        command="median {0} {1} {2} --coefficients 1 0.7 0.8",
     ),
-    "average.karcher_mean": (
+    Case(
+        "average.karcher_mean",
         3,
         lambda *points: average.karcher_mean(points, (1.0, 0.7, -0.3)).weights,
+        composed=True,
+        command="karcher {0} {1} {2} --coefficients 1 0.7 -0.3",
     ),
-    "average.karcher_mean, equal": (3, lambda *points: average.karcher_mean(points).weights),
-    "average.mean": (3, lambda *points: average.mean(points, (1.0, 0.7, -0.3))),
-    "average.model_stock": (3, lambda base, *points: average.model_stock(base, points, floor=-1.0)),
-    "average.model_stock, row": (
+    Case(
+        "average.karcher_mean, equal",
+        3,
+        lambda *points: average.karcher_mean(points).weights,
+        composed=True,
+    ),
+    Case(
+        "average.mean",
+        3,
+        lambda *points: average.mean(points, (1.0, 0.7, -0.3)),
+        command="linear {0} {1} {2} --coefficients 1 0.7 -3e-1",
+    ),
+    Case(
+        "average.model_stock",
+        3,
+        lambda base, *points: average.model_stock(base, points, floor=-1.0),
+        lazy=True,
+        command="model-stock {1} {2} --base {0} --floor -1",
+    ),
+    Case(
+        "average.model_stock, row",
         3,
         lambda base, *points: average.model_stock(base, points, scope="row"),
+        composed=True,
     ),
-    "average.power_ema": (3, lambda *points: streamed(average.power_ema(2.0), *points)),
-    "average.reconstruct": (2, lambda x, y: average.reconstruct([x, y], *profiles()).weights),
-    "average.regression_mean": (2, lambda x, y: average.regression_mean([x, y], grams()).weights),
-    "average.running_mean": (3, lambda *points: streamed(average.running_mean(), *points)),
-    "average.window": (3, lambda *points: streamed(average.window(2), *points)),
-    "cone.entry": (1, lambda x: cone.entry(cone.PooledRank(3), x, 17.0).norm),
-    "cone.exit": (1, lambda x: cone.exit(cone.Rank(1), x, 40.0).norm),
-    "cone.nuclear_entry": (1, lambda x: cone.nuclear_entry(x, 9.0).norm),
-    "cone.project": (1, lambda x: cone.project(cone.Sparse(9), x).edit),
-    "cone.project, Mask": (1, lambda x: cone.project(cone.Mask(masked(x)), x).edit),
-    "cone.project, Subspace": (2, lambda x, y: cone.project(cone.Subspace([directed(y)]), x).edit),
-    "cone.project_capped": (1, lambda x: cone.project_capped(x, 2, 3.0).tail),
-    "cone.reach": (1, lambda x: cone.reach(cone.PooledRank(3), x, 2.0)),
-    "cone.spectral_entry": (1, lambda x: cone.spectral_entry(x, 3.0)[1:]),
-    "cone.support": (1, lambda x: cone.support(cone.Rank(2), x, 2.0)),
-    "geometry.angle": (2, geometry.angle),
-    "geometry.coordinates": (3, lambda x, *points: geometry.coordinates(x, points)),
-    "geometry.cosine": (2, geometry.cosine),
-    "geometry.distance": (2, geometry.distance),
-    "geometry.gram": (2, lambda *points: geometry.gram(points)),
-    "geometry.orthonormalize": (2, lambda *points: geometry.orthonormalize(points)),
-    "geometry.principal_angles": (3, lambda x, y, z: geometry.principal_angles([x, y], [z])),
-    "geometry.project": (2, lambda x, q: geometry.project(x, [q])),
-    "interpolate.bezier": (3, lambda *points: interpolate.bezier(points, 0.3)),
-    "interpolate.lerp": (2, lambda start, end: interpolate.lerp(start, end, 0.3)),
-    "interpolate.polygonal_chain": (3, lambda *points: interpolate.polygonal_chain(points, 0.3)),
-    "interpolate.slerp": (2, lambda start, end: interpolate.slerp(start, end, 0.3)),
-    "lowrank.add": (2, lowrank.add),
-    "lowrank.apply": (2, lowrank.apply),
-    "lowrank.combine": (2, lambda x, y: lowrank.combine((2.0, -0.5), (x, y))),
-    "lowrank.combine, factored": (
+    Case(
+        "average.power_ema",
+        3,
+        lambda *points: streamed(average.power_ema(2.0), *points),
+        composed=True,
+    ),
+    Case(
+        "average.reconstruct",
+        2,
+        lambda x, y: average.reconstruct([x, y], *profiles()).weights,
+        composed=True,
+    ),
+    Case(
+        "average.regression_mean", 2, lambda x, y: average.regression_mean([x, y], grams()).weights
+    ),
+    Case("average.running_mean", 3, lambda *points: streamed(average.running_mean(), *points)),
+    Case("average.window", 3, lambda *points: streamed(average.window(2), *points), composed=True),
+    Case("cone.entry", 1, lambda x: cone.entry(cone.PooledRank(3), x, 17.0).norm),
+    Case("cone.exit", 1, lambda x: cone.exit(cone.Rank(1), x, 40.0).norm),
+    Case("cone.nuclear_entry", 1, lambda x: cone.nuclear_entry(x, 9.0).norm),
+    Case("cone.project", 1, lambda x: cone.project(cone.Sparse(9), x).edit),
+    Case("cone.project, Mask", 1, lambda x: cone.project(cone.Mask(masked(x)), x).edit),
+    Case(
+        "cone.project, Subspace", 2, lambda x, y: cone.project(cone.Subspace([directed(y)]), x).edit
+    ),
+    Case("cone.project_capped", 1, lambda x: cone.project_capped(x, 2, 3.0).tail),
+    Case("cone.reach", 1, lambda x: cone.reach(cone.PooledRank(3), x, 2.0)),
+    Case("cone.spectral_entry", 1, lambda x: cone.spectral_entry(x, 3.0)[1:]),
+    Case("cone.support", 1, lambda x: cone.support(cone.Rank(2), x, 2.0)),
+    Case("geometry.angle", 2, geometry.angle),
+    Case("geometry.coordinates", 3, lambda x, *points: geometry.coordinates(x, points)),
+    Case("geometry.cosine", 2, geometry.cosine),
+    Case("geometry.distance", 2, geometry.distance),
+    Case("geometry.gram", 2, lambda *points: geometry.gram(points)),
+    Case("geometry.orthonormalize", 2, lambda *points: geometry.orthonormalize(points)),
+    Case("geometry.principal_angles", 3, lambda x, y, z: geometry.principal_angles([x, y], [z])),
+    Case("geometry.project", 2, lambda x, q: geometry.project(x, [q])),
+    Case("interpolate.bezier", 3, lambda *points: interpolate.bezier(points, 0.3)),
+    Case(
+        "interpolate.lerp",
+        2,
+        lambda start, end: interpolate.lerp(start, end, 0.3),
+        command="lerp {0} {1} --t 0.3",
+    ),
+    Case(
+        "interpolate.polygonal_chain", 3, lambda *points: interpolate.polygonal_chain(points, 0.3)
+    ),
+    Case(
+        "interpolate.slerp",
+        2,
+        lambda start, end: interpolate.slerp(start, end, 0.3),
+        lazy=True,
+        command="slerp {0} {1} --t 0.3",
+    ),
+    Case("lowrank.add", 2, lowrank.add),
+    Case("lowrank.apply", 2, lowrank.apply),
+    Case("lowrank.combine", 2, lambda x, y: lowrank.combine((2.0, -0.5), (x, y))),
+    Case(
+        "lowrank.combine, factored",
         2,
         lambda x, y: thick(lowrank.combine((2.0, -0.5), (thin(x), thin(y)))),
     ),
-    "lowrank.effective_rank": (
+    Case(
+        "lowrank.effective_rank",
         1,
         lambda x: [lowrank.effective_rank(leaf) for leaf in jax.tree.leaves(x)],
     ),
-    "lowrank.extract": (2, lambda x, y: lowrank.apply(x, lowrank.extract(x, y, 1).factors)),
-    "lowrank.norm": (1, lowrank.norm),
-    "lowrank.norm, factored": (1, lambda x: lowrank.norm(thin(x))),
-    "lowrank.scale": (1, lambda x: lowrank.scale(-0.7, x)),
-    "lowrank.singular_values": (
+    Case("lowrank.extract", 2, lambda x, y: lowrank.apply(x, lowrank.extract(x, y, 1).factors)),
+    Case("lowrank.norm", 1, lowrank.norm),
+    Case("lowrank.norm, factored", 1, lambda x: lowrank.norm(thin(x))),
+    Case("lowrank.scale", 1, lambda x: lowrank.scale(-0.7, x)),
+    Case(
+        "lowrank.singular_values",
         1,
         lambda x: [lowrank.singular_values(leaf) for leaf in jax.tree.leaves(x)],
     ),
-    "lowrank.stable_rank": (
+    Case(
+        "lowrank.stable_rank",
         1,
         lambda x: [lowrank.stable_rank(leaf) for leaf in jax.tree.leaves(x)],
     ),
-    "lowrank.truncate": (1, lambda x: lowrank.truncate(x["w"], 2).tail),
-    "lowrank.truncate, randomized": (
+    Case("lowrank.truncate", 1, lambda x: lowrank.truncate(x["w"], 2).tail),
+    Case(
+        "lowrank.truncate, randomized",
         1,
         lambda x: (
             lowrank.truncate(x["w"], 1, method="randomized", key=jax.random.key(0), steps=2).tail
         ),
     ),
-    "lowrank.truncate_outputs": (
+    Case(
+        "lowrank.truncate_outputs",
         1,
         lambda x: lowrank.truncate_outputs(x["w"], jnp.swapaxes(x["w"], 0, 1), 2).tail,
     ),
-    "lowrank.vdot": (2, lowrank.vdot),
-    "lowrank.vdot, factored": (2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
-    "merge.band": (1, lambda x: merge.band(x, 0.4, 0.1)),
-    "merge.arcee_fusion": (2, merge.arcee_fusion),
-    "merge.breadcrumbs": (
+    Case("lowrank.vdot", 2, lowrank.vdot),
+    Case("lowrank.vdot, factored", 2, lambda x, y: lowrank.vdot(thin(x), thin(y))),
+    Case("merge.band", 1, lambda x: merge.band(x, 0.4, 0.1), composed=True),
+    Case(
+        "merge.arcee_fusion",
+        2,
+        merge.arcee_fusion,
+        composed=True,
+        command="arcee_fusion {1} --base {0}",
+    ),
+    Case(
+        "merge.breadcrumbs",
         3,
         lambda base, *xs: merge.breadcrumbs(base, xs, (1.5, -0.7), density=0.4, outliers=0.1),
+        composed=True,
+        command="breadcrumbs {1} {2} --base {0} --coefficients 1.5 -0.7 --density 0.4"
+        " --outliers 0.1",
     ),
-    "merge.breadcrumbs_ties": (
+    Case(
+        "merge.breadcrumbs_ties",
         3,
         lambda base, *xs: merge.breadcrumbs_ties(base, xs, density=0.4, outliers=0.1),
+        composed=True,
+        command="breadcrumbs_ties {1} {2} --base {0} --density 0.4 --outliers 0.1",
     ),
-    "merge.cancellation": (2, lambda *edits: merge.cancellation(edits)),
-    "merge.cosines": (2, lambda *edits: merge.cosines(edits)),
-    "merge.cosines, factored": (2, lambda x, y: merge.cosines((thin(x), thin(y)))),
-    "merge.dare": (3, lambda base, *xs: merge.dare(jax.random.key(0), base, xs, (1.5, -0.7))),
-    "merge.dare_ties": (
+    Case("merge.cancellation", 2, lambda *edits: merge.cancellation(edits), composed=True),
+    Case("merge.cosines", 2, lambda *edits: merge.cosines(edits), composed=True),
+    Case(
+        "merge.cosines, factored", 2, lambda x, y: merge.cosines((thin(x), thin(y))), composed=True
+    ),
+    Case(
+        "merge.dare",
+        3,
+        lambda base, *xs: merge.dare(jax.random.key(0), base, xs, (1.5, -0.7)),
+        composed=True,
+        lazy=True,
+        command="dare {1} {2} --base {0} --coefficients 1.5 -0.7 --seed 0",
+    ),
+    Case(
+        "merge.dare_ties",
         3,
         lambda base, *xs: merge.dare_ties(jax.random.key(0), base, xs, (1.5, -0.7)),
+        composed=True,
+        command="dare_ties {1} {2} --base {0} --coefficients 1.5 -0.7 --seed 0",
     ),
-    "merge.della": (3, lambda base, *xs: merge.della(jax.random.key(0), base, xs, (1.5, -0.7))),
-    "merge.disjoint_merge": (3, lambda signs, *xs: merge.disjoint_merge(xs, signs_of(signs))),
-    "merge.drop": (1, lambda x: merge.drop(jax.random.key(0), x, 0.4)),
-    "merge.elect": (3, lambda *edits: merge.elect(edits, (1.5, -0.7, 0.2))),
-    "merge.emr": (3, lambda base, *tuned: merge.emr(base, tuned)[::2]),
-    "merge.emr_model": (
+    Case(
+        "merge.della",
+        3,
+        lambda base, *xs: merge.della(jax.random.key(0), base, xs, (1.5, -0.7)),
+        composed=True,
+        command="della {1} {2} --base {0} --coefficients 1.5 -0.7 --seed 0",
+    ),
+    Case("merge.disjoint_merge", 3, lambda signs, *xs: merge.disjoint_merge(xs, signs_of(signs))),
+    Case("merge.drop", 1, lambda x: merge.drop(jax.random.key(0), x, 0.4)),
+    Case("merge.elect", 3, lambda *edits: merge.elect(edits, (1.5, -0.7, 0.2))),
+    Case("merge.emr", 3, lambda base, *tuned: merge.emr(base, tuned)[::2], composed=True),
+    Case(
+        "merge.emr_model",
         3,
         lambda base, *tuned: merge.emr_model(base, merge.emr(base, tuned), 1),
+        composed=True,
     ),
-    "merge.ext_sub": (3, lambda base, x, y: merge.ext_sub(base, x, y, 0.7)),
-    "merge.gram": (2, lambda *edits: merge.gram(edits)),
-    "merge.gram, factored": (2, lambda x, y: merge.gram((thin(x), thin(y)))),
-    "merge.in_core_space": (2, lambda x, y: in_space(merge.in_core_space, x, y)),
-    "merge.in_shared_space": (2, lambda x, y: in_space(merge.in_shared_space, x, y)),
-    "merge.iso_c": (3, lambda base, *tuned: merge.iso_c(base, tuned, (1.5, -0.7)).weights),
-    "merge.iso_cts": (3, lambda base, *tuned: merge.iso_cts(base, tuned, common=0.4).weights),
-    "merge.knots": (3, lambda base, *tuned: merge.knots(base, tuned, (1.5, -0.7))),
-    "merge.lines": (
+    Case(
+        "merge.ext_sub",
+        3,
+        lambda base, x, y: merge.ext_sub(base, x, y, 0.7),
+        composed=True,
+        command="ext_sub {1} --base {0} --avoid {2} --strength 0.7",
+    ),
+    Case("merge.gram", 2, lambda *edits: merge.gram(edits), composed=True),
+    Case("merge.gram, factored", 2, lambda x, y: merge.gram((thin(x), thin(y))), composed=True),
+    Case("merge.in_core_space", 2, lambda x, y: in_space(merge.in_core_space, x, y), composed=True),
+    Case(
+        "merge.in_shared_space",
+        2,
+        lambda x, y: in_space(merge.in_shared_space, x, y),
+        composed=True,
+    ),
+    Case(
+        "merge.iso_c",
+        3,
+        lambda base, *tuned: merge.iso_c(base, tuned, (1.5, -0.7)).weights,
+        composed=True,
+        command="iso_c {1} {2} --base {0} --coefficients 1.5 -0.7",
+    ),
+    Case(
+        "merge.iso_cts",
+        3,
+        lambda base, *tuned: merge.iso_cts(base, tuned, common=0.4).weights,
+        composed=True,
+        command="iso_cts {1} {2} --base {0} --common 0.4",
+    ),
+    Case(
+        "merge.knots",
+        3,
+        lambda base, *tuned: merge.knots(base, tuned, (1.5, -0.7)),
+        composed=True,
+        command="knots {1} {2} --base {0} --coefficients 1.5 -0.7",
+    ),
+    Case(
+        "merge.lines",
         1,
         lambda x: merge.lines(x, {"w": 0, "b": [1, 2], "s": 3, "k": None}, start=0.5, rise=0.7),
+        composed=True,
     ),
-    "merge.magmax": (3, lambda base, *tuned: merge.magmax(base, tuned, (1.5, -0.7))),
-    "merge.magprune": (1, lambda x: merge.magprune(jax.random.key(0), x, 0.5, width=0.2)),
-    "merge.nearswap": (2, lambda base, tuned: merge.nearswap(base, tuned, 0.7)),
-    "merge.negmerge": (3, lambda base, *tuned: merge.negmerge(base, tuned, 0.7)),
-    "merge.overlap": (2, lambda *edits: merge.overlap(edits)),
-    "merge.pcb": (3, lambda base, *tuned: merge.pcb(base, tuned, density=0.5)),
-    "merge.ram": (3, lambda base, *tuned: merge.ram(base, tuned, threshold=0.2, boost=0.1)),
-    "merge.sce": (3, lambda base, *tuned: merge.sce(base, tuned, density=0.5)),
-    "merge.sign_conflict": (2, lambda *edits: merge.sign_conflict(edits)),
-    "merge.sign_disagreement": (3, lambda *edits: merge.sign_disagreement(edits)),
-    "merge.singular_interference": (
+    Case(
+        "merge.magmax",
+        3,
+        lambda base, *tuned: merge.magmax(base, tuned, (1.5, -0.7)),
+        composed=True,
+        command="magmax {1} {2} --base {0} --coefficients 1.5 -0.7",
+    ),
+    Case(
+        "merge.magprune",
+        1,
+        lambda x: merge.magprune(jax.random.key(0), x, 0.5, width=0.2),
+        composed=True,
+    ),
+    Case(
+        "merge.nearswap",
+        2,
+        lambda base, tuned: merge.nearswap(base, tuned, 0.7),
+        composed=True,
+        command="nearswap {1} --base {0} --threshold 0.7",
+    ),
+    Case(
+        "merge.negmerge",
+        3,
+        lambda base, *tuned: merge.negmerge(base, tuned, 0.7),
+        composed=True,
+        command="negmerge {1} {2} --base {0} --strength 0.7",
+    ),
+    Case("merge.overlap", 2, lambda *edits: merge.overlap(edits), composed=True),
+    Case(
+        "merge.pcb",
+        3,
+        lambda base, *tuned: merge.pcb(base, tuned, density=0.5),
+        composed=True,
+        command="pcb {1} {2} --base {0} --density 0.5",
+    ),
+    Case(
+        "merge.ram",
+        3,
+        lambda base, *tuned: merge.ram(base, tuned, threshold=0.2, boost=0.1),
+        composed=True,
+        command="ram {1} {2} --base {0} --threshold 0.2 --boost 0.1",
+    ),
+    Case(
+        "merge.sce",
+        3,
+        lambda base, *tuned: merge.sce(base, tuned, density=0.5),
+        composed=True,
+        command="sce {1} {2} --base {0} --density 0.5",
+    ),
+    Case("merge.sign_conflict", 2, lambda *edits: merge.sign_conflict(edits), composed=True),
+    Case(
+        "merge.sign_disagreement", 3, lambda *edits: merge.sign_disagreement(edits), composed=True
+    ),
+    Case(
+        "merge.singular_interference",
         2,
         lambda *edits: merge.singular_interference(edits, rank=2),
+        composed=True,
     ),
-    "merge.tall_mask": (
+    Case(
+        "merge.tall_mask",
         2,
         lambda x, y: [m.astype(jnp.float32) for m in jax.tree.leaves(merge.tall_mask(x, y, 0.7))],
+        composed=True,
     ),
-    "merge.task_arithmetic": (
+    Case(
+        "merge.task_arithmetic",
         3,
         lambda base, *tuned: merge.task_arithmetic(base, tuned, (1.5, -0.7)),
+        command="task_arithmetic {1} {2} --base {0} --coefficients 1.5 -0.7",
     ),
-    "merge.task_vector": (2, merge.task_vector),
-    "merge.ties": (3, lambda base, *tuned: merge.ties(base, tuned, (1.5, -0.7), density=0.4)),
-    "merge.trim": (1, lambda x: merge.trim(x, 0.3)),
-    "merge.trim, row": (1, lambda x: merge.trim(x, 0.5, scope="row")),
-    "merge.tsv_m": (3, lambda base, *tuned: merge.tsv_m(base, tuned, (1.5, -0.7)).weights),
-    "negative.attenuate": (
+    Case("merge.task_vector", 2, merge.task_vector),
+    Case(
+        "merge.ties",
         3,
-        lambda x, y, c: negative.attenuate(x, [directed(y)], 1.3, center=c),
+        lambda base, *tuned: merge.ties(base, tuned, (1.5, -0.7), density=0.4),
+        lazy=True,
+        command="ties {1} {2} --base {0} --coefficients 1.5 -0.7 --density 0.4",
     ),
-    "negative.attenuate, Sides": (2, lambda x, c: negative.attenuate(x, sides(), 1.3, center=c)),
-    "negative.chain_bound": (1, lambda x: negative.chain_bound(*halved(x))),
-    "negative.curve": (2, negative.curve),
-    "negative.erase_keeping": (3, lambda x, u, k: negative.erase_keeping(x, [u], [k])),
-    "negative.erase_keeping, oblique": (
+    Case("merge.trim", 1, lambda x: merge.trim(x, 0.3)),
+    Case("merge.trim, row", 1, lambda x: merge.trim(x, 0.5, scope="row"), composed=True),
+    Case(
+        "merge.tsv_m",
+        3,
+        lambda base, *tuned: merge.tsv_m(base, tuned, (1.5, -0.7)).weights,
+        derivatives=False,
+        command="tsv_m {1} {2} --base {0} --coefficients 1.5 -0.7",
+    ),
+    Case(
+        "negative.attenuate", 3, lambda x, y, c: negative.attenuate(x, [directed(y)], 1.3, center=c)
+    ),
+    Case(
+        "negative.attenuate, Sides", 2, lambda x, c: negative.attenuate(x, sides(), 1.3, center=c)
+    ),
+    Case("negative.chain_bound", 1, lambda x: negative.chain_bound(*halved(x))),
+    Case("negative.curve", 2, negative.curve),
+    Case("negative.erase_keeping", 3, lambda x, u, k: negative.erase_keeping(x, [u], [k])),
+    Case(
+        "negative.erase_keeping, oblique",
         3,
         lambda x, u, k: negative.erase_keeping(
             x, [u], [k], mode="oblique", inverse_metric=metric()
         ),
     ),
-    "negative.exit_ball": (
+    Case(
+        "negative.exit_ball",
         3,
         lambda x, y, avoid: negative.exit_ball([x, y], (0.6, 0.4), avoid, 40.0, costs=(1.0, 2.0)),
     ),
-    "negative.exit_ball, direction": (
+    Case(
+        "negative.exit_ball, direction",
         3,
         lambda x, y, direction: negative.exit_ball(
             [x, y], (0.6, 0.4), x, 40.0, direction=direction, allow=allow()
         ),
     ),
-    "negative.gate": (2, lambda x, y: negative.gate(x, y, y, 1e3)),
-    "negative.exit_ball, cone": (
+    Case("negative.gate", 2, lambda x, y: negative.gate(x, y, y, 1e3)),
+    Case(
+        "negative.exit_ball, cone",
         3,
         lambda x, y, avoid: negative.exit_ball(
             [x, y], (0.6, 0.4), avoid, 40.0, cone=cone.Sparse(30)
         ),
     ),
-    "negative.guard_hull": (
+    Case(
+        "negative.guard_hull",
         3,
         lambda x, y, avoid: negative.guard_hull([x, y], avoid, 40.0, costs=(1.0, 2.0)),
     ),
-    "negative.guard_hull, affine": (
+    Case(
+        "negative.guard_hull, affine",
         3,
         lambda x, y, normal: negative.guard_hull(
             [x, y], x, 40.0, normal=normal, mode="affine", allow=allow()
         ),
     ),
-    "negative.guard_normal": (
+    Case(
+        "negative.guard_normal",
         3,
         lambda x, y, avoid: negative.guard_normal([x, y], avoid, 40.0, steps=2).weights,
+        derivatives=False,
     ),
-    "negative.guide": (3, lambda x, y, z: negative.guide(x, y, z, 1.5)),
-    "negative.guide_perpendicular": (
+    Case("negative.guide", 3, lambda x, y, z: negative.guide(x, y, z, 1.5)),
+    Case(
+        "negative.guide_perpendicular",
         3,
         lambda x, y, z: negative.guide_perpendicular(x, y, z, 1.5, 0.7),
     ),
-    "negative.harden": (1, negative.harden),
-    "negative.linear_bound": (
+    Case("negative.harden", 1, negative.harden, derivatives=False),
+    Case(
+        "negative.linear_bound",
         1,
         lambda x: negative.linear_bound(says, x, cone.Mask(masked(x)), 2.0, curvature=1.0)[::2],
     ),
-    "negative.offset": (2, lambda x, y: lowrank.apply(x, negative.offset(x, y, 1).factors)),
-    "negative.rank_to_reach": (2, lambda x, y: negative.rank_to_reach(x, y, 4.0)),
-    "negative.remove_member": (2, lambda x, y: negative.remove_member(x, y, 0.3)),
-    "negative.repel": (2, lambda x, y: negative.repel(x, y, 0.7)),
-    "negative.repel, allow": (2, lambda x, y: negative.repel(x, y, 0.7, allow=allow()[0])),
-    "negative.retarget": (
+    Case("negative.offset", 2, lambda x, y: lowrank.apply(x, negative.offset(x, y, 1).factors)),
+    Case(
+        "negative.rank_to_reach",
+        2,
+        lambda x, y: negative.rank_to_reach(x, y, 4.0),
+        derivatives=False,
+    ),
+    Case("negative.remove_member", 2, lambda x, y: negative.remove_member(x, y, 0.3)),
+    Case("negative.repel", 2, lambda x, y: negative.repel(x, y, 0.7)),
+    Case("negative.repel, allow", 2, lambda x, y: negative.repel(x, y, 0.7, allow=allow()[0])),
+    Case(
+        "negative.retarget",
         3,
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, costs=(1.0, 2.0)),
     ),
-    "negative.retarget, allow": (
+    Case(
+        "negative.retarget, allow",
         3,
         lambda x, y, target: negative.retarget([x, y], (0.6, 0.4), target, allow=allow()),
     ),
-    "negative.rewrite": (1, rewritten),
-    "negative.route": (2, lambda x, y: negative.route(x, {"y": y}, 2, radius=1.0)),
-    "negative.size_to_change": (
+    Case("negative.rewrite", 1, rewritten),
+    Case(
+        "negative.route",
+        2,
+        lambda x, y: negative.route(x, {"y": y}, 2, radius=1.0),
+        derivatives=False,
+    ),
+    Case(
+        "negative.size_to_change",
         1,
         lambda x: negative.size_to_change(says, x, cone.PooledRank(3), 2.0, curvature=1.0),
     ),
-    "negative.split_rank": (1, split),
-    "perturb.filter_normalize": (2, perturb.filter_normalize),
-    "perturb.gaussian": (1, lambda like: perturb.gaussian(jax.random.key(0), like)),
-    "perturb.gaussian, norm": (1, lambda like: perturb.gaussian(jax.random.key(0), like, norm=2.0)),
-    "perturb.low_rank_gaussian": (
+    Case("negative.split_rank", 1, split),
+    Case("perturb.filter_normalize", 2, perturb.filter_normalize),
+    Case("perturb.gaussian", 1, lambda like: perturb.gaussian(jax.random.key(0), like)),
+    Case(
+        "perturb.gaussian, norm",
+        1,
+        lambda like: perturb.gaussian(jax.random.key(0), like, norm=2.0),
+    ),
+    Case(
+        "perturb.low_rank_gaussian",
         1,
         lambda like: lowrank.apply(
             like, perturb.low_rank_gaussian(jax.random.key(0), like, 2, norm=2.0)
         ),
     ),
-    "selection.kth_magnitude": (1, lambda x: selection.kth_magnitude(x, 30)),
-    "selection.top_mask": (
+    Case("selection.kth_magnitude", 1, lambda x: selection.kth_magnitude(x, 30)),
+    Case(
+        "selection.top_mask",
         1,
         lambda x: [m.astype(jnp.float32) for m in jax.tree.leaves(selection.top_mask(x, 30))],
     ),
-    "tree.cast_like": (2, tree.cast_like),
-    "tree.combine": (2, lambda x, y: tree.combine((2.0, -0.5), (x, y))),
-    "tree.norm": (1, tree.norm),
-    "tree.per_leaf": (2, tree.per_leaf(lambda x, y: interpolate.lerp(x, y, 0.3))),
-    "tree.upcast": (1, tree.upcast),
-    "tree.vdot": (2, tree.vdot),
-}
-"""By name, and the case where a function has several: how many trees it takes, and the function."""
+    Case("tree.cast_like", 2, tree.cast_like),
+    Case("tree.combine", 2, lambda x, y: tree.combine((2.0, -0.5), (x, y)), lazy=True),
+    Case("tree.norm", 1, tree.norm),
+    Case("tree.per_leaf", 2, tree.per_leaf(lambda x, y: interpolate.lerp(x, y, 0.3))),
+    Case("tree.upcast", 1, tree.upcast),
+    Case("tree.vdot", 2, tree.vdot),
+)
 
-COMPOSED = {
-    "average.ema",
-    "average.geometric_median",
-    "average.karcher_mean",
-    "average.karcher_mean, equal",
-    "average.kronecker_mean",
-    "average.model_stock, row",
-    "average.power_ema",
-    "average.reconstruct",
-    "average.window",
-    "merge.band",
-    "merge.arcee_fusion",
-    "merge.breadcrumbs",
-    "merge.breadcrumbs_ties",
-    "merge.cancellation",
-    "merge.cosines",
-    "merge.cosines, factored",
-    "merge.dare",
-    "merge.dare_ties",
-    "merge.della",
-    "merge.emr",
-    "merge.emr_model",
-    "merge.ext_sub",
-    "merge.gram",
-    "merge.gram, factored",
-    "merge.in_core_space",
-    "merge.in_shared_space",
-    "merge.iso_c",
-    "merge.iso_cts",
-    "merge.knots",
-    "merge.lines",
-    "merge.magmax",
-    "merge.magprune",
-    "merge.nearswap",
-    "merge.negmerge",
-    "merge.overlap",
-    "merge.pcb",
-    "merge.ram",
-    "merge.sce",
-    "merge.sign_conflict",
-    "merge.sign_disagreement",
-    "merge.singular_interference",
-    "merge.tall_mask",
-    "merge.trim, row",
-}
-"""Functions made of parts that are here or below them: every part has all laws of transformations,
-and of these the compiled form, the rounding of half precision and the refusals are tested, since
-what is left, differentiating and spreading them over devices, is most of the compilation."""
+
+def each(cases):
+    """A test of every one of some cases; all tests of a case follow each other in their module.
+
+    So they are run in one process, where what one of them has traced and compiled serves the next.
+    """
+    return pytest.mark.parametrize("case", cases, ids=str, scope="module")
+
 
 NOT_ON_TREES = {
     "average.Average": "a record",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import wspace
+from tests.catalog import CASES
 from wspace import (
     _leaves,
     average,
@@ -96,33 +97,31 @@ def assert_same(path, wanted):
 
 
 KEY = jax.random.key(3)
-MERGES = {
+NAMES = ("BASE", "A", "C")
+
+
+def of_catalog(case):
+    """The function of a case on the models that its command names."""
+    return lambda m: case.function(*(vars(m)[name] for name in NAMES[: case.trees]))
+
+
+MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if case.command} | {
     "linear A C": lambda m: average.mean([m.A, m.C]),
-    "linear A C P --coefficients 0.7 0.6 -3e-1": lambda m: average.mean(
-        [m.A, m.C, m.P], [0.7, 0.6, -0.3]
-    ),
-    "lerp A C --t 1.25": lambda m: interpolate.lerp(m.A, m.C, 1.25),
-    "slerp A C --t 0.5": lambda m: interpolate.slerp(m.A, m.C, 0.5),
     "slerp A C --t 0.5 --scope leaf": lambda m: tree.per_leaf(interpolate.slerp)(m.A, m.C, 0.5),
     "slerp A C --t 0.3 --preset mergekit-0.1.5": lambda m: tree.per_leaf(interpolate.slerp)(
         m.A, m.C, 0.3
     ),
-    "karcher A C P": lambda m: average.karcher_mean([m.A, m.C, m.P]).weights,
     "median A C P --max-steps 3": lambda m: (
         average.geometric_median([m.A, m.C, m.P], max_steps=3).weights
     ),
-    "model-stock A C --base BASE": lambda m: average.model_stock(m.BASE, [m.A, m.C]),
     "model_stock A C --base BASE --preset mergekit-0.1.5": lambda m: average.model_stock(
         m.BASE, [m.A, m.C], preset="mergekit-0.1.5"
     ),
-    "task_arithmetic A C --base BASE --coefficients 1 -0.5 --scale 0.7": (
-        lambda m: merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5], scale=0.7)
+    "task_arithmetic A C --base BASE --coefficients 1 -0.5 --scale 0.7": lambda m: (
+        merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5], scale=0.7)
     ),
-    "ties A C --base BASE --density 0.2": lambda m: merge.ties(m.BASE, [m.A, m.C], density=0.2),
-    "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": (
-        lambda m: merge.ties(
-            m.BASE, [m.A, m.C], density=0.5, preset="mergekit-0.1.5", weighted=False
-        )
+    "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": lambda m: (
+        merge.ties(m.BASE, [m.A, m.C], density=0.5, preset="mergekit-0.1.5", weighted=False)
     ),
     "dare A C --base BASE --seed 3": lambda m: merge.dare(KEY, m.BASE, [m.A, m.C]),
     "dare_ties A C --base BASE --seed 3 --zero majority": lambda m: merge.dare_ties(
@@ -134,24 +133,7 @@ MERGES = {
     "breadcrumbs A C --base BASE --scope leaf": lambda m: merge.breadcrumbs(
         m.BASE, [m.A, m.C], scope="leaf"
     ),
-    "breadcrumbs_ties A C --base BASE": lambda m: merge.breadcrumbs_ties(m.BASE, [m.A, m.C]),
-    "sce A C --base BASE --density 0.5": lambda m: merge.sce(m.BASE, [m.A, m.C], density=0.5),
-    "ram A C --base BASE --boost 0.1": lambda m: merge.ram(m.BASE, [m.A, m.C], boost=0.1),
-    "pcb A C --base BASE": lambda m: merge.pcb(m.BASE, [m.A, m.C]),
-    "magmax A C --base BASE --coefficients 1 -1": lambda m: merge.magmax(
-        m.BASE, [m.A, m.C], [1.0, -1.0]
-    ),
-    "negmerge A C --base BASE --strength 0.5": lambda m: merge.negmerge(m.BASE, [m.A, m.C], 0.5),
     "nearswap A --base BASE --threshold 0.01": lambda m: merge.nearswap(m.BASE, m.A, 0.01),
-    "arcee_fusion A --base BASE": lambda m: merge.arcee_fusion(m.BASE, m.A),
-    "ext_sub A --base BASE --avoid P --strength 0.5": lambda m: merge.ext_sub(
-        m.BASE, m.A, m.P, 0.5
-    ),
-    "tsv_m A C --base BASE": lambda m: merge.tsv_m(m.BASE, [m.A, m.C]).weights,
-    "iso_c A C --base BASE": lambda m: merge.iso_c(m.BASE, [m.A, m.C]).weights,
-    "iso_cts A C --base BASE --common 0.5": lambda m: (
-        merge.iso_cts(m.BASE, [m.A, m.C], common=0.5).weights
-    ),
     "knots A C --base BASE --scale 0.5": lambda m: merge.knots(m.BASE, [m.A, m.C], scale=0.5),
 }
 

@@ -3,28 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from tests.catalog import CATALOG, COMPOSED
+from tests.arguments import trees
+from tests.catalog import CASES, each
 from tests.helpers import assert_close
+from tests.spheres import exp_on_sphere, log_on_sphere
 from tests.strategies import FLOAT
-from tests.test_karcher import exp_on_sphere, log_on_sphere
-from tests.test_transforms import trees
 from wspace import average
-
-WITHOUT_GRADIENT = (
-    "merge.tsv_m",
-    "negative.guard_normal",
-    "negative.harden",
-    "negative.rank_to_reach",
-    "negative.route",
-)
-SMOOTH = {
-    name: value
-    for name, value in CATALOG.items()
-    if name not in COMPOSED and name not in WITHOUT_GRADIENT
-}
-each_smooth = pytest.mark.parametrize(("count", "function"), SMOOTH.values(), ids=SMOOTH)
 
 
 def drawn(rng, like):
@@ -36,24 +21,23 @@ def product(x, y):
     return jax.tree.reduce(jnp.add, parts)
 
 
-@each_smooth
-def test_gradients_to_second_order_agree_with_finite_differences(count, function):
+@each([case for case in CASES if case.derivatives and not case.composed])
+def test_gradients_to_second_order_agree_with_finite_differences(case):
     with jax.enable_x64(True):
-        x, rng = trees(count, jnp.float64), np.random.default_rng(1)
-        along, read = drawn(rng, x), drawn(rng, jax.eval_shape(function, *x))
+        x, rng = trees(case.trees, jnp.float64), np.random.default_rng(1)
+        along, read = drawn(rng, x), drawn(rng, jax.eval_shape(case.function, *x))
 
         @jax.jit
         def at(step):
             """A number read off the result, its derivative along a line, and the second one."""
 
             def number(x):
-                return product(read, function(*x))
-
-            def slope(x):
-                return product(along, jax.grad(number)(x))
+                return product(read, case.function(*x))
 
             here = jax.tree.map(lambda a, b: a + step * b, x, along)
-            return number(here), slope(here), product(along, jax.grad(slope)(here))
+            value_and_slopes = jax.value_and_grad(number)
+            (value, slopes), (_, bends) = jax.jvp(value_and_slopes, (here,), (along,))
+            return value, product(along, slopes), product(along, bends)
 
         # Differences of fourth order, whose error is that of rounding.
         step = 1e-4

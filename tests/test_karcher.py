@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests import golden_arrays
 from tests.helpers import assert_close, eps, is_nan, size
+from tests.spheres import exp_on_sphere, log_on_sphere
 from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios
 from tests.test_geometry import true_angle, turned
 from wspace import average, interpolate, tree
@@ -95,17 +96,6 @@ def test_agrees_with_another_system_per_tensor():
     wanted = golden_arrays.tree("peers", "mergekit-0.1.5/karcher?max_iter=50,tol=1e-7")
     for name, leaf in wanted.items():
         assert np.linalg.norm(got[name] - leaf) < 1e-6 * np.linalg.norm(leaf)
-
-
-def exp_on_sphere(x, v):
-    turn = tree.norm(v)
-    return jnp.cos(turn) * x + jnp.sinc(turn / jnp.pi) * v
-
-
-def log_on_sphere(x, y):
-    across = y - jnp.sum(x * y) * x
-    sine = tree.norm(across)
-    return across * (jnp.arctan2(sine, jnp.sum(x * y)) / jnp.where(sine == 0, 1, sine))
 
 
 def test_on_a_given_manifold():

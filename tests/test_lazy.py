@@ -5,23 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wspace import (
-    _leaves,
-    average,
-    cone,
-    geometry,
-    interpolate,
-    lowrank,
-    merge,
-    negative,
-    perturb,
-    selection,
-    tree,
-)
+from tests.catalog import CASES, Case
+from wspace import _leaves, merge, perturb, selection, tree
 from wspace._leaves import Lazy, Runs
 from wspace.selection import sifting
 
 PIECE = 7
+VOTED = Case(
+    "merge.ties, voted",
+    3,
+    lambda x, *ys: merge.ties(x, ys, scope="leaf", zero="majority"),
+)
 
 
 def lazily(x, spans=None):
@@ -105,29 +99,21 @@ def test_a_selection_reads_little_more_than_all_entries_once():
 
 
 @pytest.mark.parametrize("piece", [5, 100])
-def test_functions_of_lazy_trees_give_the_bits_of_arrays(piece, monkeypatch):
+@pytest.mark.parametrize("case", [*(case for case in CASES if case.lazy), VOTED], ids=str)
+def test_functions_of_lazy_trees_give_the_bits_of_arrays(case, piece, monkeypatch):
     monkeypatch.setattr(_leaves, "_LARGEST", piece)
     points = [
         {f"{i}": jnp.asarray(x, [jnp.float32, jnp.bfloat16][i % 2]) for i, x in enumerate(xs)}
-        for xs in (drawn(seed, "normal") for seed in range(3))
+        for xs in (drawn(seed, "normal") for seed in range(case.trees))
     ]
-    functions = {
-        "combine": lambda *xs: tree.combine((0.5, -1.5, 3.0), xs),
-        "slerp": lambda x, y, _: interpolate.slerp(x, y, 0.3),
-        "stock": lambda x, *ys: average.model_stock(x, ys),
-        "ties": lambda x, *ys: merge.ties(x, ys, density=0.3),
-        "ties, voted": lambda x, *ys: merge.ties(x, ys, scope="leaf", zero="majority"),
-        "dare": lambda x, *ys: merge.dare(jax.random.key(0), x, ys),
-    }
-    for name, function in functions.items():
-        lazy = [jax.tree.map(lambda x: lazily(np.asarray(x)), x) for x in points]
-        wanted = function(*points)
-        for key, leaf in function(*lazy).items():
-            whole, parts = leaf.read(), [leaf.read(span) for span in leaf.pieces()]
-            assert (leaf.dtype, leaf.shape) == (whole.dtype, whole.shape)
-            joined = np.concatenate([np.asarray(x).reshape(-1) for x in parts])
-            assert whole.tobytes() == np.asarray(wanted[key]).tobytes(), name
-            assert joined.tobytes() == np.asarray(wanted[key]).tobytes(), name
+    lazy = [jax.tree.map(lambda x: lazily(np.asarray(x)), x) for x in points]
+    wanted = case.function(*points)
+    for key, leaf in case.function(*lazy).items():
+        whole, parts = leaf.read(), [leaf.read(span) for span in leaf.pieces()]
+        assert (leaf.dtype, leaf.shape) == (whole.dtype, whole.shape)
+        joined = np.concatenate([np.asarray(x).reshape(-1) for x in parts])
+        assert whole.tobytes() == np.asarray(wanted[key]).tobytes()
+        assert joined.tobytes() == np.asarray(wanted[key]).tobytes()
 
 
 def test_arrays_beside_lazy_leaves_are_taken_in_the_same_pieces(monkeypatch):
