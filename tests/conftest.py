@@ -6,13 +6,21 @@ import os
 import pathlib
 import platform
 
+# Compiling is nearly all of the work, so programs are kept for the next run and for the processes
+# that tests start. `pytest --cache-clear` drops them.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # One thread a worker for the small matrices of the tests: more of them starve each other. It is
 # read when the library is loaded, so before jax is.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Compiling is nearly all of the work, and takes half of the time with XLA's older code generator,
-# which later versions lack, and without optimization; but then products are fused with additions in
-# some places and not in others, unless the processor is said to have no such instructions. A lane
-# of its own tests what users run, by XLA_FLAGS set to nothing.
+# Compiling takes half of the time with XLA's older code generator, which later versions lack, and
+# without optimization; but then products are fused with additions in some places and not in others,
+# unless the processor is said to have no such instructions. Exact laws have a marker, and a lane
+# that tests what users run, by XLA_FLAGS set to nothing.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and platform.machine() == "x86_64":
     os.environ.setdefault(
         "XLA_FLAGS",
@@ -47,6 +55,13 @@ for name, count in (("default", 15), ("few", 2)):
     )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_runtest_setup(item):
+    """Skips what is true in float32 alone."""
+    for mark in item.iter_markers("float32"):
+        if jax.config.jax_enable_x64:
+            pytest.skip(mark.kwargs["reason"])
 
 
 @pytest.fixture(scope="session")

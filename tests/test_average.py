@@ -11,6 +11,8 @@ from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, coefficients, layouts, pairs, points, ratios, weights
 from wspace import average, interpolate, tree
 
+pytestmark = pytest.mark.exact
+
 mean = jax.jit(average.mean)
 
 

@@ -40,6 +40,7 @@ def name(file):
     return str(file.relative_to(ROOT))
 
 
+@pytest.mark.float32(reason="a page shows what its code prints in float32")
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_code_of_a_page_runs(page):
     for example in Document.parse(str(page), PythonCodeBlockParser()):
@@ -86,6 +87,7 @@ def test_every_picture_is_drawn(drawn):
     assert kept == {file.name for file in drawn.iterdir()}
 
 
+@pytest.mark.float32(reason="pictures are drawn from results in float32")
 @pytest.mark.parametrize("picture", sorted(file.name for file in DOCS.glob("assets/*.svg")))
 def test_a_picture_is_what_the_script_draws(picture, drawn):
     same_picture(DOCS / "assets" / picture, drawn / picture)

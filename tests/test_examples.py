@@ -16,6 +16,10 @@ from docs.examples import access, averages, cost, guards, report, study
 from docs.examples.experiments import EXPERIMENTS, draw
 from wspace import average, geometry, tree
 
+pytestmark = pytest.mark.float32(
+    reason="experiments are run in float32, and so are their kept results"
+)
+
 PAGES = sorted(report.RESULTS.parents[1].glob("*.md"))
 
 

@@ -17,6 +17,8 @@ from tests.helpers import assert_close, is_nan, size, vector
 from tests.strategies import FLOAT, UNIT, weights
 from wspace import fit, tree
 
+pytestmark = pytest.mark.trains
+
 CLOSE = 1e-8 if np.dtype(FLOAT) == np.float64 else 1e-4
 LAYOUT = {"w": (4, 3), "b": (3,)}
 MIXED = {"w": (4, 3), "b": (3,), "s": (2, 3, 2), "c": ()}

@@ -13,6 +13,8 @@ from tests.helpers import assert_close, eps, is_nan, like, size, vector
 from tests.strategies import FLOAT, LAYOUTS, coefficients, pairs, points, scales, weights
 from wspace import geometry, tree
 
+pytestmark = pytest.mark.exact
+
 distance, angle = jax.jit(geometry.distance), jax.jit(geometry.angle)
 gram, project = jax.jit(geometry.gram), jax.jit(geometry.project)
 orthonormalize = jax.jit(geometry.orthonormalize)

@@ -18,6 +18,8 @@ from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, UNIT, weights
 from wspace import average, cone, fit, geometry, negative, tree
 
+pytestmark = pytest.mark.trains
+
 CLOSE = 1e-8 if np.dtype(FLOAT) == np.float64 else 1e-4
 LAYOUT = {"w": (4, 3), "b": (3,)}
 KEY = jax.random.key(0)

@@ -24,6 +24,8 @@ from tests.strategies import (
 )
 from wspace import average, geometry, negative, tree
 
+pytestmark = pytest.mark.exact
+
 perpendicular = jax.jit(negative.guide_perpendicular)
 repel, guide, mean = jax.jit(negative.repel), jax.jit(negative.guide), jax.jit(average.mean)
 distance = jax.jit(geometry.distance)

@@ -12,6 +12,8 @@ from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios, strengths, w
 from tests.test_geometry import true_angle, turned
 from wspace import geometry, interpolate, tree
 
+pytestmark = pytest.mark.exact
+
 lerp, slerp = jax.jit(interpolate.lerp), jax.jit(interpolate.slerp)
 bezier, polygonal_chain = jax.jit(interpolate.bezier), jax.jit(interpolate.polygonal_chain)
 norm, angle, combine = jax.jit(tree.norm), jax.jit(geometry.angle), jax.jit(tree.combine)

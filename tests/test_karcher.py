@@ -14,6 +14,8 @@ from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios
 from tests.test_geometry import true_angle, turned
 from wspace import average, interpolate, tree
 
+pytestmark = pytest.mark.exact
+
 mean, traced = average.karcher_mean, jax.jit(average.karcher_mean)
 LAYOUT = LAYOUTS[1]
 

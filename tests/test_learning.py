@@ -16,6 +16,8 @@ from tests.helpers import assert_close, is_nan, size, vector
 from tests.strategies import FLOAT, UNIT, weights
 from wspace import average, fit, merge, tree
 
+pytestmark = pytest.mark.trains
+
 CLOSE = 1e-5 if np.dtype(FLOAT) == np.float64 else 1e-4
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -15,6 +15,8 @@ from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, LAYOUTS, UNIT, points, scales, weights
 from wspace import cone, merge, tree
 
+pytestmark = pytest.mark.exact
+
 LAYOUT = LAYOUTS[1]
 GRID = st.integers(-24, 24).map(lambda n: n / 8)  # sums and differences of these are exact
 families = st.lists(weights(LAYOUT, entries=GRID), min_size=4, max_size=4)

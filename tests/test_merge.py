@@ -14,6 +14,8 @@ from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, LAYOUTS, layouts, points, scales, weights
 from wspace import merge, tree
 
+pytestmark = pytest.mark.exact
+
 KEY = jax.random.key(0)
 NUMBERS = st.floats(-2, 2, width=16)
 densities = st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0])

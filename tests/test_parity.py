@@ -9,6 +9,8 @@ from tests.golden_arrays import cases, tree
 from wspace import average, interpolate, merge
 from wspace import tree as wtree
 
+pytestmark = pytest.mark.exact
+
 WEIGHTS = {"equal": (1.0, 1.0, 1.0), "uneven": (2.0, 1.0, 0.5), "signed": (1.0, -0.5, 0.25)}
 DIVIDE = {"True": "weight", "False": "one"}
 FUNCTION = {"dis-mean": "count", "dis-sum": "one", "dis-max": "largest"}

@@ -16,6 +16,8 @@ from tests.strategies import FLOAT
 from wspace import selection, tree
 from wspace.selection import bracket, counting, top
 
+pytestmark = pytest.mark.exact
+
 kth_magnitude, top_mask = jax.jit(selection.kth_magnitude), jax.jit(selection.top_mask)
 keep_top = jax.jit(top.keep_top)
 LAYOUT = {"w": (4, 7), "b": (5,), "k": (2, 3, 2, 2), "c": (), "e": (0, 3)}

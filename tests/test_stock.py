@@ -14,6 +14,8 @@ from tests.helpers import assert_close, is_nan
 from tests.strategies import FLOAT
 from wspace import average
 
+pytestmark = pytest.mark.exact
+
 stock = jax.jit(average.model_stock, static_argnames=("preset", "statistic", "scope"))
 E = [jnp.asarray(row, FLOAT) for row in np.eye(3)]
 ZERO = jnp.zeros(3, FLOAT)

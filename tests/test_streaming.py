@@ -14,6 +14,8 @@ from tests.helpers import assert_close, eps, is_nan, like, size, vector
 from tests.strategies import FLOAT, coefficients, points
 from wspace import average
 
+pytestmark = pytest.mark.exact
+
 RUNNING, WINDOW = average.running_mean(), average.window(2)
 COUNTS = st.integers(1, 5)
 

@@ -13,6 +13,8 @@ from tests.helpers import assert_close, eps, like, size, vector
 from tests.strategies import FLOAT, LAYOUTS, coefficients, layouts, pairs, points, weights
 from wspace import average, interpolate, negative, tree
 
+pytestmark = pytest.mark.exact
+
 combine, vdot, norm = jax.jit(tree.combine), jax.jit(tree.vdot), jax.jit(tree.norm)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 
