@@ -107,6 +107,7 @@ def of_catalog(case):
 
 MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if case.command} | {
     "linear A C": lambda m: average.mean([m.A, m.C]),
+    "lerp A C --t 1.25": lambda m: interpolate.lerp(m.A, m.C, 1.25),
     "slerp A C --t 0.5 --scope leaf": lambda m: tree.per_leaf(interpolate.slerp)(m.A, m.C, 0.5),
     "slerp A C --t 0.3 --preset mergekit-0.1.5": lambda m: tree.per_leaf(interpolate.slerp)(
         m.A, m.C, 0.3
