@@ -64,7 +64,7 @@ class Method(NamedTuple):
     """Whether it is also measured under one `jit`, which takes minutes where leaves select."""
 
 
-PRESET = "mergekit-0.1.5"
+PRESETS = merge.presets.mergekit
 
 
 def karcher(*points: Any) -> Any:
@@ -74,7 +74,7 @@ def karcher(*points: Any) -> Any:
 
 def model_stock(base: Any, *tuned: Any) -> Any:
     """Model stock for every tensor."""
-    return average.model_stock(base, tuned, preset=PRESET)
+    return average.model_stock(base, tuned, **PRESETS["model_stock"])
 
 
 def added(base: Any, *tuned: Any) -> Any:
@@ -120,7 +120,7 @@ METHODS = {
     "ties": Method(
         3,
         7,
-        lambda base, *tuned: merge.ties(base, tuned, preset=PRESET, density=0.2),
+        lambda base, *tuned: merge.ties(base, tuned, **PRESETS["ties"] | {"density": 0.2}),
         ("ties", SPARSE, 0),
         peft=lambda edits: merge_utils.ties(edits, ones(edits), 0.2),
         compiled=False,
@@ -140,7 +140,7 @@ METHODS = {
     "dare, norm kept": Method(
         3,
         7,
-        lambda *models: dare(*models, preset=PRESET),
+        lambda *models: dare(*models, rescale="norm"),
         ("dare_linear", SPARSE | {"density": 0.5}, 0),
     ),
     **{
@@ -155,7 +155,9 @@ COMPILED = {
     "geometric median": lambda *points: average.geometric_median(points),
     "fisher mean": lambda *points: average.fisher_mean(points, [squares(x) for x in points]),
     "ties by row": lambda base, *tuned: merge.ties(base, tuned, scope="row"),
-    "breadcrumbs": lambda base, *tuned: merge.breadcrumbs(base, tuned, preset=PRESET, density=0.2),
+    "breadcrumbs": lambda base, *tuned: merge.breadcrumbs(
+        base, tuned, **PRESETS["breadcrumbs"] | {"density": 0.2}
+    ),
     "dare_ties": lambda base, *tuned: merge.dare_ties(jax.random.key(0), base, tuned),
     "della": lambda base, *tuned: merge.della(jax.random.key(0), base, tuned),
     "sce": lambda base, *tuned: merge.sce(base, tuned, density=0.5),

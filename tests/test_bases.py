@@ -1,4 +1,4 @@
-"""Laws of `wspace.merge.bases`: coordinates lose nothing, and know nothing of factors."""
+"""Laws of merges in coordinates: coordinates lose nothing, and know nothing of factors."""
 
 import functools
 

@@ -116,17 +116,23 @@ MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if cas
         average.geometric_median([m.A, m.C, m.P], max_steps=3).weights
     ),
     "model_stock A C --base BASE --preset mergekit-0.1.5": lambda m: average.model_stock(
-        m.BASE, [m.A, m.C], preset="mergekit-0.1.5"
+        m.BASE, [m.A, m.C], **merge.presets.mergekit["model_stock"]
     ),
     "task_arithmetic A C --base BASE --coefficients 1 -0.5 --scale 0.7": lambda m: (
         merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5], scale=0.7)
     ),
     "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": lambda m: (
-        merge.ties(m.BASE, [m.A, m.C], density=0.5, preset="mergekit-0.1.5", weighted=False)
+        merge.ties(
+            m.BASE,
+            [m.A, m.C],
+            density=0.5,
+            scope="leaf",
+            election=merge.Election(weighted=False, zero="plus", divide="weight"),
+        )
     ),
     "dare A C --base BASE --seed 3": lambda m: merge.dare(KEY, m.BASE, [m.A, m.C]),
     "dare_ties A C --base BASE --seed 3 --zero majority": lambda m: merge.dare_ties(
-        KEY, m.BASE, [m.A, m.C], zero="majority"
+        KEY, m.BASE, [m.A, m.C], election=merge.Election(zero="majority")
     ),
     "della A C --base BASE --seed 3 --scope row": lambda m: merge.della(
         KEY, m.BASE, [m.A, m.C], scope="row"
@@ -590,10 +596,10 @@ YAML = [
             m.BASE,
             [m.A, m.C],
             [1, 0.5],
-            preset="mergekit-0.1.5",
             density=0.5,
+            scope="leaf",
+            election=merge.Election(zero="plus", divide="one"),
             scale=0.7,
-            divide="one",
         ),
     ),
     (
@@ -610,9 +616,7 @@ YAML = [
             "base_model": "BASE",
             "models": [entry("A", weight=1, density=0.5), entry("C", weight=1, density=0.5)],
         },
-        lambda m: merge.dare(
-            KEY, m.BASE, [m.A, m.C], [1.0, 1.0], preset="mergekit-0.1.5", density=0.5
-        ),
+        lambda m: merge.dare(KEY, m.BASE, [m.A, m.C], [1.0, 1.0], density=0.5, rescale="norm"),
     ),
     (
         {
@@ -622,7 +626,13 @@ YAML = [
             "parameters": {"density": 0.5, "rescale": False},
         },
         lambda m: merge.dare_ties(
-            KEY, m.BASE, [m.A, m.C], [1, 1], preset="mergekit-0.1.5", density=0.5, rescale="none"
+            KEY,
+            m.BASE,
+            [m.A, m.C],
+            [1, 1],
+            density=0.5,
+            rescale="none",
+            election=merge.Election(zero="plus", divide="one"),
         ),
     ),
     (
@@ -633,7 +643,7 @@ YAML = [
             "parameters": {"density": 0.5, "gamma": 0.1},
         },
         lambda m: merge.breadcrumbs(
-            m.BASE, [m.A, m.C], [1, 1], preset="mergekit-0.1.5", density=0.5, outliers=0.1
+            m.BASE, [m.A, m.C], [1, 1], density=0.5, outliers=0.1, scope="leaf"
         ),
     ),
     (
@@ -643,7 +653,9 @@ YAML = [
             "models": [entry("A"), entry("C")],
             "parameters": {"filter_wise": True},
         },
-        lambda m: average.model_stock(m.BASE, [m.A, m.C], preset="mergekit-0.1.5", scope="row"),
+        lambda m: average.model_stock(
+            m.BASE, [m.A, m.C], scope="row", statistic="cosine", floor=-1.0
+        ),
     ),
     (
         {"merge_method": "karcher", "models": [entry("A"), entry("C")]},
@@ -726,6 +738,15 @@ def test_options_mirror_the_function(name, method):
     signature = inspect.signature(getattr(getattr(wspace, module), function))
     parameters = signature.parameters
     known = {option.name: option for option in method.options if option.passed}
+    presets = known.pop("preset", methods.Option("preset", (), "")).kind
+    systems = merge.presets.systems
+    assert presets == tuple(system for system in systems if name in systems[system])
+    fields = {key: known.pop(key) for key, option in [*known.items()] if option.elects}
+    election = typing.get_type_hints(merge.Election) if fields else {}
+    assert {key: option.kind for key, option in fields.items()} == {
+        key: typing.get_args(kind) or kind for key, kind in election.items()
+    }
+    parameters = {k: x for k, x in parameters.items() if not (fields and k == "election")}
     left_out = NOT_IN_WORDS.get(name, set())
     assert known.keys() == parameters.keys() - TREES - left_out
     assert left_out <= parameters.keys()

@@ -154,10 +154,12 @@ def input_of_peers():
 MERGEKIT = "mergekit-0.1.5"
 TUNED = ("tuned0", "tuned1", "tuned2")
 PARITY = {
-    "sce?select_topk=1.0": functools.partial(merge.sce, preset=MERGEKIT),
-    "sce?select_topk=0.5": functools.partial(merge.sce, preset=MERGEKIT, density=0.5),
-    "ram?": functools.partial(merge.ram, preset=MERGEKIT),
-    "ramplus_tl?": functools.partial(merge.ram, preset=MERGEKIT, boost=0.1),
+    "sce?select_topk=1.0": functools.partial(merge.sce, **merge.presets.mergekit["sce"]),
+    "sce?select_topk=0.5": functools.partial(
+        merge.sce, **merge.presets.mergekit["sce"] | {"density": 0.5}
+    ),
+    "ram?": functools.partial(merge.ram, **merge.presets.mergekit["ram"]),
+    "ramplus_tl?": functools.partial(merge.ram, **merge.presets.mergekit["ram"] | {"boost": 0.1}),
     "nearswap?t=0.02": lambda base, tuned: merge.nearswap(base, tuned[0], 0.02),
 }
 
@@ -175,7 +177,7 @@ def test_leaf_by_leaf_merges_are_those_of_mergekit(case):
 def test_an_absolute_threshold_would_see_no_change_in_small_task_vectors():
     base, edits = jnp.zeros(2), [jnp.array([1e-6, 0.0]), jnp.array([3e-6, 2e-6])]
     assert_close(merge.ram(base, edits), jnp.array([2e-6, 2e-6]), units=2)
-    assert jnp.array_equal(merge.ram(base, edits, preset=MERGEKIT), base)
+    assert jnp.array_equal(merge.ram(base, edits, **merge.presets.mergekit["ram"]), base)
 
 
 def test_of_equal_magnitudes_the_first_wins():
@@ -373,8 +375,6 @@ def test_bad_arguments_are_refused(refuses):
     for option in ("threshold", "cap"):
         with refuses(ValueError, match=f"{option} must be at least 0"):
             merge.ram(x, [x], **{option: -1.0})
-    with refuses(ValueError, match="preset must be one of"):
-        merge.ram(x, [x], preset="peft-0.21.2")
     with refuses(ValueError, match="strength must be at least 0"):
         merge.tall_mask(x, x, -1.0)
     with refuses(ValueError, match="threshold must be at least 0"):

@@ -1,7 +1,7 @@
 """Laws of task vectors, TIES and DARE, and of the parts that they are made of."""
 
 import functools
-import itertools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close, is_nan, like, size, vector
 from tests.strategies import FLOAT, LAYOUTS, layouts, points, scales, weights
-from wspace import merge, tree
+from wspace import average, merge, tree
 
 pytestmark = pytest.mark.exact
 
@@ -25,9 +25,11 @@ arithmetic = jax.jit(merge.task_arithmetic)
 SIGNED = {
     "task_arithmetic": merge.task_arithmetic,
     "ties": functools.partial(merge.ties, density=0.5),
-    "ties, count": functools.partial(merge.ties, density=0.7, vote="count", divide="one"),
+    "ties, count": functools.partial(
+        merge.ties, density=0.7, election=merge.Election(vote="count", divide="one")
+    ),
     "dare": functools.partial(merge.dare, KEY),
-    "dare_ties": functools.partial(merge.dare_ties, KEY, divide="largest"),
+    "dare_ties": functools.partial(merge.dare_ties, KEY, election=merge.Election(divide="largest")),
 }
 """Methods by which a coefficient's sign has its meaning."""
 each_signed = pytest.mark.parametrize("method", SIGNED.values(), ids=SIGNED)
@@ -122,7 +124,10 @@ def test_one_model_comes_back(family):
         merge.dare(KEY, base, [x], density=1.0),
         merge.dare_ties(KEY, base, [x], density=1.0),
         merge.task_arithmetic(base, [x]),
-        *(merge.ties(base, [x], preset=name, density=1.0, scale=1) for name in merge.presets.TIES),
+        *(
+            merge.ties(base, [x], **system["ties"] | {"density": 1.0, "scale": 1})
+            for system in merge.presets.systems.values()
+        ),
     ):
         assert_close(merged, x, units=0)
 
@@ -171,7 +176,9 @@ def test_ties_does_what_its_options_say(data, family):
     c = data.draw(st.sampled_from([(1.0, 1.0, 1.0), (2.0, 1.0, 0.5), (1.0, -0.5, 0.25)]))
     wanted = oracle(base, tuned, c, options)
     kept = "floor+1" if options.pop("more") else "floor"
-    got = merge.ties(base, tuned, c, kept=kept, **options)
+    density = options.pop("density")
+    election = merge.Election(**options)
+    got = merge.ties(base, tuned, c, density=density, kept=kept, election=election)
     assert_close(got, like(wanted, base), units=16, scale=16 * (1 + size(base, *tuned)))
 
 
@@ -192,10 +199,14 @@ SAYS = {
 }
 
 
+def preset_of(name, method="ties"):
+    return {} if name is None else merge.presets.systems[name][method]
+
+
 @pytest.mark.parametrize(("preset", "c"), SAYS)
 def test_the_worked_fixture_comes_out_as_each_system_has_it(preset, c):
     tuned = [jnp.asarray(np.array(row.split(), float), FLOAT) for row in FIXTURE.split("\n")[1:-1]]
-    got = merge.ties(jnp.zeros(10, FLOAT), tuned, c, preset=preset, density=0.4)
+    got = merge.ties(jnp.zeros(10, FLOAT), tuned, c, **preset_of(preset) | {"density": 0.4})
     wanted = np.array(SAYS[preset, c].split(), float)
     known = [0, 2, 3, 6, 7, 8, 9] if preset in ("paper", "fusionbench") else slice(None)
     np.testing.assert_allclose(np.asarray(got)[known], wanted[known], atol=1e-6)
@@ -204,7 +215,7 @@ def test_the_worked_fixture_comes_out_as_each_system_has_it(preset, c):
 def test_dividing_by_the_weights_loses_the_sign_and_blows_up_where_ours_does_not():
     base = jnp.zeros(3, FLOAT)
     x, y = jnp.asarray([0.9, -0.8, 0.7], FLOAT), jnp.asarray([0.9, 0.8, -0.1], FLOAT)
-    normalized = functools.partial(merge.ties, preset="mergekit-0.1.5")
+    normalized = functools.partial(merge.ties, **merge.presets.mergekit["ties"])
     assert_close(normalized(base, [x], (-1,)), x)  # it adds what it was to subtract
     assert_close(merge.ties(base, [x], (-1,), density=1.0), -x)
     blown = normalized(base, [x, y], (1, -0.999))
@@ -337,10 +348,14 @@ def test_bad_arguments_are_refused(refuses):
             merge.dare(KEY, base, [x], density=density)
     with refuses(TypeError, match="density must be a plain number.*selection.top_mask"):
         jax.jit(merge.trim)(base, 0.5)
-    with refuses(ValueError, match=r"preset must be one of None, 'paper', 'mergekit.*'mergkit'"):
-        merge.ties(base, [x], preset="mergkit")
-    with refuses(ValueError, match="density has no default with this preset: give it"):
-        merge.ties(base, [x], preset="peft-0.21.2")
+    for method in ("ties", "dare_ties"):
+        with refuses(TypeError, match="density must be a real number, got None"):
+            call = functools.partial(merge.dare_ties, KEY) if "dare" in method else merge.ties
+            call(base, [x], **merge.presets.peft[method])
+    with refuses(ValueError, match="density has 2 numbers for 1 models: give one number a model"):
+        merge.ties(base, [x], density=(0.5, 0.2))
+    with refuses(ValueError, match=r"density\[1\] must be above 0 and at most 1, got 2"):
+        merge.ties(base, [x, x], density=(0.5, 2))
     with refuses(ValueError, match="tuned is empty: give at least one tree"):
         merge.ties(base, [])
     with refuses(ValueError, match=r"coefficients\[0\] must be finite, got nan"):
@@ -349,19 +364,64 @@ def test_bad_arguments_are_refused(refuses):
         merge.dare(KEY, base, [x], [1, 1])
     with refuses(ValueError, match=r"leaf \['w'\] has shape \(4,\) in base, \(3,\) in tuned\[1\]"):
         merge.task_arithmetic(base, [x, {"w": jnp.zeros(3)}])
-    for option in ("scope", "kept", "vote", "zero", "divide"):
+    for option in ("scope", "kept"):
         with refuses(ValueError, match=f"{option} must be one of .*, got 'none of them'"):
             merge.ties(base, [x], **{option: "none of them"})
+    for option in ("vote", "zero", "divide"):
+        with refuses(ValueError, match=f"{option} must be one of .*, got 'none of them'"):
+            merge.Election(**{option: "none of them"})
+    with refuses(TypeError, match="weighted must be True or False, got 'no'"):
+        merge.Election(weighted="no")
     with refuses(ValueError, match="rescale must be one of .*, got 'none of them'"):
         merge.drop(KEY, base, 0.5, rescale="none of them")
 
 
-def test_every_preset_states_every_option():
-    for table in (
-        merge.presets.TASK_ARITHMETIC,
-        merge.presets.TIES,
-        merge.presets.DARE,
-        merge.presets.DARE_TIES,
-    ):
-        for left, right in itertools.pairwise(table.values()):
-            assert left.keys() == right.keys()
+PRESETS = [(system, method) for system, table in merge.presets.systems.items() for method in table]
+
+
+@pytest.mark.parametrize(("system", "method"), PRESETS)
+def test_every_preset_states_every_option(system, method):
+    function = getattr(average if method == "model_stock" else merge, method)
+    parameters = inspect.signature(function).parameters.values()
+    options = {x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert merge.presets.systems[system][method].keys() == options
+
+
+def test_signatures_have_the_defaults_and_none_is_none():
+    for name in (*merge.presets.mergekit, "magmax", "pcb"):
+        parameters = inspect.signature(getattr(average if name == "model_stock" else merge, name))
+        for x in parameters.parameters.values():
+            if x.kind is inspect.Parameter.KEYWORD_ONLY:
+                assert x.default not in (None, inspect.Parameter.empty), (name, x.name)
+
+
+SPARSE = {
+    "ties": merge.ties,
+    "dare": functools.partial(merge.dare, KEY),
+    "dare_ties": functools.partial(merge.dare_ties, KEY),
+    "della": functools.partial(merge.della, KEY),
+    "breadcrumbs": merge.breadcrumbs,
+    "breadcrumbs_ties": merge.breadcrumbs_ties,
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_density_a_model_is_its_own(name):
+    rng = np.random.default_rng(0)
+    base, *tuned = (jnp.asarray(rng.normal(size=(6, 8)), FLOAT) for _ in range(4))
+    c, method = jnp.eye(3), SPARSE[name]
+    densities = (0.25, 0.5, 0.75)
+    assert_close(
+        method(base, tuned, density=np.full(3, 0.5)), method(base, tuned, density=0.5), units=0
+    )
+    for i, density in enumerate(densities):  # of one model alone, the others at coefficient 0
+        alone = method(base, tuned, c[i].tolist(), density=density)
+        assert_close(method(base, tuned, c[i].tolist(), density=densities), alone, units=0)
+    kept = [
+        int((method(0 * base, [x - base for x in tuned], k.tolist(), density=densities) != 0).sum())
+        for k in c
+    ]
+    if name in ("ties", "breadcrumbs", "breadcrumbs_ties"):
+        assert kept == [int(48 * density) for density in densities]
+    else:
+        assert kept == sorted(kept)

@@ -53,7 +53,7 @@ EXACT = {
     "task arithmetic": lambda base, *tuned: merge.task_arithmetic(base, tuned, [1.0, -0.5]),
     "ties": lambda base, *tuned: merge.ties(base, tuned, density=0.4),
     "ties of leaves": lambda base, *tuned: merge.ties(
-        base, tuned, density=0.4, preset="mergekit-0.1.5"
+        base, tuned, **merge.presets.mergekit["ties"] | {"density": 0.4}
     ),
     "ties of rows": lambda base, *tuned: merge.ties(base, tuned, density=0.4, scope="row"),
     "breadcrumbs": lambda base, *tuned: merge.breadcrumbs(base, tuned, density=0.5, outliers=0.2),
@@ -64,7 +64,9 @@ EXACT = {
     "dare by an old key": lambda base, *tuned: merge.dare(jax.random.PRNGKey(3), base, tuned),
     "della": lambda base, *tuned: merge.della(KEY, base, tuned, width=0.3),
     "della of leaves": lambda base, *tuned: merge.della(KEY, base, tuned, width=0.3, scope="leaf"),
-    "majority": lambda base, *tuned: merge.ties(base, tuned, density=0.4, zero="majority"),
+    "majority": lambda base, *tuned: merge.ties(
+        base, tuned, density=0.4, election=merge.Election(zero="majority")
+    ),
     "ram": lambda base, *tuned: merge.ram(base, tuned, boost=0.1),
     "pcb": lambda base, *tuned: merge.pcb(base, tuned, density=0.5),
     "magmax": lambda base, *tuned: merge.magmax(base, tuned),
@@ -89,7 +91,9 @@ ROUNDED = {
     "stock": lambda base, *tuned: average.model_stock(base, tuned),
     "stock of leaves": lambda base, *tuned: average.model_stock(base, tuned, scope="leaf"),
     "stock of rows": lambda base, *tuned: average.model_stock(base, tuned, scope="row"),
-    "dare, norm kept": lambda base, *tuned: merge.dare(KEY, base, tuned, preset="mergekit-0.1.5"),
+    "dare, norm kept": lambda base, *tuned: merge.dare(
+        KEY, base, tuned, **merge.presets.mergekit["dare"]
+    ),
     "della, norm kept": lambda base, *tuned: merge.della(KEY, base, tuned, rescale="norm"),
     "sce": lambda base, *tuned: merge.sce(base, tuned, density=0.5),
     "ext_sub": lambda base, *tuned: merge.ext_sub(base, *tuned),

@@ -1,5 +1,7 @@
 """Parity by name: what the presets give is what the systems gave, to 1e-5 of the largest entry."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from tests.golden_arrays import cases, tree
 from wspace import average, interpolate, merge
 from wspace import tree as wtree
+from wspace.merge import presets
 
 pytestmark = pytest.mark.exact
 
@@ -64,17 +67,19 @@ def mergekit(method, options):
                 base(),
                 tuned(),
                 weights,
-                preset="mergekit-0.1.5",
-                normalize=given["normalize"] == "True",
+                **presets.mergekit[method] | {"normalize": given["normalize"] == "True"},
             )
         case "ties":
             return merge.ties(
                 base(),
                 tuned(),
                 weights,
-                preset="mergekit-0.1.5",
                 density=float(given["density"]),
-                divide=DIVIDE[given.get("normalize", "True")],
+                scope="leaf",
+                election=dataclasses.replace(
+                    presets.mergekit[method]["election"],
+                    divide=DIVIDE[given.get("normalize", "True")],
+                ),
                 scale=float(given.get("lambda", 1.0)),
             )
         case "karcher":
@@ -83,8 +88,8 @@ def mergekit(method, options):
             return average.model_stock(
                 base(),
                 tuned(),
-                preset="mergekit-0.1.5",
-                **({"scope": "row"} if given.get("filter_wise") == "True" else {}),
+                **presets.mergekit[method]
+                | ({"scope": "row"} if given.get("filter_wise") == "True" else {}),
             )
         case "nuslerp":
             start, end, origin = *tuned()[:2], base() if options.endswith(",base") else None
@@ -115,30 +120,30 @@ def peft(method, options):
     weights, origin = WEIGHTS[given["weight"]], zeros(base())
     match method:
         case "task_arithmetic":
-            return merge.task_arithmetic(origin, edits, weights, preset="peft-0.21.2")
+            return merge.task_arithmetic(origin, edits, weights, **presets.peft["task_arithmetic"])
         case "magnitude_prune":
             kept = [merge.trim(x, float(given["density"]), scope="leaf") for x in edits]
-            return merge.task_arithmetic(origin, kept, weights, preset="peft-0.21.2")
+            return merge.task_arithmetic(origin, kept, weights, **presets.peft["task_arithmetic"])
         case "ties":
             vote = {"total": "mass", "frequency": "count"}[given["majority_sign_method"]]
-            density = float(given["density"])
-            return merge.ties(
-                origin, edits, weights, preset="peft-0.21.2", density=density, vote=vote
-            )
+            election = dataclasses.replace(presets.peft[method]["election"], vote=vote)
+            own = {"density": float(given["density"]), "election": election}
+            return merge.ties(origin, edits, weights, **presets.peft[method] | own)
     raise KeyError(method)
 
 
 def fusionbench(method, options):
     given, edits = parsed(options), task_vectors()
     if method == "ties":
-        return merge.ties(
-            zeros(edits[0]),
-            edits,
-            preset="fusionbench",
-            density=int(given["percent"]) / 100,
-            divide=FUNCTION[given["merge_func"]],
-            scale=1.0,
-        )
+        preset = presets.fusionbench[method]
+        own = {
+            "density": int(given["percent"]) / 100,
+            "election": dataclasses.replace(
+                preset["election"], divide=FUNCTION[given["merge_func"]]
+            ),
+            "scale": 1.0,
+        }
+        return merge.ties(zeros(edits[0]), edits, **preset | own)
     raise KeyError(method)
 
 
@@ -176,8 +181,11 @@ def test_preset_gives_what_the_system_gave(system, method, options):
 def test_default_of_every_system_is_another_function():
     edits = task_vectors()
     merged = {
-        name: merge.ties(zeros(edits[0]), edits, (2, 1, 0.5), preset=name, density=0.5)
-        for name in (None, "paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench")
+        name: merge.ties(zeros(edits[0]), edits, (2, 1, 0.5), **preset | {"density": 0.5})
+        for name, preset in {
+            "default": {},
+            **{name: system["ties"] for name, system in presets.systems.items()},
+        }.items()
     }
     vectors = [np.concatenate([np.ravel(x) for x in m.values()]) for m in merged.values()]
     for i, x in enumerate(vectors):

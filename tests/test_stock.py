@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tests import golden_arrays
 from tests.helpers import assert_close, is_nan
 from tests.strategies import FLOAT
-from wspace import average
+from wspace import average, merge
 
 pytestmark = pytest.mark.exact
 
-stock = jax.jit(average.model_stock, static_argnames=("preset", "statistic", "scope"))
+stock = jax.jit(average.model_stock, static_argnames=("statistic", "scope"))
+MERGEKIT = merge.presets.mergekit["model_stock"]
 E = [jnp.asarray(row, FLOAT) for row in np.eye(3)]
 ZERO = jnp.zeros(3, FLOAT)
 
@@ -46,12 +47,12 @@ def test_the_popular_absolute_bound_on_norms_fails_this_law():
     assert_close(stock(ZERO, [x, x]), x)
 
 
-@pytest.mark.parametrize(("options", "scope"), [("", None), ("filter_wise=True", "row")])
+@pytest.mark.parametrize(("options", "scope"), [("", "leaf"), ("filter_wise=True", "row")])
 def test_agrees_with_another_system(options, scope):
     base = golden_arrays.tree("peers", "input/base")
     xs = [golden_arrays.tree("peers", f"input/tuned{i}") for i in range(3)]
     wanted = golden_arrays.tree("peers", f"mergekit-0.1.5/model_stock?{options}")
-    got = average.model_stock(base, xs, preset="mergekit-0.1.5", scope=scope)
+    got = average.model_stock(base, xs, **MERGEKIT | {"scope": scope})
     for name, leaf in wanted.items():
         np.testing.assert_allclose(got[name], leaf, atol=4e-6)
 
@@ -64,10 +65,10 @@ def test_degenerate_task_vectors(refuses):
     opposite = [E[0], -E[0]]
     with refuses(ValueError, match=r"t has its pole: take floor=0\.0"):
         average.model_stock(ZERO, opposite, floor=-1.0)
-    assert is_nan(stock(ZERO, opposite, preset="mergekit-0.1.5"))
+    assert is_nan(stock(ZERO, opposite, **MERGEKIT))
     with refuses(ValueError, match="give at least two"):
         average.model_stock(ZERO, E[:1])
     right = [E[0], E[1], E[1]]  # angles 90, 90, 0: the systems disagree
     mean = sum(right) / 3
-    assert_close(stock(ZERO, right, preset="mergekit-0.1.5"), 0.6 * mean)
-    assert_close(stock(ZERO, right, preset="fusionbench"), 0.75 * mean)
+    assert_close(stock(ZERO, right, **MERGEKIT), 0.6 * mean)
+    assert_close(stock(ZERO, right, **merge.presets.fusionbench["model_stock"]), 0.75 * mean)

@@ -76,9 +76,7 @@ def test_breadcrumbs_are_those_of_mergekit_where_it_empties_no_leaf(method, weig
         base,
         [jax.tree.map(jnp.asarray, x) for x in tuned],
         WEIGHTS[weight],
-        preset="mergekit-0.1.5",
-        density=0.6,
-        outliers=0.1,
+        **merge.presets.mergekit[method.__name__] | {"density": 0.6, "outliers": 0.1},
     )
     case = f"mergekit-0.1.5/{method.__name__}?weight={weight},density=0.6,gamma=0.1"
     wanted = jax.tree.map(jnp.asarray, golden_arrays.tree("peers", case))
@@ -194,7 +192,7 @@ def test_bad_arguments_are_refused(refuses):
     with refuses(ValueError, match="rescale must be one of"):
         merge.magprune(KEY, x, 0.5, rescale="mean")
     for method in (merge.breadcrumbs, merge.breadcrumbs_ties):
-        with refuses(ValueError, match="density has no default with this preset"):
-            method(x, [x], preset="mergekit-0.1.5")
-    with refuses(ValueError, match="density has no default with this preset"):
-        merge.della(KEY, x, [x], preset="mergekit-0.1.5")
+        with refuses(TypeError, match="density must be a real number, got None"):
+            method(x, [x], **merge.presets.mergekit[method.__name__])
+    with refuses(TypeError, match="density must be a real number, got None"):
+        merge.della(KEY, x, [x], **merge.presets.mergekit["della"])

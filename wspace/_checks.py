@@ -6,8 +6,7 @@ is known, and elsewhere, under tracing, becomes NaN.
 
 import math
 import operator
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -161,8 +160,6 @@ def floating(value: Any) -> Array:
 
 def share(name: str, value: Any) -> float:
     """A share of entries above 0 and up to 1, known when tracing, since it counts entries."""
-    if value is None:
-        raise ValueError(f"{name} has no default with this preset: give it, above 0 and at most 1")
     if is_traced(value):
         raise TypeError(
             f"{name} must be a plain number, since it decides how many entries stay, got a traced "
@@ -177,15 +174,6 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
-
-
-def settings(
-    presets: Mapping[str | None, Mapping[str, Any]], preset: str | None, **given: Any
-) -> Any:
-    """The options of a preset, with those that are given, not None, in place of its own."""
-    chosen = presets[one_of("preset", preset, list(presets))]
-    given = {name: value for name, value in given.items() if value is not None}
-    return types.SimpleNamespace(**{**chosen, **given})
 
 
 def rank(value: Any, name: str = "rank") -> int:

@@ -1,8 +1,10 @@
 """A recipe as a function of trees."""
 
 import contextlib
+import dataclasses
 import fnmatch
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wspace import tree
+from wspace import merge, tree
 from wspace._cli.methods import TABLES, Method
 from wspace._cli.words import Misuse
 from wspace.checkpoint import Checkpoint
@@ -67,6 +69,33 @@ class Recipe:
             ("*", self.options)
         ]
 
+    def is_whole(self, options: Mapping[str, Any]) -> bool:
+        """Whether with these options what becomes of a tensor depends on the others."""
+        if self.table.whole is not None:
+            return self.table.whole
+        if any(not option.passed for option in self.table.options):
+            return options.get("scope") != "leaf" and not options.get("preset")
+        defaults = inspect.signature(_named(self.table.function)).parameters
+        given = self.keywords(options)
+        scope, election = (
+            given.get(name, defaults[name].default if name in defaults else None)
+            for name in ("scope", "election")
+        )
+        return scope == "tree" or (election is not None and election.zero == "majority")
+
+    def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as the function takes them: those of a preset, with what is given in place."""
+        known = {option.name: option for option in self.table.options if option.passed}
+        preset = options.get("preset") if "preset" in known else None
+        taken = {} if preset is None else dict(merge.presets.systems[preset][self.method])
+        fields = {name: x for name, x in options.items() if name in known and known[name].elects}
+        if fields:
+            taken["election"] = dataclasses.replace(
+                taken.get("election", merge.Election()), **fields
+            )
+        own = known.keys() - fields.keys() - {"preset"}
+        return taken | {name: value for name, value in options.items() if name in own}
+
     def checked(self) -> None:
         """Raises unless the method takes so many models, and the options are in their domains."""
         method, count = self.table, len(self.models)
@@ -120,7 +149,7 @@ class Call:
         """What the function returns."""
         given, method = self._given(points, options), self._method
         chosen = any(not option.passed for option in method.options)
-        if not chosen or method.is_whole(options):
+        if not chosen or self._recipe.is_whole(options):
             return self._function(**given)
         first = given.pop(method.models if isinstance(method.models, str) else method.models[0])
         return tree.per_leaf(self._function)(first, **given)
@@ -138,10 +167,9 @@ class Call:
             given[method.models] = points
         else:
             given.update(zip(method.models, points, strict=True))
-        passed = {option.name for option in method.options if option.passed}
-        if method.returns == "list" and "coefficients" in passed:
+        if method.returns == "list" and any(x.name == "coefficients" for x in method.options):
             given["coefficients"] = [1.0] * len(points)
-        given.update({name: value for name, value in options.items() if name in passed})
+        given.update(self._recipe.keywords(options))
         if method.seeded:
             given["key"] = jax.random.key(self._recipe.seed)
         return given

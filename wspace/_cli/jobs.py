@@ -102,7 +102,7 @@ class _Job:
 
 
 def _refuse_patterns(recipe: Recipe) -> None:
-    if recipe.patterns and any(recipe.table.is_whole(own) for _, own in recipe.settings()):
+    if recipe.patterns and any(recipe.is_whole(own) for _, own in recipe.settings()):
         raise Misuse(
             f"patterns give options to single tensors, but with these options {recipe.method} "
             "looks at the whole model: give scope = 'leaf' if it has that, or leave them out"
@@ -229,7 +229,7 @@ def _fill(job: _Job, writer: Writer, index: int) -> None:
 def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:
     """What would be done."""
     sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
-    whole = any(recipe.table.is_whole(own) for _, own in recipe.settings())
+    whole = any(recipe.is_whole(own) for _, own in recipe.settings())
     how = "tensors" if not recipe.table.lazy else "passes" if whole else "pieces"
     passes = recipe.outputs + output.full_hash
     lines = {

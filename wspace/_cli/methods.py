@@ -5,7 +5,7 @@ is data, so that help needs no JAX; a test holds it against the signatures.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from wspace._cli.words import Misuse, Parser, count, near, number
@@ -28,6 +28,7 @@ class Option(NamedTuple):
         many: Whether it takes one number for each model.
         required: Whether it must be given.
         passed: Whether it is a parameter of the function; else it chooses how to call it.
+        elects: Whether it is a field of the parameter `election`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Option(NamedTuple):
     many: bool = False
     required: bool = False
     passed: bool = True
+    elects: bool = False
 
 
 Options: TypeAlias = Mapping[str, Any]
@@ -48,8 +50,8 @@ class Method(NamedTuple):
         function: Where it is, such as `"merge.ties"`.
         models: The parameter that takes the list of models, or the parameters that take one each.
         options: What else it takes.
-        whole: Whether what becomes of a tensor depends on the others, or a function of the options
-            that says so.
+        whole: Whether what becomes of a tensor depends on the others; `None` if the scope or the
+            election of signs says so.
         base: Whether it takes a base, which then gives the dtypes.
         others: Further parameters that take a model.
         seeded: Whether it takes a random key.
@@ -61,38 +63,17 @@ class Method(NamedTuple):
     function: str
     models: str | tuple[str, ...]
     options: tuple[Option, ...]
-    whole: bool | Callable[[Options], bool] = False
+    whole: bool | None = False
     base: bool = True
     others: tuple[str, ...] = ()
     seeded: bool = False
     returns: Literal["weights", "record", "list"] = "weights"
     lazy: bool = True
 
-    def is_whole(self, options: Options) -> bool:
-        """Whether with these options what becomes of a tensor depends on the others."""
-        return self.whole(options) if callable(self.whole) else self.whole
-
     @property
     def trees(self) -> tuple[str, ...]:
         """The options that take a model."""
         return (*(("base",) if self.base else ()), *self.others)
-
-
-def _scoped(options: Options) -> bool:
-    return options.get("scope") != "leaf" and not options.get("preset")
-
-
-def _by_preset(name: str, module: str = "wspace.merge.presets") -> Callable[[Options], bool]:
-    """For a function whose presets have a scope, or a vote of the whole tree."""
-
-    def is_whole(options: Options) -> bool:
-        import importlib
-
-        chosen = getattr(importlib.import_module(module), name)[options.get("preset")]
-        chosen = chosen | {key: value for key, value in options.items() if value is not None}
-        return chosen.get("scope") == "tree" or chosen.get("zero") == "majority"
-
-    return is_whole
 
 
 ALL_SYSTEMS = ("paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench")
@@ -116,10 +97,12 @@ WHOLE = Option(
 )
 LIKE_MERGEKIT = Option("preset", MERGEKIT, "as that system does: tensor by tensor", passed=False)
 VOTE = (
-    Option("vote", ("mass", "count"), "what elects the sign"),
-    Option("weighted", bool, "whether coefficients vote"),
-    Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel"),
-    Option("divide", ("count", "weight", "one", "largest"), "what a sum is divided by"),
+    Option("vote", ("mass", "count"), "what elects the sign", elects=True),
+    Option("weighted", bool, "whether coefficients vote", elects=True),
+    Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel", elects=True),
+    Option(
+        "divide", ("count", "weight", "one", "largest"), "what a sum is divided by", elects=True
+    ),
     SCALE,
 )
 
@@ -143,14 +126,14 @@ MERGE: dict[str, Method] = {
         "interpolate.slerp",
         ("start", "end"),
         (T, WHOLE, LIKE_MERGEKIT),
-        _scoped,
+        None,
         base=False,
     ),
     "karcher": Method(
         "average.karcher_mean",
         "points",
         (COEFFICIENTS, TOL, MAX_STEPS, WHOLE, LIKE_MERGEKIT),
-        _scoped,
+        None,
         base=False,
         returns="record",
     ),
@@ -158,7 +141,7 @@ MERGE: dict[str, Method] = {
         "average.geometric_median",
         "points",
         (COEFFICIENTS, TOL, MAX_STEPS, WHOLE),
-        _scoped,
+        None,
         base=False,
         returns="record",
     ),
@@ -171,7 +154,7 @@ MERGE: dict[str, Method] = {
             Option("scope", SCOPES, "what has one ratio"),
             Option("floor", float, "least cosine to take, in [-1, 1]"),
         ),
-        _by_preset("PRESETS", "wspace.average.stock"),
+        None,
     ),
     "task_arithmetic": Method(
         "merge.task_arithmetic",
@@ -194,7 +177,7 @@ MERGE: dict[str, Method] = {
             Option("kept", ("floor", "floor+1"), "how the count is rounded"),
             *VOTE,
         ),
-        _by_preset("TIES"),
+        None,
     ),
     "dare": Method(
         "merge.dare",
@@ -206,27 +189,27 @@ MERGE: dict[str, Method] = {
         "merge.dare_ties",
         "tuned",
         (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, *VOTE),
-        _by_preset("DARE_TIES"),
+        None,
         seeded=True,
     ),
     "della": Method(
         "merge.della",
         "tuned",
         (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, WIDTH, _scope("row", "leaf"), RESCALE, *VOTE),
-        _by_preset("DELLA"),
+        None,
         seeded=True,
     ),
     "breadcrumbs": Method(
         "merge.breadcrumbs",
         "tuned",
         (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), SCALE),
-        _by_preset("BREADCRUMBS"),
+        None,
     ),
     "breadcrumbs_ties": Method(
         "merge.breadcrumbs_ties",
         "tuned",
         (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), *VOTE),
-        _by_preset("BREADCRUMBS_TIES"),
+        None,
     ),
     "sce": Method(
         "merge.sce",

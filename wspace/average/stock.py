@@ -2,7 +2,7 @@ r"""Model Stock: how far to go from a base towards the mean of models tuned from
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,17 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["model_stock"]
 
-PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {"statistic": "angle", "scope": "tree", "floor": 0.0},
-    "mergekit-0.1.5": {"statistic": "cosine", "scope": "leaf", "floor": -1.0},
-    "fusionbench": {"statistic": "angle", "scope": "leaf", "floor": -1.0},
-}
+Statistic: TypeAlias = Literal["angle", "cosine"]
+Scope: TypeAlias = Literal["tree", "leaf", "row"]
 
 
 def model_stock(
     base: WeightsLike,
     points: Sequence[WeightsLike],
     *,
-    preset: str | None = None,
-    statistic: str | None = None,
-    scope: str | None = None,
-    floor: ScalarLike | None = None,
+    statistic: Statistic = "angle",
+    scope: Scope = "tree",
+    floor: ScalarLike = 0.0,
 ) -> Weights:
     r"""Model Stock: the mean of tuned models, drawn back to their base by the angle between them.
 
@@ -46,20 +42,19 @@ def model_stock(
     are the same. Translating base and points together translates the result, and scaling them
     scales it, however close to the base the points are.
 
-    Presets set the options as these systems do: `"mergekit-0.1.5"`, whose `filter_wise` is
-    `scope="row"`, and `"fusionbench"`.
+    `**merge.presets.mergekit["model_stock"]` are the options of mergekit, whose `filter_wise` is
+    `scope="row"`, and `**merge.presets.fusionbench["model_stock"]` those of FusionBench.
 
     Args:
         base: The weights $\theta_0$.
         points: The $\theta_i$, $N \ge 2$ trees of the layout of `base`.
-        preset: The system whose options to take where none are given.
-        statistic: `"angle"` (the default) or `"cosine"`. A task vector that is zero is taken as
+        statistic: `"angle"` or `"cosine"`. A task vector that is zero is taken as
             orthogonal to the others.
-        scope: What has one $t$: the `"tree"` (the default), each `"leaf"`, or each `"row"`, the
-            last axis of a leaf.
-        floor: The least $c$ to take, 0 by default, so that task vectors that point away from each
-            other leave the base. With -1, as in the presets, such a $c$ goes beyond the base, away
-            from the mean.
+        scope: What has one $t$: the `"tree"`, each `"leaf"`, or each `"row"`, the last axis of a
+            leaf.
+        floor: The least $c$ to take; with 0, task vectors that point away from each other leave
+            the base. With -1, as in the presets, such a $c$ goes beyond the base, away from the
+            mean.
 
     Returns:
         The weights, each leaf in the dtype of that leaf of `base`. Where all task vectors of a
@@ -86,20 +81,19 @@ def model_stock(
     _checks.same_layout(base=base, **_checks.each("points", points))
     if len(points) < 2:
         raise ValueError("points holds one tree: the angle is between two, so give at least two")
-    options = _checks.settings(PRESETS, preset, statistic=statistic, scope=scope, floor=floor)
-    _checks.one_of("statistic", options.statistic, ["angle", "cosine"])
-    _checks.one_of("scope", options.scope, ["tree", "leaf", "row"])
-    floor = _checks.scalar("floor", options.floor, lambda c: (c >= -1) & (c <= 1), "in [-1, 1]")
+    _checks.one_of("statistic", statistic, get_args(Statistic))
+    _checks.one_of("scope", scope, get_args(Scope))
+    floor = _checks.scalar("floor", floor, lambda c: (c >= -1) & (c <= 1), "in [-1, 1]")
 
     trees = [base, *points]
-    if options.scope == "row":
-        ratios = _ratios_of_rows(options.statistic)((floor,), trees)
+    if scope == "row":
+        ratios = _ratios_of_rows(statistic)((floor,), trees)
         if _checks.is_traced(floor) or np.less(floor, 0):
             _refuse_pole(_has_pole((), (ratios,)) > 0)
         return _drawn_by_entry((), [*trees, ratios])
-    by_leaf = options.scope == "leaf"
+    by_leaf = scope == "leaf"
     sums = geometry.pair_sums_from_first((), trees, by_leaf=by_leaf)
-    ratios = [_ratio(x, floor, options.statistic) for x in (sums if by_leaf else [sums])]
+    ratios = [_ratio(x, floor, statistic) for x in (sums if by_leaf else [sums])]
     # After all sums are asked for, as to look at one waits for it.
     _refuse_pole(_any_pole(ratios))
     if not by_leaf:

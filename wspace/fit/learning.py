@@ -25,7 +25,7 @@ from wspace.fit.training import (
     one_key,
     scalar_loss,
 )
-from wspace.merge.sparsify import Scope
+from wspace.merge.parts.trim import Scope
 from wspace.typing import Coefficients, WeightsLike
 
 __all__ = ["Learned", "coefficients"]

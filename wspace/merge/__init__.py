@@ -6,15 +6,21 @@ displacement. Coefficients $c_i$ have one meaning everywhere: the displacement i
 terms $c_i\,\tau_i$, which are never divided by the sum of the coefficients, so that a negative
 coefficient moves away from a model.
 
-Systems that merge models disagree about what a method of one name does. Here the clean form is
-the default and the others are presets, tables of options in `wspace.merge.presets`: the code is
-the same.
+Systems that merge models disagree about what a method of one name does. Here the clean form is in
+the signatures, and the options of the others are values to spread into the same functions:
+`merge.ties(base, tuned, **merge.presets.mergekit["ties"])`.
+
+A method is a file of its name, and the parts that it is made of are in `parts`.
 """
 
-from wspace.merge.bases import in_core_space, in_shared_space, knots
-from wspace.merge.competition import magmax, pcb, ram, sce
-from wspace.merge.consensus import disjoint_merge, elect
-from wspace.merge.extraction import arcee_fusion, ext_sub, lines, nearswap, negmerge
+from wspace.merge import presets
+from wspace.merge.arcee import arcee_fusion
+from wspace.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from wspace.merge.core_space import in_core_space
+from wspace.merge.dare import dare, dare_ties
+from wspace.merge.della import della
+from wspace.merge.emr import Unified, emr, emr_model
+from wspace.merge.ext_sub import ext_sub
 from wspace.merge.interference import (
     cancellation,
     cosines,
@@ -24,15 +30,29 @@ from wspace.merge.interference import (
     sign_disagreement,
     singular_interference,
 )
-from wspace.merge.masks import Unified, consensus_mask, emr, emr_model, tall_mask
-from wspace.merge.methods import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, ties
+from wspace.merge.iso import iso_c, iso_cts
+from wspace.merge.knots import in_shared_space, knots
+from wspace.merge.lines import lines
+from wspace.merge.magmax import magmax
+from wspace.merge.nearswap import nearswap
+from wspace.merge.negmerge import negmerge
+from wspace.merge.parts.band import band
+from wspace.merge.parts.drop import drop
+from wspace.merge.parts.elect import Election, disjoint_merge, elect
+from wspace.merge.parts.magprune import magprune
+from wspace.merge.parts.spectra import SpectralMerge
+from wspace.merge.parts.trim import trim
+from wspace.merge.pcb import pcb
+from wspace.merge.ram import ram
 from wspace.merge.reporting import Report, Tally, report
-from wspace.merge.sparsify import drop, trim
-from wspace.merge.spectral import SpectralMerge, iso_c, iso_cts, tsv_m
+from wspace.merge.sce import sce
+from wspace.merge.tall_mask import consensus_mask, tall_mask
 from wspace.merge.task import task_arithmetic, task_vector
-from wspace.merge.thinning import band, magprune
+from wspace.merge.ties import ties
+from wspace.merge.tsv import tsv_m
 
 __all__ = [
+    "Election",
     "Report",
     "SpectralMerge",
     "Tally",
@@ -66,6 +86,7 @@ __all__ = [
     "negmerge",
     "overlap",
     "pcb",
+    "presets",
     "ram",
     "report",
     "sce",

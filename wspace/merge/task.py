@@ -10,7 +10,6 @@ from jaxtyping import Array
 
 from wspace import _checks, tree
 from wspace._numerics import accumulator
-from wspace.merge import presets
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["task_arithmetic", "task_vector"]
@@ -121,9 +120,8 @@ def task_arithmetic(
     tuned: Sequence[WeightsLike],
     coefficients: Coefficients | None = None,
     *,
-    preset: str | None = None,
-    scale: ScalarLike | None = None,
-    normalize: bool | None = None,
+    scale: ScalarLike = 1.0,
+    normalize: bool = False,
 ) -> Weights:
     r"""The base plus a combination of task vectors.
 
@@ -140,19 +138,17 @@ def task_arithmetic(
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
         coefficients: The $c_i$, one a model, of any sign; ones if not given.
-        preset: Whose options are the defaults: `None`, or a name in
-            [the table of presets](merge.md#presets).
-        scale: The number $\lambda$; 1 by default.
+        scale: The number $\lambda$.
         normalize: Whether the coefficients are divided by their sum, which takes the meaning
-            from their sign: $c$ and $-c$ are then one merge. `False` by default.
+            from their sign: $c$ and $-c$ are then one merge.
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
 
     Raises:
-        ValueError: If the counts differ or are zero, a known number is not finite, the preset is
-            unknown, or coefficients to be normalized sum to nothing beside their size (NaN if
-            traced); or if the trees differ in structure or in a leaf's shape.
+        ValueError: If the counts differ or are zero, a known number is not finite, or coefficients
+            to be normalized sum to nothing beside their size (NaN if traced); or if the trees
+            differ in structure or in a leaf's shape.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -167,8 +163,7 @@ def task_arithmetic(
         G. Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023,
         [arXiv:2212.04089](https://arxiv.org/abs/2212.04089).
     """
-    options = _checks.settings(presets.TASK_ARITHMETIC, preset, scale=scale, normalize=normalize)
     tuned, known = siblings(base, tuned, coefficients)
-    if options.normalize:
+    if normalize:
         known = _checks.unpacked(_checks.affine(coefficients, len(tuned)))
-    return _sum_of_terms((_checks.scalar("scale", options.scale), *known), (base, *tuned))
+    return _sum_of_terms((_checks.scalar("scale", scale), *known), (base, *tuned))

@@ -1,8 +1,9 @@
 r"""Which sign a merged entry has, and what the task vectors of that sign come to."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,73 @@ from wspace import _checks, _lazy, _padding, tree
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
-__all__ = ["disjoint_merge", "elect"]
+__all__ = ["Election", "disjoint_merge", "elect"]
+
 
 Vote: TypeAlias = Literal["mass", "count"]
+
+
 Zero: TypeAlias = Literal["zero", "plus", "majority"]
+
+
 Divide: TypeAlias = Literal["count", "weight", "one", "largest"]
 
 
-def _elected(vote: Vote, coefficients: Sequence[Any], edits: Sequence[Array]) -> Array:
-    if vote == "mass":
-        return jnp.sign(total(coefficients, edits))
-    return jnp.sign(sum(jnp.sign(c * x) for c, x in zip(coefficients, edits, strict=True)))
+@dataclasses.dataclass(frozen=True)
+class Election:
+    r"""How task vectors agree: what elects a sign for each entry, and what those of that sign give.
 
+    $$
+    \tau_j = \frac{1}{N_j} \sum_{i \in A_j} c_i\, \tau_{ij}, \qquad
+    A_j = \{ i : \operatorname{sgn}(v_i\, \tau_{ij}) = \gamma_j \ne 0 \}
+    $$
 
-@functools.cache
-def _election(vote: Vote) -> Callable[..., Weights]:
-    return tree.elementwise(functools.partial(_elected, vote))
+    By default the votes are $v_i = c_i$ and the sign $\gamma_j = \operatorname{sgn} \sum_i v_i\,
+    \tau_{ij}$: then negated coefficients negate the result, and equal models of opposite
+    coefficients cancel.
 
+    Attributes:
+        vote: What is added up: `"mass"`, the terms $v_i\, \tau_{ij}$, so that large entries count
+            for more, or `"count"`, their signs.
+        weighted: Whether coefficients vote. If not, $v_i = 1$, and a negative coefficient does not
+            turn the sign by which its model agrees.
+        zero: The sign where votes cancel or all are zero: `"zero"`, by which the entry is that of
+            the base; `"plus"`; or `"majority"`, the sign of $\sum_j \gamma_j$ over the whole tree,
+            minus if that is 0.
+        divide: The number $N_j$: `"count"`, how many agree; `"weight"`, the sum of their
+            coefficients, or 1 if that is 0; `"one"`, 1. With `"largest"` the largest of the terms
+            that agree is taken alone.
 
-@tree.elementwise
-def _filled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    (sign,) = arrays
-    return jnp.where(sign == 0, scalars[0], sign)
+    Raises:
+        ValueError: If an attribute is not one of these words.
+        TypeError: If `weighted` is not a bool.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> tuned = [jnp.array([4.0, -3.0]), jnp.array([2.0, 3.0])]
+        >>> merge.ties(jnp.zeros(2), tuned, density=1.0)
+        Array([3., 0.], dtype=float32)
+        >>> election = merge.Election(zero="plus", divide="one")
+        >>> merge.ties(jnp.zeros(2), tuned, density=1.0, election=election)
+        Array([6., 3.], dtype=float32)
+
+    References:
+        P. Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023,
+        section 3, [arXiv:2306.01708](https://arxiv.org/abs/2306.01708).
+    """
+
+    vote: Vote = "mass"
+    weighted: bool = True
+    zero: Zero = "zero"
+    divide: Divide = "count"
+
+    def __post_init__(self) -> None:
+        _checks.one_of("vote", self.vote, get_args(Vote))
+        _checks.one_of("zero", self.zero, get_args(Zero))
+        _checks.one_of("divide", self.divide, get_args(Divide))
+        if not isinstance(self.weighted, bool):
+            raise TypeError(f"weighted must be True or False, got {self.weighted!r}")
 
 
 def elect(
@@ -88,6 +134,23 @@ def elect(
         return signs
     balance = _balance(signs) if zero == "majority" else jnp.ones(())
     return _filled((jnp.where(balance > 0, 1, -1),), (signs,))
+
+
+def _elected(vote: Vote, coefficients: Sequence[Any], edits: Sequence[Array]) -> Array:
+    if vote == "mass":
+        return jnp.sign(total(coefficients, edits))
+    return jnp.sign(sum(jnp.sign(c * x) for c, x in zip(coefficients, edits, strict=True)))
+
+
+@functools.cache
+def _election(vote: Vote) -> Callable[..., Weights]:
+    return tree.elementwise(functools.partial(_elected, vote))
+
+
+@tree.elementwise
+def _filled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (sign,) = arrays
+    return jnp.where(sign == 0, scalars[0], sign)
 
 
 @_padding.few_programs
@@ -197,43 +260,35 @@ def _combined(
     return together / jnp.where(by == 0, 1, by)
 
 
-class Rule(NamedTuple):
-    """How task vectors agree."""
-
-    vote: Vote
-    zero: Zero
-    divide: Divide
-    weighted: bool
-    scale: ScalarLike
-
-
 def agreed(
-    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], options: Any
+    base: WeightsLike,
+    edits: Sequence[Weights],
+    coefficients: Sequence[Any],
+    election: Election,
+    scale: ScalarLike,
 ) -> Weights:
-    """The base plus what the task vectors agree on, by options that have the fields of a `Rule`."""
-    for name, words in (("vote", Vote), ("zero", Zero), ("divide", Divide)):
-        _checks.one_of(name, getattr(options, name), get_args(words))
-    if options.zero == "majority":  # of the whole tree
-        votes = coefficients if options.weighted else None
-        signs = elect(edits, votes, vote=options.vote, zero=options.zero)
+    """The base plus a multiple of what the task vectors agree on."""
+    if election.zero == "majority":  # of the whole tree
+        votes = coefficients if election.weighted else None
+        signs = elect(edits, votes, vote=election.vote, zero=election.zero)
         edit = disjoint_merge(
-            edits, signs, coefficients, divide=options.divide, weighted=options.weighted
+            edits, signs, coefficients, divide=election.divide, weighted=election.weighted
         )
-        return added(base, edit, options.scale)
-    scale = _checks.scalar("scale", options.scale)
-    in_one_pass = _agreement(options.vote, options.zero, options.divide, options.weighted)
-    return in_one_pass((scale, *coefficients), (base, *edits))
+        return added(base, edit, scale)
+    numbers = (_checks.scalar("scale", scale), *coefficients)
+    return _in_one_pass(election)(numbers, (base, *edits))
 
 
 @functools.cache
-def _agreement(vote: Vote, zero: Zero, divide: Divide, weighted: bool) -> Callable[..., Weights]:
+def _in_one_pass(election: Election) -> Callable[..., Weights]:
     @tree.elementwise
     def formula(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         (scale, *coefficients), (base, *edits) = scalars, arrays
-        votes = coefficients if weighted else [jnp.ones((), base.dtype)] * len(edits)
-        sign = _elected(vote, votes, edits)
-        if zero == "plus":
+        votes = coefficients if election.weighted else [jnp.ones((), base.dtype)] * len(edits)
+        sign = _elected(election.vote, votes, edits)
+        if election.zero == "plus":
             sign = jnp.where(sign == 0, 1, sign)
-        return base + scale * _combined(divide, weighted, coefficients, edits, sign)
+        agree = (election.divide, election.weighted)
+        return base + scale * _combined(*agree, coefficients, edits, sign)
 
     return formula

@@ -1,4 +1,4 @@
-r"""Task vectors thinned by the rank of their entries: at random, or to those of middle size."""
+r"""Random entries of a task vector, large ones more likely to stay."""
 
 import functools
 from typing import Any, Literal, TypeAlias, get_args
@@ -6,90 +6,18 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wspace import _checks, _lazy, _padding, tree
 from wspace._numerics import accumulator, placed_like, replicated
-from wspace.merge.sparsify import (
-    Rescale,
-    Scope,
-    band_of,
-    by_place,
-    count,
-    norm_ratio,
-    places,
-    uniform,
-)
+from wspace.merge.parts.drop import Rescale, by_place, norm_ratio, uniform
+from wspace.merge.parts.numbers import part
 from wspace.typing import Weights, WeightsLike
 
-__all__ = ["band", "magprune"]
+__all__ = ["magprune"]
+
 
 RankScope: TypeAlias = Literal["row", "leaf"]
-
-
-def band(
-    x: WeightsLike, density: float, outliers: float = 0.0, *, scope: Scope = "tree"
-) -> Weights:
-    r"""The entries of a task vector that come next in magnitude after its outliers.
-
-    $$
-    \operatorname{band}(\tau)_j = \tau_j\,
-        \bigl[\, \lfloor \gamma n \rfloor < \operatorname{rank}_j
-        \le \lfloor \gamma n \rfloor + \lfloor \rho n \rfloor \,\bigr]
-    $$
-
-    Rank 1 is the largest magnitude, and of equal ones the first. Exactly that many entries stay,
-    whatever $n$ and the sharding; with $\gamma = 0$ this is [`trim`][wspace.merge.trim]. Scaling
-    the input scales the output.
-
-    Args:
-        x: The task vector $\tau$.
-        density: The share $\rho$ of entries that stay, above 0 and at most 1.
-        outliers: The share $\gamma$ of largest entries that go, from 0 to below 1.
-        scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
-            entries of a leaf that differ in their last index alone.
-
-    Returns:
-        The thinned task vector, of the layout, dtypes and sharding of `x`. Its derivative is that
-            of the entries kept.
-
-    Raises:
-        ValueError: If `density` or `outliers` is out of its domain, both are more than 1 together,
-            or `scope` is unknown.
-        TypeError: If `density` or `outliers` is traced, or a leaf is not floating-point.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from wspace import merge
-        >>> merge.band({"w": jnp.array([3.0, -5.0, 1.0, 90.0])}, 0.5, 0.25)
-        {'w': Array([ 3., -5.,  0.,  0.], dtype=float32)}
-
-    References:
-        M. Davari, E. Belilovsky, *Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse
-        Masks*, ECCV 2024, [arXiv:2312.06795](https://arxiv.org/abs/2312.06795).
-    """
-    density, outliers = _checks.share("density", density), _part("outliers", outliers)
-    if density + outliers > 1 + 1e-12:  # 0.83 + 0.17 is more than 1 in floating point
-        raise ValueError(
-            f"density {density} and outliers {outliers} are more than all entries together: "
-            "lower one of them"
-        )
-    _checks.one_of("scope", scope, get_args(Scope))
-    _checks.same_layout(x=x)
-
-    def middle(size: int) -> tuple[int, int]:
-        gone = count(outliers, size)
-        return gone, min(gone + count(density, size), size)
-
-    return band_of(x, middle, scope)
-
-
-def _part(name: str, value: Any) -> float:
-    """A share of entries from 0 to below 1, known when tracing."""
-    if _checks.is_traced(value):
-        raise TypeError(f"{name} must be a plain number, got a traced one: close over it")
-    _checks.scalar(name, value, lambda known: 0 <= known < 1, "from 0 to below 1")
-    return float(value)
 
 
 @_padding.few_programs
@@ -149,7 +77,7 @@ def magprune(
         through Magnitude-Based Sampling*, 2024, section 3,
         [arXiv:2406.11617](https://arxiv.org/abs/2406.11617).
     """
-    density, width = _checks.share("density", density), _part("width", width)
+    density, width = _checks.share("density", density), part("width", width)
     if not (density - width > 0 and density + width <= 1 + 1e-12):
         raise ValueError(
             f"density {density} with width {width} gives probabilities from {density - width:g} to "
@@ -207,12 +135,22 @@ def _pruned_by(
 _by_leaf, _by_rows = (
     _padding.entrywise(zeros=True, rows=rows)(_pruned_by) for rows in (False, True)
 )
+
+
 _padded_uniform = _padding.entrywise()(jax.jit(uniform))
 
 
 def _rise(sizes: Float[Array, "... n"], last: Any, step: Any) -> Float[Array, "... n"]:
     """From the width for the largest in a row to its negative for the least, in equal steps."""
-    rise = (last - 2 * places(sizes).astype(jnp.float32)) * step
+    rise = (last - 2 * _places(sizes).astype(jnp.float32)) * step
     # One bit less, so that no compiler fuses the product with a sum that follows: the bits of the
     # probability, and with them the mask, are those of every sharding.
     return jax.lax.reduce_precision(rise, 8, 22)
+
+
+def _places(x: Float[Array, "*s n"]) -> Int[Array, "*s n"]:
+    """The place of every entry in its row by falling magnitude, the first of equal ones first."""
+    sizes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    order = jnp.argsort(-sizes, axis=-1, stable=True)
+    place = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=order.dtype), x.shape)
+    return jnp.put_along_axis(jnp.zeros_like(order), order, place, axis=-1, inplace=False)

@@ -1,0 +1,120 @@
+r"""Merges in coordinates: rules for entries, applied where entries have a meaning.
+
+A rule such as [`ties`][wspace.merge.ties] compares models entry by entry. Models tuned apart,
+adapters above all, keep what they learned in different directions, and their entries say
+little about each other. Here all edits are written in bases that they share, a rule is applied to
+the coordinates, and its result taken back to weights.
+
+The bases are singular vectors of all edits side by side. They depend on the edits alone, not on
+the factors that an adapter is kept in, and they hold every edit whole: a linear rule gives what
+it gives without them. Where singular values of the edits side by side repeat, the basis is
+not unique, and a rule for entries has no one result.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from wspace import _checks, lowrank, tree
+from wspace._numerics import matmul, placed_like, replicated
+from wspace.lowrank import LowRank
+from wspace.lowrank.algebra import side_by_side
+from wspace.lowrank.factors import factors_of, product, transposed
+from wspace.typing import Coefficients, Leaf
+
+Rule: TypeAlias = Callable[[PyTree, Sequence[PyTree], Coefficients | None], PyTree]
+
+
+Coordinates: TypeAlias = tuple[Sequence[Array], Callable[[Array], Leaf | LowRank]]
+
+
+def in_coordinates(
+    coordinates: Callable[[Sequence[Leaf | LowRank]], Coordinates],
+    rule: Rule,
+    edits: Sequence[PyTree],
+    coefficients: Coefficients | None,
+) -> PyTree:
+    """What a rule makes of edits in coordinates, in weights again."""
+    edits = _checks.listed("edits", edits)
+    rows, structure = side_by_side(**_checks.each("edits", edits))
+    _checks.finite(**_checks.each("edits", edits))
+    # In one dtype from here on, so that no basis is coarser than the edits in it.
+    spaces = [coordinates(tree.widened(*row)) for row in rows]
+    seen, back = zip(*spaces, strict=True) if rows else ((), ())
+    points = [structure.unflatten(leaves) for leaves in zip(*seen, strict=True)] or edits
+    base = jax.tree.map(jnp.zeros_like, points[0])
+    merged = rule(base, points, coefficients)
+    _checks.same_layout(edits=base, merged=merged)
+    edit = [return_(x) for return_, x in zip(back, jax.tree.leaves(merged), strict=True)]
+    return structure.unflatten(
+        x if isinstance(x, LowRank) or isinstance(row[0], LowRank) else x.astype(row[0].dtype)
+        for x, row in zip(edit, rows, strict=True)
+    )
+
+
+def of_outputs(row: Sequence[Leaf | LowRank]) -> Coordinates:
+    """The outputs of all edits in a basis that they share."""
+    if any(not isinstance(x, LowRank) and jnp.ndim(x) < 2 for x in row):
+        return _dense(row)
+    matrices = [x if isinstance(x, LowRank) else lowrank.as_matrix(x) for x in row]
+    basis = _span([_turned(x) for x in matrices])
+    seen = [product(_whole(x), basis) for x in matrices]
+    if all(isinstance(x, LowRank) for x in row):
+        return seen, lambda merged: LowRank(merged, basis)
+    _, back = _dense(row)
+    return seen, lambda merged: back(matmul(merged, transposed(basis)))
+
+
+def of_cores(row: Sequence[Leaf | LowRank]) -> Coordinates:
+    """The cores of adapters between two bases that they share."""
+    edits = [x for x in row if isinstance(x, LowRank)]
+    if len(edits) < len(row):
+        return _dense(row)
+    left, right = _span(edits), _span([_turned(x) for x in edits])
+    seen = [product(product(transposed(left), x), right) for x in map(_whole, edits)]
+    return seen, lambda merged: LowRank(matmul(left, merged), right)
+
+
+def _dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
+    """A leaf that is dense in one of the edits, in all of them."""
+    like = jnp.asarray(next(x for x in row if not isinstance(x, LowRank)))
+
+    def shaped(matrix: Array) -> Array:
+        return placed_like(matrix.reshape(like.shape), like)
+
+    seen = [
+        shaped(lowrank.materialize(x)) if isinstance(x, LowRank) else jnp.asarray(x) for x in row
+    ]
+    return seen, shaped
+
+
+def _whole(x: Array | LowRank) -> Any:
+    return jax.tree.map(replicated, x)
+
+
+def _turned(x: Array | LowRank) -> Array | LowRank:
+    return LowRank(x.right, x.left) if isinstance(x, LowRank) else transposed(x)
+
+
+def _span(edits: Sequence[Array | LowRank]) -> Float[Array, "... m k"]:
+    """Left singular vectors of edits side by side, zero where the singular value is."""
+    wide = jnp.concatenate([_block(_whole(x)) for x in edits], axis=-1)
+    *stack, m, n = wide.shape
+    if not wide.size:
+        return jnp.zeros((*stack, m, min(m, n)), wide.dtype)
+    u, s, _ = jnp.linalg.svd(wide, full_matrices=False)
+    nothing = s <= max(m, n) * float(jnp.finfo(s.dtype).eps) * s[..., :1]  # NaN stays
+    return jnp.where(nothing[..., None, :], 0, u)
+
+
+def _block(x: Array | LowRank) -> Array:
+    r"""Something with the $x x^\top$ of an edit, no wider than its rank: $U R^\top$, $V = Q R$."""
+    if not isinstance(x, LowRank):
+        return x
+    left, right = factors_of(x)
+    if not right.size or right.shape[-2] <= right.shape[-1]:
+        return matmul(left, transposed(right))
+    return matmul(left, transposed(jnp.linalg.qr(right, mode="r")))

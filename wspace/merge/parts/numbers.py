@@ -1,0 +1,54 @@
+"""Numbers that merges ask for: shares of entries, for all models or each, and the largest entry."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from wspace import _checks, _lazy, _padding
+from wspace.typing import Scalar, WeightsLike
+
+
+def count(share: float, size: int) -> int:
+    """How many of some entries a share of them is, rounded down."""
+    return math.floor(share * size)
+
+
+def part(name: str, value: Any) -> float:
+    """A share of entries from 0 to below 1, known when tracing."""
+    if _checks.is_traced(value):
+        raise TypeError(f"{name} must be a plain number, got a traced one: close over it")
+    _checks.scalar(name, value, lambda known: 0 <= known < 1, "from 0 to below 1")
+    return float(value)
+
+
+def each(name: str, value: Any, models: int) -> list[float]:
+    """A share above 0 and up to 1 for each model, given as one number for all or one a model."""
+    if not hasattr(value, "__len__") or np.shape(value) == ():
+        return [_checks.share(name, value)] * models
+    if len(value) != models:
+        raise ValueError(
+            f"{name} has {len(value)} numbers for {models} models: give one number a model, or "
+            "one for all"
+        )
+    return [_checks.share(f"{name}[{i}]", one) for i, one in enumerate(value)]
+
+
+@_padding.few_programs
+def peak_of(x: WeightsLike) -> Scalar:
+    """The largest magnitude in a tree, 0 where there is nothing."""
+    parts = itertools.chain.from_iterable(_lazy.parts([leaf]) for leaf in jax.tree.leaves(x))
+    peaks = [_largest_in(part) for part in parts]
+    return jax.tree.reduce_associative(jnp.maximum, peaks) if peaks else jnp.zeros(())
+
+
+@_padding.reading
+@jax.jit
+def _largest_in(leaves: Sequence[Array]) -> Scalar:
+    (x,) = leaves
+    return jnp.max(jnp.abs(x), initial=0)

@@ -1,0 +1,113 @@
+r"""TSV-M: task singular vectors, cut to an equal share for each model and made orthogonal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from wspace._numerics import matmul
+from wspace.lowrank.factors import transposed
+from wspace.merge.parts.spectra import (
+    SpectralMerge,
+    by_matrices,
+    cut_of,
+    isometries,
+    leading,
+)
+from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
+
+__all__ = ["tsv_m"]
+
+
+def tsv_m(
+    base: WeightsLike,
+    tuned: Sequence[WeightsLike],
+    coefficients: Coefficients | None = None,
+    *,
+    scale: ScalarLike = 1.0,
+    rtol: ScalarLike | None = None,
+    least: ScalarLike | None = None,
+) -> SpectralMerge:
+    r"""Task singular vectors, cut to an equal share for each model and made orthogonal.
+
+    Of every matrix $\tau_i = U_i \Sigma_i V_i^\top$ of the $T$ task vectors the leading $r =
+    \lfloor \min(m, n) / T \rfloor$ triples are kept, and the bases replaced by the nearest with
+    orthonormal columns:
+
+    $$
+    D = \operatorname{polar}(U_1, \dots, U_T)\,
+        \operatorname{diag}(c_1 \Sigma_1, \dots, c_T \Sigma_T)\,
+        \operatorname{polar}(V_1, \dots, V_T)^\top
+    $$
+
+    Linear in the coefficients: negated ones negate the displacement exactly, and a coefficient of
+    $0$ takes out what a model adds but keeps its directions occupied. One model comes back to
+    rounding. Where the kept directions of the models are orthogonal on both sides, the sum of
+    the cut task vectors is returned. A vector or a scalar is the mean of the terms $c_i\,\tau_i$.
+
+    Where directions of two models nearly coincide, the polar factor splits them along their
+    difference, which is rounding: two equal models, one of them moved by $10^{-12}$, change the
+    formula's result by more than half. Here that is refused, or accepted by `least` and told by
+    `trusted`. Apart from that the merge jumps where the $r$-th and the next singular value of a
+    model meet, as every cut does.
+
+    Args:
+        base: The weights $\theta_0$.
+        tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
+        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        scale: The number that multiplies the merged displacement.
+        rtol: Singular values up to this number in $(0, 1)$ times the largest of their matrix have
+            no direction and are left out; $\max(m, n)\,\varepsilon$ if not given. A difference of
+            weights that were rounded to half precision has full rank: give the rounding there.
+        least: The least `trusted` to accept, in $[0, 1)$; $10^{-5}$ if not given, or
+            $\sqrt\varepsilon$ of the arithmetic where that is less. Joined bases that fill a
+            square matrix have about $1/m$ by chance; those of layers with units that never act,
+            which leave rows of zeros, have less than rounding, and in one direction noise is all
+            there is: 0 accepts that.
+
+    Returns:
+        A [`SpectralMerge`][wspace.merge.SpectralMerge]: the weights, each leaf in the dtype of that
+            leaf of `base`, and the smallest singular value of the concatenated bases. Derivatives
+            are not defined where singular values repeat.
+
+    Raises:
+        ValueError: If a leaf has fewer singular values than there are models, the directions of
+            the models are less independent than `least` (NaN in that leaf if traced), a number is
+            known and out of its domain, the counts differ or are zero, a known value is NaN or
+            infinite, or the trees differ in structure or in a leaf's shape.
+        TypeError: If a leaf is not floating-point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from wspace import merge
+        >>> x, y = jnp.diag(jnp.array([4.0, 1.0])), jnp.diag(jnp.array([0.0, 2.0]))
+        >>> merge.tsv_m(jnp.zeros((2, 2)), [x, y])
+        SpectralMerge(weights=Array([[4., 0.],
+               [0., 2.]], dtype=float32), trusted=Array(1., dtype=float32))
+
+    References:
+        A. Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*,
+        CVPR 2025, section 4, [arXiv:2412.00081](https://arxiv.org/abs/2412.00081).
+    """
+
+    def on_matrices(path: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar]:
+        k = min(taus[0].shape[-2:])
+        if k < len(taus):
+            raise ValueError(
+                f"leaf {path} has {k} singular values for {len(taus)} models, so that none is left "
+                "for each: merge fewer models, or that leaf by merge.task_arithmetic"
+            )
+        return _made_orthogonal(c, taus, cut_of(rtol, taus[0]))
+
+    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol, least)
+
+
+@jax.jit
+def _made_orthogonal(c: Sequence[Any], taus: list[Array], cut: Scalar) -> tuple[Array, Scalar]:
+    rank = min(taus[0].shape[-2:]) // len(taus)
+    triples = [leading(x, rank, cut) for x in taus]
+    values = [jnp.asarray(a).astype(cut.dtype) * s for a, (_, s, _) in zip(c, triples, strict=True)]
+    left, right, trusted = isometries(triples)
+    return matmul(left * jnp.concatenate(values, -1)[..., None, :], transposed(right)), trusted
