@@ -1,5 +1,6 @@
 """The commands do what the functions do, bit for bit; what they refuse, they refuse in words."""
 
+import hashlib
 import inspect
 import json
 import re
@@ -7,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import typing
-from types import SimpleNamespace, UnionType
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from wspace import (
     tree,
 )
 from wspace.__main__ import main
-from wspace._cli import methods
+from wspace._cli import methods, signatures
 from wspace._cli.words import Parser, size
 from wspace.checkpoint.writer import Writer
 
@@ -121,6 +121,9 @@ MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if cas
     "task_arithmetic A C --base BASE --coefficients 1 -0.5 --scale 0.7": lambda m: (
         merge.task_arithmetic(m.BASE, [m.A, m.C], [1.0, -0.5], scale=0.7)
     ),
+    "ties A C --base BASE --density 0.2 0.5": lambda m: merge.ties(
+        m.BASE, [m.A, m.C], density=(0.2, 0.5)
+    ),
     "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": lambda m: (
         merge.ties(
             m.BASE,
@@ -146,7 +149,9 @@ MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if cas
 
 
 def test_every_method_is_run():
-    assert {methods.found("merge", words.split()[0]) for words in MERGES} == set(methods.MERGE)
+    assert {methods.found("merge", words.split()[0]) for words in MERGES} == set(
+        methods.TABLES["merge"]
+    )
 
 
 @pytest.mark.parametrize("words", MERGES)
@@ -157,7 +162,7 @@ def test_a_merge_is_the_function_bit_for_bit(words, points, capsys):
 
 
 def is_lazy(words):
-    return methods.MERGE[methods.found("merge", words.split()[0])].lazy
+    return methods.TABLES["merge"][methods.found("merge", words.split()[0])].entry.lazy
 
 
 @pytest.mark.parametrize("words", [words for words in MERGES if is_lazy(words)])
@@ -309,6 +314,12 @@ def test_the_record_is_in_the_metadata_and_beside(folder):
     assert beside["certificates"]["converged"] is True
     keys = [set(x) for x in beside["inputs"]]
     assert keys == [{"path", "blake2b_of_headers_sizes_and_times"}] * 3
+    file = folder / "A" / "model.safetensors"
+    content, state = file.read_bytes(), file.stat()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    hashed = header + f"{file.name} {state.st_size} {state.st_mtime_ns}".encode()
+    wanted = hashlib.blake2b(hashed, digest_size=16).hexdigest()
+    assert beside["inputs"][0]["blake2b_of_headers_sizes_and_times"] == wanted
     assert run("merge", "linear", "A", "-o", "FULL", "--hash") == 0
     assert "blake2b_of_files" in (folder / "FULL" / "wspace.json").read_text()
 
@@ -344,6 +355,12 @@ BAD = {
     "merge slerp A C P --t 0.5 -o OUT": (2, "slerp takes 2 model(s), got 3"),
     "merge slerp A C -o OUT": (2, "required: --t"),
     "merge ties A C -o OUT": (2, "required: --base"),
+    "merge ties A C --base BASE --density 0.2 0.2 0.2 -o OUT": (2, "3 numbers for 2 models"),
+    "merge median A C --preset mergekit-0.1.5 -o OUT": (2, "there is no option --preset"),
+    "merge ties A C --base BASE --preset peft-0.21.2 -o OUT": (
+        2,
+        "density must be a real number above 0",
+    ),
     "merge ties A C --base BASE --density 2 -o OUT": (2, "density must be above 0 and at most 1"),
     "merge ties A C --base BASE --scope lef -o OUT": (2, "choose from"),
     "merge linear A C -o OUT --shard-size 3apples": (2, "'3apples'"),
@@ -398,6 +415,24 @@ def test_a_method_that_fails_on_the_way_leaves_nothing(folder, capsys):
     before = sorted(folder.iterdir())
     assert run("merge tsv_m A A --base BASE -o OUT") == 1
     assert "nearly coincide" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_error_that_would_come_again_leaves_nothing_though_tensors_are_finished(
+    folder, monkeypatch
+):
+    write, before, written = Writer._write, sorted(folder.iterdir()), threading.Event()
+
+    def fails(self, name, start, array):
+        if name == "up.bias":
+            assert written.wait(60)
+            raise ValueError("no such merge")
+        write(self, name, start, array)
+        if name == "up.weight":
+            written.set()
+
+    monkeypatch.setattr(Writer, "_write", fails)
+    assert run("merge ties A C --base BASE -o OUT") == 1
     assert sorted(folder.iterdir()) == before
 
 
@@ -604,6 +639,21 @@ YAML = [
     ),
     (
         {
+            "merge_method": "ties",
+            "base_model": "BASE",
+            "models": [entry("A", weight=1, density=0.5), entry("C", weight=0.5, density=0.2)],
+        },
+        lambda m: merge.ties(
+            m.BASE,
+            [m.A, m.C],
+            [1, 0.5],
+            density=(0.5, 0.2),
+            scope="leaf",
+            election=merge.Election(zero="plus", divide="weight"),
+        ),
+    ),
+    (
+        {
             "merge_method": "task_arithmetic",
             "base_model": "BASE",
             "models": [entry("A", weight=1), entry("C", weight=-0.5)],
@@ -730,40 +780,57 @@ NOT_IN_WORDS = {
 }
 
 
+def test_the_file_of_options_is_current():
+    assert signatures.FILE.read_text() == signatures.text()
+
+
 @pytest.mark.parametrize(
     ("name", "method"), [(name, x) for t in methods.TABLES.values() for name, x in t.items()]
 )
-def test_options_mirror_the_function(name, method):
-    module, function = method.function.split(".")
-    signature = inspect.signature(getattr(getattr(wspace, module), function))
-    parameters = signature.parameters
-    known = {option.name: option for option in method.options if option.passed}
-    presets = known.pop("preset", methods.Option("preset", (), "")).kind
-    systems = merge.presets.systems
-    assert presets == tuple(system for system in systems if name in systems[system])
-    fields = {key: known.pop(key) for key, option in [*known.items()] if option.elects}
-    election = typing.get_type_hints(merge.Election) if fields else {}
-    assert {key: option.kind for key, option in fields.items()} == {
-        key: typing.get_args(kind) or kind for key, kind in election.items()
-    }
-    parameters = {k: x for k, x in parameters.items() if not (fields and k == "election")}
+def test_no_parameter_is_left_out_but_what_words_cannot_say(name, method):
+    function = signatures.named(method.entry.function)
+    parameters = inspect.signature(function).parameters
+    options = {option.name: option for option in method.options}
+    commands = {"scope", "preset"} if method.entry.per_tensor else {"preset"}
+    said = options.keys() - commands | ({"scope"} & parameters.keys())
+    if "election" in parameters:
+        fields = {x for x in said if options[x].elects}
+        assert fields == merge.Election.__dataclass_fields__.keys()
+        said = said - fields | {"election"}
     left_out = NOT_IN_WORDS.get(name, set())
-    assert known.keys() == parameters.keys() - TREES - left_out
+    assert said == parameters.keys() - TREES - left_out
     assert left_out <= parameters.keys()
-    for key, option in known.items():
-        default, annotation = parameters[key].default, parameters[key].annotation
-        assert option.many == (key in ("coefficients", "costs"))
-        is_optional = default is not inspect.Parameter.empty or method.returns == "list"
-        assert option.required == (not is_optional or key in ("radius",)), key
-        parts = {annotation, *typing.get_args(annotation)}
-        words = [typing.get_args(x) for x in parts if typing.get_origin(x) is typing.Literal]
-        if words:
-            assert option.kind == words[0]
-        elif option.kind in (bool, int):
-            assert option.kind in parts
-        elif isinstance(option.kind, tuple):
-            assert isinstance(annotation, UnionType)
-            assert str in parts
+
+
+OPTIONS = {
+    "merge ties coefficients": (float, None, "each", False),
+    "merge ties density": (float, 0.2, "one or each", False),
+    "merge ties kept": (("floor", "floor+1"), "floor", "one", False),
+    "merge ties weighted": (bool, True, "one", False),
+    "merge ties preset": (
+        ("paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench"),
+        None,
+        "one",
+        False,
+    ),
+    "merge della scope": (("row", "leaf"), "row", "one", False),
+    "merge pcb density": (float, 0.1, "one", False),
+    "merge karcher max_steps": (int, 50, "one", False),
+    "merge slerp t": (float, None, "one", True),
+    "merge slerp scope": (("tree", "leaf"), "tree", "one", False),
+    "merge slerp preset": (("mergekit-0.1.5",), None, "one", False),
+    "merge model_stock statistic": (("angle", "cosine"), "angle", "one", False),
+    "steer exit coefficients": (float, None, "each", False),
+    "steer exit radius": (float, None, "one", True),
+    "steer guard costs": (float, None, "each", False),
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_options_are_of_the_kinds_that_the_functions_take(words):
+    command, method, name = words.split()
+    (found,) = (x for x in methods.TABLES[command][method].options if x.name == name)
+    assert (found.kind, found.default, found.count, found.required) == OPTIONS[words]
 
 
 def test_help_and_mistakes_do_not_import_jax():

@@ -14,7 +14,9 @@ PIECE = 7
 VOTED = Case(
     "merge.ties, voted",
     3,
-    lambda x, *ys: merge.ties(x, ys, scope="leaf", zero="majority"),
+    lambda x, *ys: merge.ties(
+        x, ys, scope="leaf", election=merge.Election(zero="majority")
+    ),
 )
 
 

@@ -349,13 +349,15 @@ def test_bad_arguments_are_refused(refuses):
     with refuses(TypeError, match="density must be a plain number.*selection.top_mask"):
         jax.jit(merge.trim)(base, 0.5)
     for method in ("ties", "dare_ties"):
-        with refuses(TypeError, match="density must be a real number, got None"):
+        with refuses(
+            TypeError, match="density must be a real number above 0 and at most 1, got None"
+        ):
             call = functools.partial(merge.dare_ties, KEY) if "dare" in method else merge.ties
             call(base, [x], **merge.presets.peft[method])
     with refuses(ValueError, match="density has 2 numbers for 1 models: give one number a model"):
         merge.ties(base, [x], density=(0.5, 0.2))
     with refuses(ValueError, match=r"density\[1\] must be above 0 and at most 1, got 2"):
-        merge.ties(base, [x, x], density=(0.5, 2))
+        merge.ties(base, [x, x], density=(0.5, 2.0))
     with refuses(ValueError, match="tuned is empty: give at least one tree"):
         merge.ties(base, [])
     with refuses(ValueError, match=r"coefficients\[0\] must be finite, got nan"):
@@ -412,7 +414,7 @@ def test_a_density_a_model_is_its_own(name):
     c, method = jnp.eye(3), SPARSE[name]
     densities = (0.25, 0.5, 0.75)
     assert_close(
-        method(base, tuned, density=np.full(3, 0.5)), method(base, tuned, density=0.5), units=0
+        method(base, tuned, density=[0.5, 0.5, 0.5]), method(base, tuned, density=0.5), units=0
     )
     for i, density in enumerate(densities):  # of one model alone, the others at coefficient 0
         alone = method(base, tuned, c[i].tolist(), density=density)

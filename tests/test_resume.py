@@ -270,6 +270,26 @@ def test_without_a_plan_or_a_finished_tensor_nothing_is_left(tmp_path, plan, nam
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("keep_on_error", [True, False])
+def test_an_error_of_what_is_computed_leaves_nothing_if_asked(tmp_path, error, keep_on_error):
+    options = {"plan": "job", "keep_on_error": keep_on_error}
+
+    def fails():
+        with checkpoint.create(tmp_path / "out", MODEL, **options) as writer:
+            writer.write("w", MODEL["w"])
+            raise error("here")
+
+    with pytest.raises(error, match="here"):
+        fails()
+    kept = keep_on_error or not issubclass(error, ValueError | TypeError)
+    assert len(list(tmp_path.iterdir())) == kept
+    with checkpoint.create(tmp_path / "out", MODEL, **options) as writer:
+        assert writer.finished == ({"w", "e"} if kept else {"e"})
+        for name in MODEL.keys() - writer.finished:
+            writer.write(name, MODEL[name])
+
+
 def damage_file(left):
     file = left / "data" / "model.safetensors"
     data = file.read_bytes()

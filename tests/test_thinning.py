@@ -192,7 +192,9 @@ def test_bad_arguments_are_refused(refuses):
     with refuses(ValueError, match="rescale must be one of"):
         merge.magprune(KEY, x, 0.5, rescale="mean")
     for method in (merge.breadcrumbs, merge.breadcrumbs_ties):
-        with refuses(TypeError, match="density must be a real number, got None"):
+        with refuses(
+            TypeError, match="density must be a real number above 0 and at most 1, got None"
+        ):
             method(x, [x], **merge.presets.mergekit[method.__name__])
-    with refuses(TypeError, match="density must be a real number, got None"):
+    with refuses(TypeError, match="density must be a real number above 0 and at most 1, got None"):
         merge.della(KEY, x, [x], **merge.presets.mergekit["della"])

@@ -142,7 +142,8 @@ def scalar(
         try:
             known = float(value)
         except (OverflowError, TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be a real number, got {value!r}") from error
+            inside = "" if domain is None else f" {words}"
+            raise TypeError(f"{name} must be a real number{inside}, got {value!r}") from error
         if not math.isfinite(known) or (domain is not None and not domain(known)):
             raise ValueError(f"{name} must be {words}, got {known}")
         return known

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
-import importlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from wspace import merge, tree
 from wspace._cli.methods import TABLES, Method
+from wspace._cli.signatures import named
 from wspace._cli.words import Misuse
 from wspace.checkpoint import Checkpoint
 
@@ -71,30 +70,27 @@ class Recipe:
 
     def is_whole(self, options: Mapping[str, Any]) -> bool:
         """Whether with these options what becomes of a tensor depends on the others."""
-        if self.table.whole is not None:
-            return self.table.whole
-        if any(not option.passed for option in self.table.options):
+        entry = self.table.entry
+        if entry.per_tensor:
             return options.get("scope") != "leaf" and not options.get("preset")
-        defaults = inspect.signature(_named(self.table.function)).parameters
-        given = self.keywords(options)
-        scope, election = (
-            given.get(name, defaults[name].default if name in defaults else None)
-            for name in ("scope", "election")
-        )
-        return scope == "tree" or (election is not None and election.zero == "majority")
+        taken = {x.name: x.default for x in self.table.options} | self.keywords(options)
+        election = taken.get("election", merge.Election())
+        return entry.whole or taken.get("scope") == "tree" or election.zero == "majority"
 
     def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options as the function takes them: those of a preset, with what is given in place."""
-        known = {option.name: option for option in self.table.options if option.passed}
-        preset = options.get("preset") if "preset" in known else None
+        given = dict(options)
+        preset = given.pop("preset", None)
+        if self.table.entry.per_tensor:
+            given.pop("scope", None)
+            return given
         taken = {} if preset is None else dict(merge.presets.systems[preset][self.method])
-        fields = {name: x for name, x in options.items() if name in known and known[name].elects}
-        if fields:
-            taken["election"] = dataclasses.replace(
-                taken.get("election", merge.Election()), **fields
-            )
-        own = known.keys() - fields.keys() - {"preset"}
-        return taken | {name: value for name, value in options.items() if name in own}
+        names = [x.name for x in self.table.options if x.elects and x.name in given]
+        if names:
+            election = taken.get("election", merge.Election())
+            fields = {name: given.pop(name) for name in names}
+            taken["election"] = dataclasses.replace(election, **fields)
+        return taken | given
 
     def checked(self) -> None:
         """Raises unless the method takes so many models, and the options are in their domains."""
@@ -123,7 +119,7 @@ class Call:
     def __init__(self, recipe: Recipe) -> None:
         """Finds the function."""
         self._recipe, self._method = recipe, recipe.table
-        self._function = _named(recipe.table.function)
+        self._function = named(recipe.table.entry.function)
         self._settings = recipe.settings()
         self._records: list[Any] = []
         self.count = len(recipe.sources)
@@ -148,8 +144,7 @@ class Call:
     def result(self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
         """What the function returns."""
         given, method = self._given(points, options), self._method
-        chosen = any(not option.passed for option in method.options)
-        if not chosen or self._recipe.is_whole(options):
+        if not method.entry.per_tensor or self._recipe.is_whole(options):
             return self._function(**given)
         first = given.pop(method.models if isinstance(method.models, str) else method.models[0])
         return tree.per_leaf(self._function)(first, **given)
@@ -193,11 +188,6 @@ class Call:
             for name in (records[0] if records else ())
             if name in worst
         }
-
-
-def _named(function: str) -> Callable[..., Any]:
-    module, name = function.split(".")
-    return getattr(importlib.import_module(f"wspace.{module}"), name)
 
 
 def wide_enough(sources: Sequence[Checkpoint]) -> contextlib.AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wspace._cli.methods import TABLES, add_options, found
+from wspace._cli.methods import TABLES, add_options, found, given
 from wspace._cli.words import (
     DONE,
     FAILED,
@@ -137,8 +137,8 @@ def _run(command: str, words: Sequence[str]) -> None:
 def _methods(command: str) -> str:
     lines = []
     for name, method in TABLES[command].items():
-        trees = "".join(f" --{tree} MODEL" for tree in method.trees)
-        lines.append(f"  {name:<18}{method.function}{trees}")
+        trees = "".join(f" --{tree} MODEL" for tree in method.named)
+        lines.append(f"  {name:<18}{method.entry.function}{trees}")
     return "methods, and the functions that they are:\n" + "\n".join(lines)
 
 
@@ -168,8 +168,8 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
     method = TABLES[command][name]
     parser = Parser(
         prog=f"wspace {command} {words[0]}",
-        description=f"The function wspace.{method.function}; options that are not given are as "
-        "in Python.",
+        description=f"The function wspace.{method.entry.function}; options that are not given are "
+        "as in Python.",
     )
     models = parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     models.help = "in order"
@@ -178,7 +178,6 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
         parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     _add_weights_options(parser)
     options = parser.parse(words[1:])
-    given = {option.name: getattr(options, option.name) for option in method.options}
 
     def recipe() -> Any:
         from wspace._cli.calls import Recipe
@@ -187,8 +186,8 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
             command,
             name,
             tuple(options.models),
-            {tree: Path(getattr(options, tree)) for tree in method.trees},
-            {key: value for key, value in given.items() if value is not None},
+            {tree: Path(getattr(options, tree)) for tree in method.named},
+            given(method, options),
             seed=getattr(options, "seed", 0),
             common_rows=options.common_rows,
         )

@@ -17,7 +17,7 @@ from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
-from wspace.checkpoint import Checkpoint, Writer, partial, planned
+from wspace.checkpoint import Checkpoint, Writer, partial
 from wspace.checkpoint.streaming import alike, stream
 
 
@@ -68,7 +68,7 @@ def run(recipe: Recipe, output: Output) -> None:
         if output.dry_run:
             print(_plan(recipe, output, sources))
             return
-        job = _Job(output, layouts, sources, record, Call(recipe), recipe.table.lazy, started)
+        job = _Job(output, layouts, sources, record, Call(recipe), recipe.table.entry.lazy, started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
@@ -172,32 +172,23 @@ def _is_done(target: Path, record: Mapping[str, Any]) -> bool:
 def _write(job: _Job, target: Path, index: int) -> None:
     """Writes the output that is like the source of this index."""
     layout, is_file = job.layouts[index], target.suffix == ".safetensors"
-    shard_bytes = None if is_file else job.output.shard_bytes or SHARD
-    metadata = layout.metadata | {"wspace": json.dumps(job.record)}
     if target != job.output.path:
         job.output.path.mkdir(exist_ok=True)
-    try:
-        with checkpoint.create(
-            target,
-            layout,
-            shard_bytes=shard_bytes,
-            metadata=metadata,
-            others=() if is_file else layout.others,
-            force=job.output.force,
-            plan=job.record["plan"],
-        ) as writer:
-            _fill(job, writer, index)
-            certificates = job.call.certificates()
-            if not is_file:
-                said = {**job.record, "certificates": certificates}
-                writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
-    except (TypeError, ValueError):
-        # A method that fails would fail again, so what it has finished is not kept to go on with.
-        digest = planned.digest(
-            planned.planned(target, layout, shard_bytes, metadata), job.record["plan"]
-        )
-        partial.remove(target.parent / f".{target.name}.{digest}.partial", target)
-        raise
+    with checkpoint.create(
+        target,
+        layout,
+        shard_bytes=None if is_file else job.output.shard_bytes or SHARD,
+        metadata=layout.metadata | {"wspace": json.dumps(job.record)},
+        others=() if is_file else layout.others,
+        force=job.output.force,
+        plan=job.record["plan"],
+        keep_on_error=False,
+    ) as writer:
+        _fill(job, writer, index)
+        certificates = job.call.certificates()
+        if not is_file:
+            said = {**job.record, "certificates": certificates}
+            writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
     for name, value in certificates.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     if not job.output.quiet:
@@ -230,7 +221,7 @@ def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:
     """What would be done."""
     sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
     whole = any(recipe.is_whole(own) for _, own in recipe.settings())
-    how = "tensors" if not recipe.table.lazy else "passes" if whole else "pieces"
+    how = "tensors" if not recipe.table.entry.lazy else "passes" if whole else "pieces"
     passes = recipe.outputs + output.full_hash
     lines = {
         "models": ", ".join(map(str, recipe.models)),

@@ -1,13 +1,15 @@
-"""The methods of the command line: one table of what they take and how they are carried out.
+"""The methods of the command line: what they take, and how they are carried out.
 
-Options are the keyword-only and the scalar parameters of the functions, by their names. The table
-is data, so that help needs no JAX; a test holds it against the signatures.
+What a method takes is read from `options.json`, so that help needs no JAX.
 """
 
 import argparse
+import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from wspace._cli.table import ALIASES, ENTRIES, WORDS, Entry
 from wspace._cli.words import Misuse, Parser, count, near, number
 
 HOW = {
@@ -25,287 +27,87 @@ class Option(NamedTuple):
         name: The name of the parameter.
         kind: `float`, `int`, `bool`, or the words to choose from.
         help: What it is.
-        many: Whether it takes one number for each model.
+        default: What it is if it is not given; `None` if that follows from the models.
+        count: Whether it takes one number, or one for each model, or either.
         required: Whether it must be given.
-        passed: Whether it is a parameter of the function; else it chooses how to call it.
         elects: Whether it is a field of the parameter `election`.
     """
 
     name: str
     kind: type | tuple[str, ...]
     help: str
-    many: bool = False
+    default: Any = None
+    count: Literal["one", "each", "one or each"] = "one"
     required: bool = False
-    passed: bool = True
     elects: bool = False
-
-
-Options: TypeAlias = Mapping[str, Any]
 
 
 class Method(NamedTuple):
     """A method by what its function takes.
 
     Attributes:
-        function: Where it is, such as `"merge.ties"`.
+        entry: What the signature does not say.
         models: The parameter that takes the list of models, or the parameters that take one each.
-        options: What else it takes.
-        whole: Whether what becomes of a tensor depends on the others; `None` if the scope or the
-            election of signs says so.
-        base: Whether it takes a base, which then gives the dtypes.
-        others: Further parameters that take a model.
+        named: The parameters that take a model which an option names.
+        options: What else the command takes.
         seeded: Whether it takes a random key.
         returns: What it returns.
-        lazy: Whether it can be computed in pieces, by `checkpoint.stream(..., lazy=True)`; else it
-            treats every tensor by itself.
     """
 
-    function: str
+    entry: Entry
     models: str | tuple[str, ...]
+    named: tuple[str, ...]
     options: tuple[Option, ...]
-    whole: bool | None = False
-    base: bool = True
-    others: tuple[str, ...] = ()
-    seeded: bool = False
-    returns: Literal["weights", "record", "list"] = "weights"
-    lazy: bool = True
+    seeded: bool
+    returns: Literal["weights", "record", "list"]
 
     @property
-    def trees(self) -> tuple[str, ...]:
-        """The options that take a model."""
-        return (*(("base",) if self.base else ()), *self.others)
+    def base(self) -> bool:
+        """Whether it takes a base, which then gives the dtypes."""
+        return "base" in self.named
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The other parameters that take a model which an option names."""
+        return tuple(name for name in self.named if name != "base")
 
 
-ALL_SYSTEMS = ("paper", "mergekit-0.1.5", "peft-0.21.2", "fusionbench")
-MERGEKIT = ("mergekit-0.1.5",)
-SCOPES = ("tree", "leaf", "row")
-
-COEFFICIENTS = Option("coefficients", float, "one number for each model, of any sign", many=True)
-NEEDED = COEFFICIENTS._replace(help="one number for each model; equal if not given")
-COSTS = Option("costs", float, "one positive number for each model: what moving it costs", True)
-SCALE = Option("scale", float, "factor of the merged displacement")
-DENSITY = Option("density", float, "share of the entries that are kept")
-T = Option("t", float, "position on the path, 0 at the first model", required=True)
-STRENGTH = Option("strength", float, "how far")
-RADIUS = Option("radius", float, "radius of the ball around the model to avoid", required=True)
-TOL = Option("tol", float, "relative residual to stop at")
-MAX_STEPS = Option("max_steps", int, "most steps")
-RTOL = Option("rtol", float, "relative size below which singular values count as zero")
-LEAST = Option("least", float, "least relative singular value to divide by")
-WHOLE = Option(
-    "scope", ("tree", "leaf"), "what is one vector: the whole model or a tensor", passed=False
-)
-LIKE_MERGEKIT = Option("preset", MERGEKIT, "as that system does: tensor by tensor", passed=False)
-VOTE = (
-    Option("vote", ("mass", "count"), "what elects the sign", elects=True),
-    Option("weighted", bool, "whether coefficients vote", elects=True),
-    Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel", elects=True),
-    Option(
-        "divide", ("count", "weight", "one", "largest"), "what a sum is divided by", elects=True
-    ),
-    SCALE,
-)
+_KINDS = {"float": float, "int": int, "bool": bool}
 
 
-def _preset(*systems: str) -> Option:
-    return Option("preset", systems, "take the options of that system where none are given")
+def _method(entry: Entry, takes: Mapping[str, Any]) -> Method:
+    options = []
+    if entry.per_tensor:
+        text = "what is one vector: the whole model or a tensor"
+        options.append(Option("scope", ("tree", "leaf"), text, "tree"))
+    if entry.like:
+        options.append(Option("preset", entry.like, "as that system does: tensor by tensor"))
+    if takes["presets"]:
+        text = "take the options of that system where none are given"
+        options.append(Option("preset", tuple(takes["presets"]), text))
+    for name, option in takes["options"].items():
+        kind = option.pop("kind")
+        kind = tuple(kind) if isinstance(kind, list) else _KINDS[kind]
+        # Where every model is moved, coefficients are those of a mean.
+        optional = takes["returns"] == "list" and name == "coefficients"
+        required = option.pop("required", False) and not optional
+        options.append(Option(name, kind, WORDS[name], required=required, **option))
+    models = takes["models"]
+    return Method(
+        entry,
+        models if isinstance(models, str) else tuple(models),
+        tuple(takes["named"]),
+        tuple(options),
+        takes["seeded"],
+        takes["returns"],
+    )
 
 
-def _scope(*scopes: str) -> Option:
-    return Option("scope", scopes, "among which entries are chosen")
+_TAKES = json.loads(Path(__file__).with_name("options.json").read_text())
 
-
-RESCALE = Option("rescale", ("inverse", "norm", "none"), "how what is kept is scaled up")
-WIDTH = Option("width", float, "spread of the probabilities around the density")
-OUTLIERS = Option("outliers", float, "share of the largest entries that is dropped")
-
-MERGE: dict[str, Method] = {
-    "linear": Method("average.mean", "points", (COEFFICIENTS,), base=False),
-    "lerp": Method("interpolate.lerp", ("start", "end"), (T,), base=False),
-    "slerp": Method(
-        "interpolate.slerp",
-        ("start", "end"),
-        (T, WHOLE, LIKE_MERGEKIT),
-        None,
-        base=False,
-    ),
-    "karcher": Method(
-        "average.karcher_mean",
-        "points",
-        (COEFFICIENTS, TOL, MAX_STEPS, WHOLE, LIKE_MERGEKIT),
-        None,
-        base=False,
-        returns="record",
-    ),
-    "median": Method(
-        "average.geometric_median",
-        "points",
-        (COEFFICIENTS, TOL, MAX_STEPS, WHOLE),
-        None,
-        base=False,
-        returns="record",
-    ),
-    "model_stock": Method(
-        "average.model_stock",
-        "points",
-        (
-            _preset("mergekit-0.1.5", "fusionbench"),
-            Option("statistic", ("angle", "cosine"), "what is averaged over pairs"),
-            Option("scope", SCOPES, "what has one ratio"),
-            Option("floor", float, "least cosine to take, in [-1, 1]"),
-        ),
-        None,
-    ),
-    "task_arithmetic": Method(
-        "merge.task_arithmetic",
-        "tuned",
-        (
-            COEFFICIENTS,
-            _preset(*ALL_SYSTEMS),
-            SCALE,
-            Option("normalize", bool, "whether to divide by the sum of the coefficients"),
-        ),
-    ),
-    "ties": Method(
-        "merge.ties",
-        "tuned",
-        (
-            COEFFICIENTS,
-            _preset(*ALL_SYSTEMS),
-            DENSITY,
-            _scope(*SCOPES),
-            Option("kept", ("floor", "floor+1"), "how the count is rounded"),
-            *VOTE,
-        ),
-        None,
-    ),
-    "dare": Method(
-        "merge.dare",
-        "tuned",
-        (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, SCALE),
-        seeded=True,
-    ),
-    "dare_ties": Method(
-        "merge.dare_ties",
-        "tuned",
-        (COEFFICIENTS, _preset(*ALL_SYSTEMS), DENSITY, RESCALE, *VOTE),
-        None,
-        seeded=True,
-    ),
-    "della": Method(
-        "merge.della",
-        "tuned",
-        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, WIDTH, _scope("row", "leaf"), RESCALE, *VOTE),
-        None,
-        seeded=True,
-    ),
-    "breadcrumbs": Method(
-        "merge.breadcrumbs",
-        "tuned",
-        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), SCALE),
-        None,
-    ),
-    "breadcrumbs_ties": Method(
-        "merge.breadcrumbs_ties",
-        "tuned",
-        (COEFFICIENTS, _preset(*MERGEKIT), DENSITY, OUTLIERS, _scope(*SCOPES), *VOTE),
-        None,
-    ),
-    "sce": Method(
-        "merge.sce",
-        "tuned",
-        (
-            _preset(*MERGEKIT),
-            DENSITY,
-            Option("zero", ("zero", "plus", "majority"), "the sign where the votes cancel"),
-            SCALE,
-        ),
-        True,
-    ),
-    "ram": Method(
-        "merge.ram",
-        "tuned",
-        (
-            _preset(*MERGEKIT),
-            Option("threshold", float, "size from which an entry counts as changed"),
-            Option("relative", bool, "whether the threshold is relative"),
-            Option("boost", float, "how much entries that one model changed are raised"),
-            Option("cap", float, "most that they are raised by"),
-            SCALE,
-        ),
-        True,
-    ),
-    "pcb": Method("merge.pcb", "tuned", (DENSITY, SCALE), True),
-    "magmax": Method("merge.magmax", "tuned", (COEFFICIENTS, SCALE)),
-    "negmerge": Method("merge.negmerge", "tuned", (STRENGTH,)),
-    "nearswap": Method(
-        "merge.nearswap",
-        ("tuned",),
-        (Option("threshold", float, "largest step", required=True),),
-    ),
-    "arcee_fusion": Method("merge.arcee_fusion", ("tuned",), (), lazy=False),
-    "ext_sub": Method("merge.ext_sub", ("tuned",), (STRENGTH,), others=("avoid",), lazy=False),
-    "tsv_m": Method(
-        "merge.tsv_m", "tuned", (COEFFICIENTS, SCALE, RTOL, LEAST), returns="record", lazy=False
-    ),
-    "iso_c": Method(
-        "merge.iso_c", "tuned", (COEFFICIENTS, SCALE, RTOL), returns="record", lazy=False
-    ),
-    "iso_cts": Method(
-        "merge.iso_cts",
-        "tuned",
-        (COEFFICIENTS, Option("common", float, "share of the common part"), SCALE, RTOL, LEAST),
-        returns="record",
-        lazy=False,
-    ),
-    "knots": Method("merge.knots", "tuned", (COEFFICIENTS, SCALE), lazy=False),
-}
-
-STEER: dict[str, Method] = {
-    "repel": Method(
-        "negative.repel",
-        ("point",),
-        (STRENGTH._replace(required=True),),
-        base=False,
-        others=("avoid",),
-    ),
-    "retarget": Method(
-        "negative.retarget",
-        "points",
-        (NEEDED, COSTS),
-        base=False,
-        others=("target",),
-        returns="list",
-    ),
-    "exit": Method(
-        "negative.exit_ball",
-        "points",
-        (NEEDED, RADIUS, COSTS),
-        True,
-        base=False,
-        others=("avoid",),
-        returns="list",
-    ),
-    "guard": Method(
-        "negative.guard_hull",
-        "points",
-        (RADIUS, Option("mode", ("convex", "affine"), "which averages are kept away"), COSTS),
-        True,
-        base=False,
-        others=("avoid",),
-        returns="list",
-    ),
-}
-
-TABLES = {"merge": MERGE, "steer": STEER}
-
-ALIASES = {
-    "mean": "linear",
-    "karcher_mean": "karcher",
-    "geometric_median": "median",
-    "dare_linear": "dare",
-    "exit_ball": "exit",
-    "guard_hull": "guard",
+TABLES = {
+    command: {name: _method(entry, _TAKES[entry.function]) for name, entry in entries.items()}
+    for command, entries in ENTRIES.items()
 }
 
 
@@ -320,11 +122,13 @@ def found(command: str, name: str) -> str:
 
 def add_options(parser: Parser, method: Method) -> None:
     """The options of a method, in the words of a command."""
-    for name in method.trees:
+    for name in method.named:
         parser.add_argument(f"--{name}", required=True, metavar="MODEL", help="required")
     for option in method.options:
         name = f"--{option.name.replace('_', '-')}"
         text = option.help + (", required" if option.required else "")
+        if option.default is not None:
+            text += f"; default: {_said(option.default)}"
         if option.kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         elif isinstance(option.kind, tuple):
@@ -333,11 +137,24 @@ def add_options(parser: Parser, method: Method) -> None:
             parser.add_argument(
                 name,
                 type=count if option.kind is int else number,
-                nargs="+" if option.many else None,
-                metavar="X" if option.many else "N" if option.kind is int else "X",
+                nargs=None if option.count == "one" else "+",
+                metavar="N" if option.kind is int else "X",
                 required=option.required,
                 help=text,
             )
+
+
+def _said(default: Any) -> str:
+    return ("no", "yes")[default] if isinstance(default, bool) else str(default)
+
+
+def given(method: Method, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a command gives; one number where it is one for all models."""
+    found = {option.name: getattr(options, option.name) for option in method.options}
+    for option in method.options:
+        if option.count == "one or each" and found[option.name] and len(found[option.name]) == 1:
+            (found[option.name],) = found[option.name]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def checked(method: Method, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,7 +170,7 @@ def checked(method: Method, where: str, given: Mapping[str, Any]) -> dict[str, A
 
 
 def _of_kind(option: Option, where: str, value: Any) -> Any:
-    if option.many:
+    if option.count == "each" or (option.count == "one or each" and isinstance(value, list)):
         if not isinstance(value, list) or not all(map(_is_number, value)):
             raise Misuse(f"{where} must be a list of finite numbers, got {value!r}")
         return [float(x) for x in value]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wspace._cli.calls import Recipe
-from wspace._cli.methods import MERGE, checked, found
+from wspace._cli.methods import TABLES, checked, found
 from wspace._cli.words import Misuse, near
 
 _KEYS = ("method", "models", "seed", "common_rows", "options", "patterns")
@@ -48,13 +48,13 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
     if not isinstance(said.get("method"), str):
         raise Misuse(f"{file} names no method: give method = 'linear' or another")
     name = found("merge", said["method"])
-    method = MERGE[name]
-    _known(said, (*_KEYS, *method.trees), f"{file}")
+    method = TABLES["merge"][name]
+    _known(said, (*_KEYS, *method.named), f"{file}")
     models = said.get("models", [])
     if not isinstance(models, list) or not all(isinstance(x, str) for x in models):
         raise Misuse(f"models in {file} must be a list of paths, got {models!r}")
     trees = {}
-    for tree in method.trees:
+    for tree in method.named:
         if not isinstance(said.get(tree), str):
             raise Misuse(f"{name} needs {tree}, a path, in {file}")
         trees[tree] = Path(said[tree])
@@ -150,7 +150,7 @@ def _of_mergekit(file: Path, said: dict[str, Any], seed: int) -> Recipe:
         name,
         tuple(Path(model) for model, _ in own),
         {} if theirs in _WITHOUT else {"base": Path(str(base))},
-        checked(MERGE[name], f"{file}", options),
+        checked(TABLES["merge"][name], f"{file}", options),
         seed=seed,
         dtype=next(iter(dtypes), None),
     )
@@ -233,7 +233,8 @@ class _Parameters:
         options["coefficients"] = self._each("weight")
         if self._method == "task_arithmetic":
             return options | {"normalize": self._shared_of("normalize", False)}
-        options["density"] = self._one("density", 1.0)
+        densities = self._each("density", 1.0)
+        options["density"] = densities if len(set(densities)) > 1 else densities[0]
         if self._method == "breadcrumbs":
             self._refuse_normalized()
             return options | {"outliers": self._one("gamma", 0.01)}

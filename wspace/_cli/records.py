@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,19 +38,15 @@ def _version() -> str:
 
 
 def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
-    name = "blake2b_of_files" if full else "blake2b_of_headers_sizes_and_times"
+    said = {"path": str(source.path)}
+    if not full:
+        return said | {"blake2b_of_headers_sizes_and_times": source.fingerprint()}
     state = hashlib.blake2b(digest_size=16)
     for file in source.files:
         with open(file, "rb") as stream:
-            if full:
-                while piece := stream.read(_PIECE):
-                    state.update(piece)
-            else:
-                found = os.fstat(stream.fileno())
-                length = int.from_bytes(stream.read(8), "little")
-                state.update(stream.read(length))
-                state.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
-    return {"path": str(source.path), name: state.hexdigest()}
+            while piece := stream.read(_PIECE):
+                state.update(piece)
+    return said | {"blake2b_of_files": state.hexdigest()}
 
 
 def refuse_overlap(output: Path, sources: Sequence[Path]) -> None:

@@ -64,10 +64,11 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file holds, in the order of its bytes, and the state in which it was read."""
+    """What a file holds, in the order of its bytes, the text that says so, and the state then."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    text: bytes
     state: tuple[int, ...]
 
 
@@ -94,7 +95,7 @@ def read(file: Path) -> Header:
         entries = [(name, _entry(name, entry, 8 + length)) for name, entry in said.items()]
         entries.sort(key=lambda item: (item[1].offset, item[1].nbytes))
         _cover(entries, 8 + length, size)
-    return Header(dict(entries), metadata, state)
+    return Header(dict(entries), metadata, text, state)
 
 
 def packed(

@@ -31,7 +31,12 @@ Part: TypeAlias = tuple[int, int, int]
 
 @contextlib.contextmanager
 def output(
-    files: Files, copies: Mapping[str, Path], aside: Path, target: Path, force: bool
+    files: Files,
+    copies: Mapping[str, Path],
+    aside: Path,
+    target: Path,
+    force: bool,
+    keep_on_error: bool,
 ) -> Generator[None]:
     """Files of full size while they are written, put in place at the end if nothing raises."""
     with locked(target):
@@ -47,8 +52,9 @@ def output(
                 if len(files.starts) > 1:
                     (aside / "data" / INDEX).write_bytes(index(files))
                 place(aside, target, files.is_file)
-        except BaseException:
-            if not is_resumable(aside):
+        except BaseException as error:
+            fails_again = isinstance(error, TypeError | ValueError) and not keep_on_error
+            if fails_again or not is_resumable(aside):
                 remove(aside, target)
             raise
         remove(aside, target)

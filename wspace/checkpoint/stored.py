@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import math
 import mmap
 import os
@@ -151,6 +152,7 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
         """Collects the tensors of files whose headers were read."""
         self.path = path
         self.files = tuple(headers)
+        self._headers = headers
         self.metadata: dict[str, str] = {}
         self._maps = _Maps({file: head.state for file, head in headers.items()})
         self._tensors: dict[str, Stored] = {}
@@ -183,6 +185,29 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
             if file.stat().st_size <= _SMALL:
                 others.append(file)
         return tuple(others)
+
+    def fingerprint(self) -> str:
+        """A hash of the headers of all files, their names, sizes and times of change.
+
+        All of these are as they were when the files were opened, and no tensor is read: the hash
+        tells files apart that were written at different times, not their numbers.
+
+        Examples:
+            >>> import tempfile
+            >>> import jax.numpy as jnp
+            >>> from wspace import checkpoint
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     checkpoint.save(f"{folder}/a.safetensors", {"w": jnp.ones(2)})
+            ...     with checkpoint.open(f"{folder}/a.safetensors") as opened:
+            ...         print(len(opened.fingerprint()))
+            32
+        """
+        state = hashlib.blake2b(digest_size=16)
+        for file, head in self._headers.items():
+            size, *_, changed = head.state
+            state.update(head.text)
+            state.update(f"{file.name} {size} {changed}".encode())
+        return state.hexdigest()
 
     def first_rows(self, counts: Mapping[str, int]) -> "Checkpoint":
         """The same checkpoint with only the first rows of some tensors, by name.

@@ -248,6 +248,7 @@ def create(
     others: Iterable[str | os.PathLike[str]] = (),
     force: bool = False,
     plan: str | None = None,
+    keep_on_error: bool = True,
 ) -> Generator[Writer]:
     """Writes a checkpoint of any size, tensor by tensor; a context manager.
 
@@ -283,6 +284,9 @@ def create(
             if it is empty or has `.safetensors` files.
         plan: A text that says what is computed from what, such as a recipe with the hashes of the
             inputs.
+        keep_on_error: Whether, with a plan, what is written is kept where the block raises a
+            `ValueError` or a `TypeError`, as a computation does that would fail again. After an
+            interruption and any other error, such as that of a full disk, it is always kept.
 
     Returns:
         A context manager that gives the [`Writer`][wspace.checkpoint.Writer].
@@ -329,7 +333,9 @@ def create(
         aside = target.parent / f".{target.name}.{job}.partial"
         with hosts.together():
             if leads():
-                output.enter_context(partial.output(files, copies, aside, target, force))
+                output.enter_context(
+                    partial.output(files, copies, aside, target, force, keep_on_error)
+                )
         with hosts.together(), writing(target):
             if not aside.is_dir():
                 raise ValueError(
