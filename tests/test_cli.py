@@ -124,11 +124,12 @@ MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if cas
     "ties A C --base BASE --density 0.2 0.5": lambda m: merge.ties(
         m.BASE, [m.A, m.C], density=(0.2, 0.5)
     ),
-    "ties A C --base BASE --density 0.5 --preset mergekit-0.1.5 --no-weighted": lambda m: (
-        merge.ties(
+    "ties A C --base BASE --coefficients 2 0.5 --preset mergekit-0.1.5 --no-weighted": (
+        lambda m: merge.ties(
             m.BASE,
             [m.A, m.C],
-            density=0.5,
+            [2.0, 0.5],
+            density=1.0,
             scope="leaf",
             election=merge.Election(weighted=False, zero="plus", divide="weight"),
         )
@@ -335,6 +336,11 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(folder, capsys):
     assert "sums or counts over the whole models first" in told
     assert run(words, "--scope", "leaf") == 0
     assert "piece by piece, in the memory of a few pieces" in capsys.readouterr().out
+    for vote, how in (("plus", "piece by piece"), ("majority", "over the whole models first")):
+        assert run("merge dare_ties A C --base BASE --zero", vote, "-o OUT --dry-run") == 0
+        assert how in capsys.readouterr().out
+    assert run("merge ties A C --base BASE --preset mergekit-0.1.5 -o OUT --dry-run") == 0
+    assert "piece by piece" in capsys.readouterr().out
     assert run("merge slerp A C --t 0.5 -o OUT --dry-run") == 0
     assert re.search(r"reads +240 B, and more", capsys.readouterr().out, re.MULTILINE)
     assert run("merge knots A C --base BASE -o OUT --dry-run") == 0

@@ -1,6 +1,7 @@
 """The pages: their code runs, their pictures are what the script draws, nothing is loaded."""
 
 import importlib.util
+import inspect
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 from tests.helpers import same_picture
+from wspace import merge, negative
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -70,6 +72,16 @@ def test_what_would_load_from_outside_is_recognized(text):
 
 def test_a_link_is_not_taken_for_a_load():
     assert not LOADS.search("[arXiv](https://arxiv.org/abs/1912.05671), <https://arxiv.org>")
+
+
+def test_the_reference_takes_what_a_package_exports_and_not_its_files():
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(DOCS / "members.py"))
+    package = griffe.load("wspace", search_paths=[ROOT], extensions=extensions)
+    for module in (merge, negative):
+        found = package[module.__name__.removeprefix("wspace.")]
+        for name in module.__all__:
+            assert found[name].is_module == inspect.ismodule(getattr(module, name)), name
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ def _method(entry: Entry, takes: Mapping[str, Any]) -> Method:
     if takes["presets"]:
         text = "take the options of that system where none are given"
         options.append(Option("preset", tuple(takes["presets"]), text))
-    for name, option in takes["options"].items():
+    for name, taken in takes["options"].items():
+        option = dict(taken)
         kind = option.pop("kind")
         kind = tuple(kind) if isinstance(kind, list) else _KINDS[kind]
         # Where every model is moved, coefficients are those of a mean.

@@ -26,9 +26,10 @@ from wspace.lowrank.factors import factors_of, product, transposed
 from wspace.typing import Coefficients, Leaf
 
 Rule: TypeAlias = Callable[[PyTree, Sequence[PyTree], Coefficients | None], PyTree]
-
+"""A merge: from base, tuned models and coefficients to weights."""
 
 Coordinates: TypeAlias = tuple[Sequence[Array], Callable[[Array], Leaf | LowRank]]
+"""One leaf of all edits in coordinates, and the way from merged coordinates back to it."""
 
 
 def in_coordinates(

@@ -13,7 +13,6 @@ from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop"]
 
-
 Rescale: TypeAlias = Literal["inverse", "norm", "none"]
 
 

@@ -15,13 +15,8 @@ from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Election", "disjoint_merge", "elect"]
 
-
 Vote: TypeAlias = Literal["mass", "count"]
-
-
 Zero: TypeAlias = Literal["zero", "plus", "majority"]
-
-
 Divide: TypeAlias = Literal["count", "weight", "one", "largest"]
 
 

@@ -16,7 +16,6 @@ from wspace.typing import Weights, WeightsLike
 
 __all__ = ["magprune"]
 
-
 RankScope: TypeAlias = Literal["row", "leaf"]
 
 
@@ -135,8 +134,6 @@ def _pruned_by(
 _by_leaf, _by_rows = (
     _padding.entrywise(zeros=True, rows=rows)(_pruned_by) for rows in (False, True)
 )
-
-
 _padded_uniform = _padding.entrywise()(jax.jit(uniform))
 
 

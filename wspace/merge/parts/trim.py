@@ -14,10 +14,7 @@ from wspace.typing import Weights, WeightsLike
 
 __all__ = ["trim"]
 
-
 Scope: TypeAlias = Literal["tree", "leaf", "row"]
-
-
 Kept: TypeAlias = Literal["floor", "floor+1"]
 
 
