@@ -189,8 +189,8 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
     def fingerprint(self) -> str:
         """A hash of the headers of all files, their names, sizes and times of change.
 
-        All of these are as they were when the files were opened, and no tensor is read: the hash
-        tells files apart that were written at different times, not their numbers.
+        All of these are as they were when the files were opened. No tensor is read: files with the
+        same headers are told apart by their times, not by their numbers.
 
         Examples:
             >>> import tempfile
