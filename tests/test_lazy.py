@@ -14,9 +14,7 @@ PIECE = 7
 VOTED = Case(
     "merge.ties, voted",
     3,
-    lambda x, *ys: merge.ties(
-        x, ys, scope="leaf", election=merge.Election(zero="majority")
-    ),
+    lambda x, *ys: merge.ties(x, ys, scope="leaf", election=merge.Election(zero="majority")),
 )
 
 

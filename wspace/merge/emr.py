@@ -3,11 +3,10 @@ r"""EMR: one edit for all models, and a mask and a number for each."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from wspace import _checks, _padding
+from wspace import _checks, tree
 from wspace.merge.parts.elect import disjoint_merge, elect
 from wspace.merge.task import added, differences, siblings
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -74,7 +73,7 @@ def emr(base: WeightsLike, tuned: Sequence[WeightsLike]) -> Unified:
     tuned, _ = siblings(base, tuned, None)
     edits = differences(base, tuned)
     edit = disjoint_merge(edits, elect(edits), divide="largest")
-    masks = [_padding.mapped(_same_sign, x, edit) for x in edits]
+    masks = [_same_sign((), (x, edit)) for x in edits]
     kept = [_under(edit, mask) for mask in masks]
     return Unified(edit, masks, jnp.stack([_ratio(x, y) for x, y in zip(edits, kept, strict=True)]))
 
@@ -110,33 +109,27 @@ def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
     return added(base, _under(unified.edit, unified.masks[index]), unified.scales[index])
 
 
-@_padding.entrywise()
-@jax.jit
-def _same_sign(x: Array, edit: Array) -> Bool[Array, "*s"]:
+@tree.elementwise
+def _same_sign(_: Sequence[Scalar], arrays: Sequence[Array]) -> Bool[Array, "*s"]:
+    x, edit = arrays
     return (jnp.sign(x) == jnp.sign(edit)) & (edit != 0)
 
 
+@tree.elementwise
+def _masked(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    edit, mask = arrays
+    return jnp.where(mask, edit, 0)
+
+
 def _under(edit: WeightsLike, mask: PyTree) -> Weights:
-    return _padding.mapped(_where, mask, edit)
-
-
-@_padding.entrywise()
-@jax.jit
-def _where(mask: Array, leaf: Array) -> Array:
-    return jnp.where(mask, leaf, 0)
+    return _masked((), (edit, mask))
 
 
 def _ratio(whole: WeightsLike, part: WeightsLike) -> Scalar:
-    left = _sum_of_sizes(part)
-    return jnp.where(left == 0, 0, _sum_of_sizes(whole) / jnp.where(left == 0, 1, left))
+    left = _sum_of_sizes((), (part,))
+    return jnp.where(left == 0, 0, _sum_of_sizes((), (whole,)) / jnp.where(left == 0, 1, left))
 
 
-def _sum_of_sizes(x: WeightsLike) -> Scalar:
-    sums = jax.tree.leaves(_padding.mapped(_size, x))
-    return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())
-
-
-@_padding.reading
-@jax.jit
-def _size(leaf: Array) -> Scalar:
-    return jnp.sum(jnp.abs(leaf))
+@tree.reduction
+def _sum_of_sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return jnp.abs(arrays[0])

@@ -62,7 +62,7 @@ def ext_sub(
     return _extracted((_checks.scalar("strength", strength),), (base, tuned, avoid))
 
 
-@functools.partial(tree.elementwise, scope="row")
+@functools.partial(tree.elementwise, scope="leaf")
 def _extracted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (strength,), (base, tuned, avoid) = scalars, arrays
     good, bad = tuned - base, avoid - base

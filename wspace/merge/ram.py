@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
-from wspace import _checks, _lazy, _padding, tree
+from wspace import _checks, tree
+from wspace._numerics import unstacked
 from wspace.merge.parts.numbers import peak_of
 from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -87,26 +88,23 @@ def ram(
     return _shared((scale, *cuts, *boosts), (base, *edits))
 
 
-@_padding.few_programs
 def _boosts(cuts: Sequence[Any], edits: Sequence[Weights], boost: Any, cap: Any) -> list[Scalar]:
-    tallies = [
-        sum(_tally(cuts, part) for part in _lazy.parts(leaves)).astype(leaves[0].dtype)
-        for leaves in zip(*map(jax.tree.leaves, edits), strict=True)
-    ]
-    alone, shared = sum(tallies[1:], tallies[0]) if tallies else jnp.zeros((2, len(edits)))
-    boost, cap = (jnp.asarray(number).astype(alone.dtype) for number in (boost, cap))
-    return list(1 + boost * jnp.minimum(shared / jnp.maximum(alone, 1), cap))
+    return unstacked(_boost_of(_tally(cuts, edits), boost, cap))
 
 
-@_padding.reading
 @jax.jit
-def _tally(cuts: Sequence[Any], leaves: Sequence[Array]) -> Int32[Array, "2 k"]:
-    changed = [
-        jnp.abs(x) > jnp.asarray(cut).astype(x.dtype) for x, cut in zip(leaves, cuts, strict=True)
-    ]
+def _boost_of(tally: Array, boost: Any, cap: Any) -> Array:
+    alone, shared = tally.reshape(2, -1)
+    boost, cap = (jnp.asarray(number).astype(alone.dtype) for number in (boost, cap))
+    return 1 + boost * jnp.minimum(shared / jnp.maximum(alone, 1), cap)
+
+
+@tree.reduction
+def _tally(cuts: Sequence[Scalar], edits: Sequence[Array]) -> list[Array]:
+    """The entries that each model changes alone, and those that it shares."""
+    changed = [jnp.abs(x) > cut for x, cut in zip(edits, cuts, strict=True)]
     number = sum(c.astype(jnp.int32) for c in changed)
-    counts = [[jnp.sum(c & (number == 1)), jnp.sum(c & (number > 1))] for c in changed]
-    return jnp.asarray(counts, jnp.int32).T
+    return [*(c & (number == 1) for c in changed), *(c & (number > 1) for c in changed)]
 
 
 @tree.elementwise

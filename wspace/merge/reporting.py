@@ -16,10 +16,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, Int
 
-from wspace import _checks, _padding
-from wspace._numerics import accumulator
+from wspace import _checks, tree
 from wspace.merge.task import siblings
-from wspace.typing import Coefficients, WeightsLike
+from wspace.typing import Coefficients, Scalar, WeightsLike
 
 __all__ = ["Report", "Tally", "report"]
 
@@ -156,8 +155,10 @@ def report(
     if not paths:
         raise ValueError("base has no leaves, so there is nothing to report")
     signs = np.sign(c).astype(np.int8)
-    rows = zip(*map(jax.tree.leaves, (base, merged, *tuned, *(edits or []))), strict=True)
-    sums = [_on_host(x) for x in jax.device_get(_sums_of_leaves(signs, list(rows)))]
+    trees = (base, merged, *tuned, *(edits or []))
+    found = [f(signs, trees, by_leaf=True) for f in (_counts, _squares)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(base)]
+    sums = [_sums(*leaf) for leaf in zip(sizes, *jax.device_get(found), strict=True)]
     total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
     seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
     leaves = tuple(_tally(path, x) for path, x in zip(paths, sums, strict=True))
@@ -181,54 +182,63 @@ class _Sums(NamedTuple):
     products: Any
 
 
-@_padding.few_programs
-def _sums_of_leaves(signs: np.ndarray, rows: Sequence[Sequence[Array]]) -> list[_Sums]:
-    return [_sums(np.uint32(row[0].size), signs, *row) for row in rows]
+def _edits(
+    signs: Sequence[Scalar], arrays: Sequence[Array]
+) -> tuple[Array, list[Array], list[Array], list[Array], list[Array]]:
+    """The displacement, the task vectors, the edits, and who agrees or is flipped.
 
-
-@_padding.reading
-@jax.jit
-def _sums(
-    entries: Any, signs: Int[Array, " k"], base: Array, merged: Array, *others: Array
-) -> _Sums:
-    """All figures of one leaf; `others` are the models and then the edits, if there are any."""
-    k = signs.size
-    wide = accumulator(base.dtype, merged.dtype, *(x.dtype for x in others))
-    base, merged, *given = (x.astype(wide) for x in (base, merged, *others))
+    The arrays are base, merge and models, and then the edits, if there are any.
+    """
+    base, merged, *given = arrays
     move = merged - base
-    taus = [x - base for x in given[:k]]
-    edits = given[k:] or taus
+    taus = [x - base for x in given[: len(signs)]]
+    edits = given[len(signs) :] or taus
     way = jnp.sign(move)
-    votes = [jnp.sign(x) * signs[i].astype(wide) for i, x in enumerate(edits)]
+    votes = [jnp.sign(x) * sign for x, sign in zip(edits, signs, strict=True)]
     agreed = [(v == way) & (way != 0) for v in votes]
     flipped = [(v == -way) & (way != 0) for v in votes]
+    return move, taus, edits, agreed, flipped
+
+
+@tree.reduction
+def _counts(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    _, taus, edits, agreed, flipped = _edits(signs, arrays)
+    votes = [jnp.sign(x) * sign for x, sign in zip(edits, signs, strict=True)]
     plus, minus = (functools.reduce(jnp.logical_or, [s * v > 0 for v in votes]) for s in (1, -1))
+    overruled = [f & a for f in flipped for a in agreed]
+    moved, kept = ([x != 0 for x in xs] for xs in (taus, edits))
+    return [*moved, *kept, *agreed, *flipped, *overruled, plus & minus]
 
-    def count(masks: Sequence[Array]) -> Array:
-        return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in masks])
 
-    def squares(xs: Sequence[Array]) -> Array:
-        return jnp.stack([jnp.sum(x * x) for x in xs])
+@tree.reduction
+def _squares(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    move, taus, edits, agreed, _ = _edits(signs, arrays)
+    trimmed = [jnp.where(e == 0, x, 0) for x, e in zip(taus, edits, strict=True)]
+    outvoted = [jnp.where(a, 0, e) for a, e in zip(agreed, edits, strict=True)]
+    products = [move * x for x in taus]
+    return [*(x * x for x in (*taus, *trimmed, *outvoted, move)), *products]
 
+
+def _sums(size: int, counts: np.ndarray, squares: np.ndarray) -> _Sums:
+    """The figures of a leaf by name, in types that hold those of many leaves."""
+    k = len(squares) // 4
+    counts, squares = counts.astype(np.int64), squares.astype(np.float64)
+    moved, kept, agreed, flipped = counts[: 4 * k].reshape(4, k)
+    norms, trimmed, outvoted = squares[: 3 * k].reshape(3, k)
     return _Sums(
-        entries=entries,
-        moved=count([x != 0 for x in taus]),
-        kept=count([x != 0 for x in edits]),
-        agreed=count(agreed),
-        flipped=count(flipped),
-        overruled=jnp.stack([count([f & a for a in agreed]) for f in flipped]),
-        disputed=jnp.sum(plus & minus, dtype=jnp.uint32),
-        norms=squares(taus),
-        trimmed=squares([jnp.where(e == 0, x, 0) for x, e in zip(taus, edits, strict=True)]),
-        outvoted=squares([jnp.where(a, 0, e) for a, e in zip(agreed, edits, strict=True)]),
-        displacement=jnp.sum(move * move),
-        products=jnp.stack([jnp.sum(move * x) for x in taus]),
+        entries=np.int64(size),
+        moved=moved,
+        kept=kept,
+        agreed=agreed,
+        flipped=flipped,
+        overruled=counts[4 * k : -1].reshape(k, k),
+        disputed=counts[-1],
+        norms=norms,
+        trimmed=trimmed,
+        outvoted=outvoted,
+        displacement=squares[3 * k],
+        products=squares[3 * k + 1 :],
     )
-
-
-def _on_host(sums: _Sums) -> _Sums:
-    """The sums in types that hold those of many leaves."""
-    return jax.tree.map(lambda x: np.asarray(x, np.result_type(x, np.int64)), sums)
 
 
 def _tally(path: str, sums: _Sums) -> Tally:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from wspace import _checks, _lazy, _padding, tree
+from wspace import _checks, tree
 from wspace.merge.parts.elect import Election, Zero, agreed
 from wspace.merge.parts.numbers import count
 from wspace.merge.task import differences, siblings
@@ -80,7 +80,7 @@ def sce(
         variance = _variance((), edits)
         size = sum(leaf.size for leaf in jax.tree.leaves(variance))
         mask = top_mask(variance, count(density, size))
-        edits = [_padding.mapped(_selected, x, mask, variance) for x in edits]
+        edits = [_selected((), (x, mask, variance)) for x in edits]
     weights, infinite = _shares([tree.vdot(x, x) for x in edits])
     undefined = _checks.refuse(
         infinite,
@@ -103,8 +103,7 @@ def _shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array, ""]]:
     return [x / jnp.where(total == 0, 1, total) for x in energies], ~jnp.isfinite(total)
 
 
-@_lazy.entrywise(lambda x, *_: x.dtype)
-@_padding.entrywise()
-@jax.jit
-def _selected(x: Array, mask: Array, variance: Array) -> Array:
+@tree.elementwise
+def _selected(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    x, mask, variance = arrays
     return jnp.where(mask & (variance > 0), x, 0)

@@ -10,9 +10,8 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, PyTree
 
-from wspace import _checks, _padding
-from wspace._numerics import accumulator
-from wspace.typing import ScalarLike, WeightsLike
+from wspace import _checks, tree
+from wspace.typing import Scalar, ScalarLike, WeightsLike
 
 __all__ = ["consensus_mask", "tall_mask"]
 
@@ -55,15 +54,13 @@ def tall_mask(edit: WeightsLike, total: WeightsLike, strength: ScalarLike = 0.4)
     """
     strength = _checks.scalar("strength", strength, lambda s: s >= 0, "at least 0")
     _checks.same_layout(edit=edit, total=total)
-    return _padding.mapped(functools.partial(_stands_out, strength), edit, total)
+    return _stands_out((strength,), (edit, total))
 
 
-@_padding.entrywise()
-@jax.jit
-def _stands_out(strength: Any, x: Array, total: Array) -> Bool[Array, "*s"]:
-    wide = accumulator(x.dtype, total.dtype)
-    x, rest = x.astype(wide), total.astype(wide) - x.astype(wide)
-    return jnp.abs(x) > jnp.asarray(strength).astype(wide) * jnp.abs(rest)
+@tree.elementwise
+def _stands_out(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Bool[Array, "*s"]:
+    (strength,), (x, total) = scalars, arrays
+    return jnp.abs(x) > strength * jnp.abs(total - x)
 
 
 def consensus_mask(masks: Sequence[PyTree], at_least: int = 2) -> PyTree:
@@ -104,14 +101,13 @@ def consensus_mask(masks: Sequence[PyTree], at_least: int = 2) -> PyTree:
     at_least = _checks.rank(at_least, "at_least")
     named = _checks.each("masks", _checks.listed("masks", masks))
     _checks.same_layout(**{name: _layout(name, mask) for name, mask in named.items()})
-    return _padding.mapped(functools.partial(_voted, np.int32(at_least)), *named.values())
+    return _voted((np.uint32(at_least),), list(named.values()))
 
 
-@_padding.entrywise()
-@jax.jit
-def _voted(at_least: Any, *masks: Array) -> Bool[Array, "*s"]:
-    votes = [jnp.asarray(mask).astype(jnp.int32) for mask in masks]
-    return functools.reduce(jnp.add, votes) >= at_least
+@tree.elementwise
+def _voted(scalars: Sequence[Any], masks: Sequence[Array]) -> Bool[Array, "*s"]:
+    votes = [mask.astype(jnp.uint32) for mask in masks]
+    return functools.reduce(jnp.add, votes) >= scalars[0]
 
 
 def _layout(name: str, mask: PyTree) -> PyTree:

@@ -4,12 +4,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
-from wspace._numerics import accumulator
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["task_arithmetic", "task_vector"]
@@ -21,7 +19,12 @@ def _difference(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 _rounded_difference = tree.elementwise(_difference)
-_wide_difference = tree.elementwise(_difference, rounded=False)
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _differences(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    base, *tuned = arrays
+    return [x - base for x in tuned]
 
 
 def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
@@ -68,10 +71,7 @@ def siblings(
 
 def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights]:
     """The task vectors in the dtype of arithmetic on base and models together."""
-    leaves = jax.tree.leaves([base, *tuned])
-    if len({accumulator(leaf.dtype) for leaf in leaves}) > 1:
-        base, *tuned = tree.widened(base, *tuned)
-    return [_wide_difference((), (base, x)) for x in tuned]
+    return _differences((), (base, *tuned))
 
 
 @tree.elementwise

@@ -1,14 +1,14 @@
 r"""Random entries of a task vector."""
 
 import functools
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wspace import _checks, _lazy, _padding, tree
-from wspace._numerics import accumulator
+from wspace import _checks, tree
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop"]
@@ -16,7 +16,6 @@ __all__ = ["drop"]
 Rescale: TypeAlias = Literal["inverse", "norm", "none"]
 
 
-@_padding.few_programs
 def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inverse") -> Weights:
     r"""Random entries of a task vector, enlarged to make up for those that are dropped.
 
@@ -60,40 +59,28 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
     density = _checks.share("density", density)
     _checks.one_of("rescale", rescale, get_args(Rescale))
     _checks.same_layout(x=x)
-    keys = tree.split_key_like(key, x)
-    return jax.tree.map(
-        lambda key, leaf: _dropped(key, _lazy.array(leaf), density, rescale), keys, x
-    )
+    return _dropping(rescale)((density,), (x,), [tree.split_key_like(key, x)])
 
 
-@_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
-def _dropped(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
-    return (_dropped_padded if by_place(key) else _dropped_leaf)(key, leaf, density, rescale)
+@functools.cache
+def _dropping(rescale: Rescale) -> Callable[..., Weights]:
+    @functools.partial(tree.elementwise, scope="leaf")
+    def drop(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
+        (density, key), (x,) = scalars, arrays
+        kept = jnp.where(uniform(key, x) < density.astype(jnp.float32), x, 0)
+        if rescale == "inverse":
+            kept = kept / density
+        if rescale == "norm":
+            kept = kept * norm_ratio(x, kept)
+        return kept
 
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _dropped_leaf(key: Array, leaf: Array, density: float, rescale: Rescale) -> Array:
-    wide = leaf.astype(accumulator(leaf.dtype))
-    kept = jnp.where(uniform(key, leaf) < density, wide, 0)
-    if rescale == "inverse":
-        kept = kept / density
-    if rescale == "norm":
-        kept = kept * norm_ratio(wide, kept)
-    return kept.astype(leaf.dtype)
-
-
-_dropped_padded = _padding.entrywise(zeros=True)(_dropped_leaf)
+    return drop
 
 
 def uniform(key: Array, leaf: Array) -> Float[Array, "*s"]:
     """Random numbers from 0 to 1 for the entries of a leaf, where it lies."""
     sharding = jax.typeof(leaf).sharding
     return jax.random.uniform(key, leaf.shape, jnp.float32, out_sharding=sharding)
-
-
-def by_place(key: Array) -> bool:
-    """Whether random numbers depend on the flat index of an entry, and not on how many follow."""
-    return jax.random.key_impl(key) == "threefry2x32" and jax.threefry_partitionable.value
 
 
 def norm_ratio(whole: Array, part: Array) -> Scalar:

@@ -5,11 +5,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
-from wspace import _checks, _lazy, _padding, tree
+from wspace import _checks, tree
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -127,7 +126,7 @@ def elect(
     signs = _election(_checks.one_of("vote", vote, get_args(Vote)))(known, edits)
     if _checks.one_of("zero", zero, get_args(Zero)) == "zero":
         return signs
-    balance = _balance(signs) if zero == "majority" else jnp.ones(())
+    balance = _balance((), (signs,)) if zero == "majority" else jnp.ones(())
     return _filled((jnp.where(balance > 0, 1, -1),), (signs,))
 
 
@@ -148,21 +147,10 @@ def _filled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.where(sign == 0, scalars[0], sign)
 
 
-@_padding.few_programs
-def _balance(signs: Weights) -> Scalar:
-    """The sum of all entries."""
-    sums = [
-        functools.reduce(jnp.add, map(_majority, _lazy.parts([leaf]))).astype(jnp.float32)
-        for leaf in jax.tree.leaves(signs)
-    ]
-    return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros(())
-
-
-@_padding.reading
-@jax.jit
-def _majority(leaves: Sequence[Array]) -> Int32[Array, ""]:
-    (signs,) = leaves
-    return jnp.sum((signs > 0).astype(jnp.int32) - (signs < 0).astype(jnp.int32), dtype=jnp.int32)
+@tree.reduction
+def _balance(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (signs,) = arrays
+    return (signs > 0).astype(jnp.int32) - (signs < 0).astype(jnp.int32)
 
 
 def disjoint_merge(

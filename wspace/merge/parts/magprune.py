@@ -1,6 +1,7 @@
 r"""Random entries of a task vector, large ones more likely to stay."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wspace import _checks, _lazy, _padding, tree
-from wspace._numerics import accumulator, placed_like, replicated
-from wspace.merge.parts.drop import Rescale, by_place, norm_ratio, uniform
+from wspace import _checks, tree
+from wspace._numerics import placed_like, replicated
+from wspace.merge.parts.drop import Rescale, norm_ratio, uniform
 from wspace.merge.parts.numbers import part
 from wspace.typing import Weights, WeightsLike
 
@@ -19,7 +20,6 @@ __all__ = ["magprune"]
 RankScope: TypeAlias = Literal["row", "leaf"]
 
 
-@_padding.few_programs
 def magprune(
     key: Array,
     x: WeightsLike,
@@ -85,56 +85,36 @@ def magprune(
     _checks.one_of("scope", scope, get_args(RankScope))
     _checks.one_of("rescale", rescale, get_args(Rescale))
     _checks.same_layout(x=x)
-    keys = tree.split_key_like(key, x)
-    return jax.tree.map(
-        lambda key, leaf: _pruned(key, _lazy.array(leaf), density, width, scope, rescale), keys, x
-    )
+    leaves, structure = jax.tree.flatten(x)
+    lasts = [max(_row_of(leaf, scope) - 1, 0) for leaf in leaves]
+    steps = [np.float32(width / max(last, 1)) for last in lasts]
+    each = [tree.split_key_like(key, x), *map(structure.unflatten, (lasts, steps))]
+    return _pruning(scope, rescale)((density,), (x,), each)
 
 
-@_lazy.entrywise(lambda _, leaf, *__: leaf.dtype, in_pieces=False)
-def _pruned(
-    key: Array, leaf: Array, density: float, width: float, scope: RankScope, rescale: Rescale
-) -> Array:
-    by_row = scope == "row" and leaf.ndim > 1
-    last = max((leaf.shape[-1] if by_row else leaf.size) - 1, 0)
-    ranks = np.float32(last), np.float32(width / max(last, 1))
-    if not (_padding.many() and by_place(key)):
-        return _pruned_leaf(key, leaf, ranks, density, by_row, rescale)
-    pruned_by = _by_rows if by_row else _by_leaf
-    return pruned_by(_padded_uniform(key, leaf), leaf, ranks, density, by_row, rescale)
+def _row_of(leaf: Any, scope: RankScope) -> int:
+    """Among how many entries ranks are counted."""
+    return leaf.shape[-1] if scope == "row" and leaf.ndim > 1 else leaf.size
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _pruned_leaf(key: Array, leaf: Array, *options: Any) -> Array:
-    return _pruned_by(uniform(key, leaf), leaf, *options)
+@functools.cache
+def _pruning(scope: RankScope, rescale: Rescale) -> Callable[..., Weights]:
+    @functools.partial(tree.elementwise, scope="leaf")
+    def magprune(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
+        """The leaf without entries whose random numbers are not below their probabilities."""
+        (density, key, last, step), (x,) = scalars, arrays
+        sizes = jnp.abs(replicated(x))
+        rows = sizes if scope == "row" and x.ndim > 1 else sizes.reshape(-1)
+        density, last, step = (n.astype(jnp.float32) for n in (density, last, step))
+        probability = placed_like(density + _rise(rows, last, step).reshape(x.shape), x)
+        kept = jnp.where(uniform(key, x) < probability, x, 0)
+        if rescale == "inverse":
+            kept = kept / probability.astype(x.dtype)
+        if rescale == "norm":
+            kept = kept * norm_ratio(x, kept)
+        return kept
 
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _pruned_by(
-    numbers: Array,
-    leaf: Array,
-    ranks: tuple[Any, Any],
-    density: float,
-    by_row: bool,
-    rescale: Rescale,
-) -> Array:
-    """The leaf without the entries whose random numbers are not below their probabilities."""
-    wide = leaf.astype(accumulator(leaf.dtype))
-    sizes = jnp.abs(replicated(wide))
-    rise = _rise(sizes if by_row else sizes.reshape(-1), *ranks).reshape(leaf.shape)
-    probability = placed_like(density + rise, leaf)
-    kept = jnp.where(numbers < probability, wide, 0)
-    if rescale == "inverse":
-        kept = kept / probability.astype(wide.dtype)
-    if rescale == "norm":
-        kept = kept * norm_ratio(wide, kept)
-    return kept.astype(leaf.dtype)
-
-
-_by_leaf, _by_rows = (
-    _padding.entrywise(zeros=True, rows=rows)(_pruned_by) for rows in (False, True)
-)
-_padded_uniform = _padding.entrywise()(jax.jit(uniform))
+    return magprune
 
 
 def _rise(sizes: Float[Array, "... n"], last: Any, step: Any) -> Float[Array, "... n"]:

@@ -1,16 +1,15 @@
 """Numbers that merges ask for: shares of entries, for all models or each, and the largest entry."""
 
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wspace import _checks, _lazy, _padding
+from wspace import _checks, tree
 from wspace.typing import Scalar, WeightsLike
 
 
@@ -39,16 +38,11 @@ def each(name: str, value: Any, models: int) -> list[float]:
     return [_checks.share(f"{name}[{i}]", one) for i, one in enumerate(value)]
 
 
-@_padding.few_programs
+@functools.partial(tree.reduction, kind="max")
+def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return jnp.abs(arrays[0])
+
+
 def peak_of(x: WeightsLike) -> Scalar:
     """The largest magnitude in a tree, 0 where there is nothing."""
-    parts = itertools.chain.from_iterable(_lazy.parts([leaf]) for leaf in jax.tree.leaves(x))
-    peaks = [_largest_in(part) for part in parts]
-    return jax.tree.reduce_associative(jnp.maximum, peaks) if peaks else jnp.zeros(())
-
-
-@_padding.reading
-@jax.jit
-def _largest_in(leaves: Sequence[Array]) -> Scalar:
-    (x,) = leaves
-    return jnp.max(jnp.abs(x), initial=0)
+    return jnp.maximum(_sizes((), (x,)), 0)

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import jax
-import numpy as np
-from jaxtyping import Array
 
-from wspace import _checks, _lazy, _padding
+from wspace import _checks
 from wspace.merge.parts.numbers import count
-from wspace.selection import keep_between, keep_in_rows
+from wspace.selection.top import keep_between, keep_in_leaves, keep_in_rows
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["trim"]
@@ -64,15 +62,8 @@ def trim(x: WeightsLike, density: float, *, scope: Scope = "tree", kept: Kept = 
     return band_of(x, lambda size: (0, min(count(density, size) + more, size)), scope)
 
 
-@_padding.few_programs
 def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope) -> Weights:
     """The entries whose place by falling magnitude is in a band, given how many there are."""
     if scope == "tree":
         return keep_between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
-    return jax.tree.map(lambda leaf: _in_leaf(_lazy.array(leaf), band, scope), x)
-
-
-def _in_leaf(leaf: Array, band: Callable[[int], tuple[int, int]], scope: Scope) -> Array:
-    if scope == "row" and leaf.ndim > 1:
-        return keep_in_rows(leaf, *map(np.uint32, band(leaf.shape[-1])))
-    return keep_between(leaf, *band(leaf.size))
+    return (keep_in_rows if scope == "row" else keep_in_leaves)(x, band)
