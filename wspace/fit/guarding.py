@@ -10,7 +10,6 @@ pushed along one direction, as in the closed form of
 quadratic.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +24,7 @@ from wspace.cone.cones import Cone, refuse_other
 from wspace.fit.away import Away
 from wspace.fit.training import (
     Fit,
+    Functions,
     KeyedLoss,
     Progress,
     called,
@@ -46,42 +46,37 @@ Weightings: TypeAlias = (
 """Coefficients of an average `(k,)`, of several `(n, k)`, or a function that draws either."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Guarded:
-    """The losses of the points, and the penalty of their averages; `rows` if they are drawn."""
+def _guarded(functions: Functions, points: PyTree, data: PyTree, key: Array) -> Float[Array, " t"]:
+    """The losses of the points, and the penalty of their averages; last what draws these."""
+    coefficients, cone, budget = data
+    losses, (away, *rows) = functions[: len(points)], functions[len(points) :]
+    own = [
+        called(loss, x, jax.random.fold_in(key, i))
+        for i, (loss, x) in enumerate(zip(losses, points, strict=True))
+    ]
+    drawn, seen = jax.random.split(jax.random.fold_in(key, 2**31))
+    for draw in rows:
+        coefficients = normalized(draw(drawn), len(points))
+    keys = jax.random.split(seen, coefficients.shape[0])
 
-    losses: tuple[KeyedLoss, ...]
-    away: KeyedLoss
-    rows: Callable[[Array], Array] | None
+    def penalty(row: Array, key: Array) -> Scalar:
+        average = tree.combine(list(row), points)
+        if cone is not None:
+            average = lowrank.apply(average, _worst(away, average, cone, budget, key))
+        return called(away, average, key)
 
-    def __call__(self, points: PyTree, data: PyTree, key: Array) -> Float[Array, " t"]:
-        coefficients, cone, budget = data
-        own = [
-            called(loss, x, jax.random.fold_in(key, i))
-            for i, (loss, x) in enumerate(zip(self.losses, points, strict=True))
-        ]
-        drawn, seen = jax.random.split(jax.random.fold_in(key, 2**31))
-        if self.rows is not None:
-            coefficients = normalized(self.rows(drawn), len(points))
-        keys = jax.random.split(seen, coefficients.shape[0])
+    if coefficients.shape[0] == 1:  # not batched: a factorization in it stays a plain one
+        kept = penalty(coefficients[0], keys[0])
+    else:
+        kept = jnp.mean(jax.vmap(penalty)(coefficients, keys))
+    return jnp.stack([jnp.asarray(x).astype(tree.norm(points).dtype) for x in (*own, kept)])
 
-        def penalty(row: Array, key: Array) -> Scalar:
-            average = tree.combine(list(row), points)
-            if cone is not None:
-                average = lowrank.apply(average, self.worst(average, cone, budget, key))
-            return called(self.away, average, key)
 
-        if coefficients.shape[0] == 1:  # not batched: a factorization in it stays a plain one
-            kept = penalty(coefficients[0], keys[0])
-        else:
-            kept = jnp.mean(jax.vmap(penalty)(coefficients, keys))
-        return jnp.stack([jnp.asarray(x).astype(tree.norm(points).dtype) for x in (*own, kept)])
-
-    def worst(self, average: Weights, cone: Cone, budget: Scalar, key: Array) -> PyTree:
-        """The edit that raises the penalty most, to first order; a constant for derivatives."""
-        here = jax.lax.stop_gradient(average)
-        again = jax.random.clone(key)  # the batch on which it then counts
-        return linear_bound(lambda x: called(self.away, x, again), here, cone, budget).edit
+def _worst(away: KeyedLoss, average: Weights, cone: Cone, budget: Scalar, key: Array) -> PyTree:
+    """The edit that raises the penalty most, to first order; a constant for derivatives."""
+    here = jax.lax.stop_gradient(average)
+    again = jax.random.clone(key)  # the batch on which it then counts
+    return linear_bound(lambda x: called(away, x, again), here, cone, budget).edit
 
 
 def normalized(rows: Any, count: int) -> Float[Array, "n k"]:
@@ -235,7 +230,8 @@ def guard(
     shares = [1.0] * len(losses) + [strength]
     found, history = minimized(
         key,
-        _Guarded(losses, penalty, drawn),
+        _guarded,
+        (*losses, penalty, *((drawn,) if drawn else ())),
         names,
         shares,
         wide,

@@ -17,7 +17,16 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, tree
-from wspace.fit.training import Fit, KeyedLoss, Progress, called, minimized, one_key, scalar_loss
+from wspace.fit.training import (
+    Fit,
+    Functions,
+    KeyedLoss,
+    Progress,
+    called,
+    minimized,
+    one_key,
+    scalar_loss,
+)
 from wspace.typing import ScalarLike, WeightsLike
 
 __all__ = ["invert"]
@@ -27,14 +36,15 @@ __all__ = ["invert"]
 class _Inverted:
     """The loss of an embedding, in its table if there is one, and its distance from the start."""
 
-    loss: KeyedLoss
     rows: tuple[int, ...]
 
-    def __call__(self, name: PyTree, data: PyTree, key: Array) -> Float[Array, "2"]:
+    def __call__(
+        self, functions: Functions, name: PyTree, data: PyTree, key: Array
+    ) -> Float[Array, "2"]:
         start, table = data
         seen = name if table is None else placed(table, self.rows, name)
         off = geometry.distance(name, start) ** 2
-        return jnp.stack([jnp.asarray(called(self.loss, seen, key)).astype(off.dtype), off])
+        return jnp.stack([jnp.asarray(called(functions[0], seen, key)).astype(off.dtype), off])
 
 
 def placed(table: Array, rows: tuple[int, ...], name: Array) -> Array:
@@ -139,7 +149,8 @@ def invert(
     scalar_loss("loss", loss, whole, key)
     found, history = minimized(
         key,
-        _Inverted(loss, places),
+        _Inverted(places),
+        (loss,),
         ("loss", "the distance"),
         (1.0, ridge),
         first,

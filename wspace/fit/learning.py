@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from wspace import _checks, tree
 from wspace._numerics import accumulator
 from wspace.fit.training import (
+    Functions,
     History,
     KeyedLoss,
     Progress,
@@ -51,13 +52,14 @@ class Learned(NamedTuple):
 class _Merge:
     """The loss of a merge, as a function of the numbers that make it."""
 
-    loss: KeyedLoss
     per: Scope
     simplex: bool
 
-    def __call__(self, numbers: PyTree, data: PyTree, key: Array) -> Float[Array, "1"]:
+    def __call__(
+        self, functions: Functions, numbers: PyTree, data: PyTree, key: Array
+    ) -> Float[Array, "1"]:
         weights = self.weights(self.coefficients(numbers), *data)
-        return jnp.asarray(called(self.loss, weights, key))[None]
+        return jnp.asarray(called(functions[0], weights, key))[None]
 
     def coefficients(self, numbers: PyTree) -> PyTree:
         return (
@@ -179,10 +181,10 @@ def coefficients(
         c = [0.3] * len(tuned) if start is None else start
         first = jnp.asarray(_checks.numbers("start", c, len(tuned)))
     wide = accumulator(*(x.dtype for x in jax.tree.leaves((base, tuned))))
-    merge = _Merge(loss, per, simplex)
+    merge = _Merge(per, simplex)
     numbers = _everywhere(first.astype(wide), per, base)
     scalar_loss("loss", loss, merge.weights(numbers, base, tuned), key)
-    run = key, merge, ("loss",), (1.0,), numbers, (base, tuned), optimizer, steps, progress
+    run = key, merge, (loss,), ("loss",), (1.0,), numbers, (base, tuned), optimizer, steps, progress
     numbers, history = minimized(*run)
     chosen = merge.coefficients(numbers)
     return Learned(tree.cast_like(merge.weights(chosen, base, tuned), base), chosen, history)

@@ -5,10 +5,10 @@ one at every step: it draws the batch. It is called on weights in at least float
 dtype of the leaves; what was found is rounded once, at the end.
 """
 
-import dataclasses
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +20,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, perturb, tree
+from wspace._compiled import compiled
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -32,8 +33,11 @@ KeyedLoss: TypeAlias = Callable[[PyTree], Scalar] | Callable[[PyTree, Array], Sc
 Progress: TypeAlias = Callable[[int, float], None]
 """A function called with a step and the loss at it."""
 
-Terms: TypeAlias = Callable[[PyTree, PyTree, Array], Float[Array, " t"]]
-"""The summands of an objective at given parameters, given data and a key; hashable."""
+Functions: TypeAlias = tuple[Callable[..., Any], ...]
+
+Terms: TypeAlias = Callable[[Functions, PyTree, PyTree, Array], Float[Array, " t"]]
+"""The summands of an objective, from the functions it is made of, parameters, data and a key;
+hashable."""
 
 
 class History(NamedTuple):
@@ -112,6 +116,7 @@ def one_key(key: Array) -> Array:
 def minimized(
     key: Array,
     terms: Terms,
+    functions: Functions,
     names: Sequence[str],
     shares: Sequence[Any],
     start: PyTree,
@@ -130,7 +135,15 @@ def minimized(
         raise ValueError("start has no entries, so there is nothing to fit")
     wide = tree.norm(jax.tree.leaves(start)).dtype
     factors = jnp.stack([jnp.asarray(x).astype(wide) for x in shares])
-    found, history = _run(terms, optimizer, steps, progress, key, factors, start, data)
+    found, history = compiled(
+        _run,
+        (*functions, *optimizer, *(() if progress is None else (progress,))),
+        (terms, len(functions), type(optimizer), progress is not None, steps),
+        key,
+        factors,
+        start,
+        data,
+    )
 
     first = [jnp.isfinite(x).all() for x in (history.loss[0], *jax.tree.leaves(start))]
     alive = functools.reduce(jnp.logical_and, first)
@@ -160,22 +173,22 @@ def minimized(
     return jax.tree.map(lambda x: x + jnp.asarray(undefined).astype(x.dtype), found), history
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
-    terms: Terms,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    progress: Progress | None,
+    functions: Functions,
+    settings: tuple[Terms, int, type[optax.GradientTransformation], bool, int],
     key: Array,
     shares: Float[Array, " t"],
     start: PyTree,
     data: PyTree,
 ) -> tuple[PyTree, History]:
-    optimizer = optax.with_extra_args_support(optimizer)
+    terms, count, kind, tells, steps = settings
+    progress = functions[-1] if tells else None
+    functions, rules = functions[:count], functions[count : len(functions) - tells]
+    optimizer = optax.with_extra_args_support(kind(*rules))
     every = max(steps // 100, 1)
 
     def loss(params: PyTree, key: Array) -> tuple[Scalar, Float[Array, " t"]]:
-        parts = terms(params, data, key).astype(shares.dtype)
+        parts = terms(functions, params, data, key).astype(shares.dtype)
         return jnp.sum(jnp.where(shares == 0, 0, shares * parts)), parts
 
     def forward(carry: Any, i: Array) -> Any:
@@ -221,18 +234,21 @@ def _run(
 
 
 def _told(progress: Progress) -> Callable[[np.ndarray, np.ndarray], None]:
-    return lambda i, value: progress(int(i), float(value))
+    """The callback of a program, which does not keep `progress` alive."""
+    weak = weakref.ref(progress)
+
+    def tell(i: np.ndarray, value: np.ndarray) -> None:
+        if alive := weak():
+            alive(int(i), float(value))
+
+    return tell
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tuned:
+def _tuned(functions: Functions, edit: PyTree, base: PyTree, key: Array) -> Float[Array, "1"]:
     """One loss, of weights or of weights to which an edit is added."""
-
-    loss: KeyedLoss
-
-    def __call__(self, edit: PyTree, base: PyTree, key: Array) -> Float[Array, "1"]:
-        weights = edit if base is None else lowrank.apply(base, edit)
-        return jnp.asarray(called(self.loss, weights, key))[None]
+    (loss,) = functions
+    weights = edit if base is None else lowrank.apply(base, edit)
+    return jnp.asarray(called(loss, weights, key))[None]
 
 
 def adapt(
@@ -308,7 +324,7 @@ def adapt(
         params, data = base, None
     else:
         params, data = _edit_of(key, base, rank), base
-    run = key, _Tuned(loss), ("loss",), (1.0,), params, data, optimizer, steps, progress
+    run = key, _tuned, (loss,), ("loss",), (1.0,), params, data, optimizer, steps, progress
     found, history = minimized(*run)
     if rank is None:
         return Fit(tree.cast_like(found, start), history)
