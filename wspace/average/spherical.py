@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, geometry, tree
+from wspace._compiled import compiled
 from wspace._numerics import (
     angle_over_sine,
     arcsin_of_root_squared,
@@ -21,7 +22,7 @@ from wspace._numerics import (
     unstacked,
 )
 from wspace.average import fixed_point
-from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, Weights, WeightsLike
 
 __all__ = ["karcher_mean", "karcher_mean_on"]
 
@@ -239,7 +240,7 @@ def karcher_mean_on(
     logarithms grows or turns round. With $\exp_x(v) = x + v$ and $\log_x(y) = y - x$ the mean is
     [`average.mean`][wspace.average.mean]; on the sphere it is
     [`karcher_mean`][wspace.average.karcher_mean], which is faster. This iteration converges
-    linearly. Derivatives are those of the mean, not of the iteration, of every order, with respect
+    linearly, and is compiled once for the same two functions. Derivatives are those of the mean, not of the iteration, of every order, with respect
     to points, coefficients and what `exp` and `log` close over: a linear system in the derivative
     of the sum of logarithms, solved by GMRES.
 
@@ -283,8 +284,24 @@ def karcher_mean_on(
     max_steps = _checks.rank(max_steps, "max_steps")
     a = _checks.unpacked(_checks.affine(coefficients, len(points)))
     wide = tree.widened(*points)
+    at, residual, steps, converged = compiled(
+        _mean_on, (exp, log), (), wide, a, None if tol is None else _tolerance(tol), max_steps
+    )
+    return Solution(tree.cast_like(at, points[0]), residual, steps, converged)
+
+
+def _mean_on(
+    functions: Sequence[Callable[[Any, Any], Any]],
+    _: tuple[()],
+    wide: Sequence[Weights],
+    a: Sequence[ScalarLike],
+    tol: ScalarLike | None,
+    max_steps: ScalarLike,
+) -> tuple[Weights, Scalar, Int[Array, ""], Bool[Array, ""]]:
+    """The mean in the dtype of arithmetic, its residual, the steps taken, and whether it is one."""
+    exp, log = functions
     size = tree.norm(wide[0])
-    bound = 64 * jnp.finfo(size.dtype).eps if tol is None else _tolerance(tol)
+    bound = 64 * jnp.finfo(size.dtype).eps if tol is None else tol
     bound = jnp.asarray(bound).astype(size.dtype)
 
     def pull(at):
@@ -316,8 +333,7 @@ def karcher_mean_on(
         return at, (residual, taken.astype(residual.dtype))  # derivatives want no integers
 
     at, (residual, taken) = jax.lax.custom_root(pull, wide[0], found, _solved, has_aux=True)
-    steps, converged = taken.astype(jnp.int32), residual <= bound
-    return Solution(tree.cast_like(at, points[0]), residual, steps, converged)
+    return at, residual, taken.astype(jnp.int32), residual <= bound
 
 
 def _solved(linear: Callable[[Any], Any], rates: Any) -> Any:
