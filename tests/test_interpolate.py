@@ -136,10 +136,26 @@ def test_derivative_in_t_is_the_derivative_of_the_path(pair, t):
 
 
 @given(start=weights(), stretch=st.sampled_from([1.0, 0.25, 7.0]))
-def test_slerp_between_antipodes_is_nan(start, stretch):
+def test_slerp_between_antipodes_is_refused_and_nan_where_traced(start, stretch):
     assume(size(start) > 0)
-    for path in (slerp, interpolate.slerp):
-        assert is_nan(path(start, combine((-stretch,), (start,)), 0.5))
+    end = combine((-stretch,), (start,))
+    assert is_nan(slerp(start, end, 0.5))
+    for t in (0.5, 0.0, jnp.float32(2.0)):
+        with pytest.raises(
+            ValueError, match=r"start and end are antipodal, so no arc.*: take lerp"
+        ):
+            interpolate.slerp(start, end, t)
+
+
+def test_of_leaves_the_one_whose_ends_are_antipodal_is_named():
+    start = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    end = {"a": jnp.arange(2.0), "b": -2 * jnp.ones(3)}
+    with pytest.raises(ValueError, match="antipodal") as caught:
+        tree.per_leaf(interpolate.slerp)(start, end, 0.5)
+    assert "['b']" in caught.value.__notes__[0]
+    found = jax.jit(tree.per_leaf(interpolate.slerp))(start, end, 0.5)
+    assert is_nan(found["b"])
+    assert not is_nan(found["a"])
 
 
 @each_path
@@ -247,6 +263,41 @@ def test_chain_passes_through_every_point(xs):
     last = max(len(xs) - 1, 1)
     for i, x in enumerate(xs):
         assert_close(polygonal_chain(xs, i / last), x, units=8, scale=size(*xs))
+
+
+@pytest.mark.parametrize("t", [-1.0, 0.0, 0.25, 0.499, np.float32(0.25), jnp.float32(0.25)])
+def test_at_a_known_place_a_chain_reads_the_two_ends_of_its_segment_alone(t):
+    far = {"w": jnp.array([jnp.inf, 2.0], FLOAT)}
+    xs = [{"w": jnp.array(x, FLOAT)} for x in ([0.0, 0.0], [1.0, 3.0])]
+    for points_, place in (([*xs, far], float(t)), ([far, *xs[::-1]], 1 - float(t))):
+        wanted = {"w": jnp.array([2 * float(t), 6 * float(t)], FLOAT)}
+        assert_close(interpolate.polygonal_chain(points_, place), wanted, units=4, scale=6)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 1.0])
+def test_a_chain_through_points_of_several_dtypes_is_in_those_of_its_first(t):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(3, 5))
+    dtypes = (FLOAT, jnp.bfloat16, jnp.float16)
+    xs = [{"w": jnp.asarray(x, dtype)} for x, dtype in zip(rows, dtypes, strict=True)]
+    exact = np.stack([np.asarray(x["w"], np.float64) for x in xs])
+    wanted, scale = chained(exact, t)
+    for chain in (polygonal_chain, interpolate.polygonal_chain):
+        assert_close(chain(xs, t), {"w": jnp.asarray(wanted, FLOAT)}, units=4, scale=scale)
+
+
+@pytest.mark.parametrize("t", [-0.5, 0.0, 1 / 3, 0.6, 2.0])
+def test_an_eager_curve_is_the_compiled_one(t):
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 4):
+        xs = [{"w": jnp.asarray(rng.normal(size=5), FLOAT)} for _ in range(count)]
+        assert_close(interpolate.bezier(xs, t), bezier(xs, t), units=16 * 3**count)
+        assert_close(interpolate.polygonal_chain(xs, t), polygonal_chain(xs, t), units=32)
+
+
+def test_a_curve_that_leaves_all_bounds_is_refused():
+    with pytest.raises(ValueError, match=r"coefficients\[0\] must be finite"):
+        interpolate.bezier([jnp.ones(2)] * 4, 1e200)
 
 
 @given(xs=points())

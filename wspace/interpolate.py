@@ -8,11 +8,13 @@ A tree is one vector. For a path per tensor use
 [`tree.per_leaf`][wspace.tree.per_leaf], for many $t$ at once `jax.vmap`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from wspace import _checks, geometry, tree
@@ -89,14 +91,13 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
         t: Position along the path.
 
     Returns:
-        The weights $\theta(t)$, each leaf in the dtype of that leaf of `start`. All leaves
-        are NaN if the ends are antipodal, where no arc is distinguished: within
-        $\sqrt{\varepsilon}$ of $\Omega = \pi$, where the rounding of the ends alone turns
-        half the digits of the arc.
+        The weights $\theta(t)$, each leaf in the dtype of that leaf of `start`.
 
     Raises:
-        ValueError: If the trees differ in structure or in a leaf's shape, or `t` is known and
-            not finite.
+        ValueError: If the ends are antipodal, where no arc is distinguished: within
+            $\sqrt{\varepsilon}$ of $\Omega = \pi$, where the rounding of the ends alone turns
+            half the digits of the arc (all leaves NaN if traced). Also if the trees differ in
+            structure or in a leaf's shape, or `t` is known and not finite.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -110,7 +111,15 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     """
     _checks.same_layout(start=start, end=end)
     t = _checks.scalar("t", t)
-    return _arc(_weights(*_half_angle(start, end), t), (start, end))
+    scalars, antipodal = _weights(*_half_angle(start, end), t)
+    _checks.refuse(
+        antipodal,
+        lambda: (
+            "start and end are antipodal, so no arc between them is distinguished: "
+            "take lerp, or two arcs by way of a point beside them"
+        ),
+    )
+    return _arc(scalars, (start, end))
 
 
 def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
@@ -134,8 +143,10 @@ def _acute(sums: Array) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
 
 
 @jax.jit
-def _weights(sine: Scalar, cosine: Scalar, t: ScalarLike) -> tuple[Scalar, Scalar, Scalar]:
-    """The coefficients of the start, of the end, and of their sum."""
+def _weights(
+    sine: Scalar, cosine: Scalar, t: ScalarLike
+) -> tuple[tuple[Scalar, Scalar, Scalar], Bool[Array, ""]]:
+    """The coefficients of the start, of the end, and of their sum; whether there are none."""
     t = jnp.asarray(t).astype(sine.dtype)
     # Beyond a right angle work with the angle left to the antipode, pi - Omega = `short`.
     wide = sine > cosine
@@ -154,11 +165,12 @@ def _weights(sine: Scalar, cosine: Scalar, t: ScalarLike) -> tuple[Scalar, Scala
     across = jnp.sin((t - 0.5) * (jnp.pi - short)) / (2 * jnp.cos(short / 2))
     parted = wide & (inner != 0)
     antipodal = wide & (short < jnp.sqrt(jnp.finfo(sine.dtype).eps))
-    return (
+    coefficients = (
         jnp.where(parted, -across, coefficient(1 - t)),
         jnp.where(parted, across, coefficient(t)),
         jnp.where(antipodal, jnp.nan, jnp.where(parted, along, 0)),
     )
+    return coefficients, antipodal
 
 
 @_checks.of_points
@@ -199,9 +211,9 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
         NeurIPS 2018, section 3, [arXiv:1802.10026](https://arxiv.org/abs/1802.10026).
     """
     points, t, last = _path(points, t)
-    return tree.combine(
-        [float(math.comb(last, i)) * t**i * (1 - t) ** (last - i) for i in range(last + 1)], points
-    )
+    with np.errstate(over="ignore", invalid="ignore"):  # combine refuses what is not finite
+        each = [float(math.comb(last, i)) * t**i * (1 - t) ** (last - i) for i in range(last + 1)]
+    return tree.combine(np.array(each) if isinstance(t, float) else each, points)
 
 
 @_checks.of_points
@@ -242,6 +254,9 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
         NeurIPS 2018, section 3, [arXiv:1802.10026](https://arxiv.org/abs/1802.10026).
     """
     points, t, last = _path(points, t)
+    if isinstance(t, float):
+        first = min(max(math.floor(last * t), 0), max(last - 1, 0))
+        return _between(points[0], points[first : first + 2], float(last * t - first))
     first = jnp.minimum(jnp.maximum(jnp.floor(last * t), 0), last - 1)
     part = last * t - first
     return tree.combine(
@@ -254,9 +269,29 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     )
 
 
-def _path(points: Sequence[WeightsLike], t: ScalarLike) -> tuple[list[WeightsLike], Scalar, int]:
-    """The points as a list, `t` in the dtype of arithmetic on them, and the last index."""
+def _between(first: WeightsLike, ends: Sequence[WeightsLike], part: float) -> Weights:
+    """The point of a segment, or of a point, in the dtypes of the first point of a chain."""
+    c = (1 - part, part)[: len(ends)]
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(x)] for x in (first, ends[0])]
+    # Where dtypes are the same, the first point is not read.
+    return tree.combine(c, ends) if dtypes[0] == dtypes[1] else _like(c, (first, *ends))
+
+
+@tree.elementwise
+def _like(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    _, *ends = arrays
+    terms = [c * x for c, x in zip(scalars, ends, strict=True)]
+    return functools.reduce(jnp.add, terms)
+
+
+def _path(
+    points: Sequence[WeightsLike], t: ScalarLike
+) -> tuple[list[WeightsLike], Scalar | float, int]:
+    """The points, `t`, in the dtype of the arithmetic where it is traced, and the last index."""
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
+    t = _checks.scalar("t", t)
+    if not _checks.is_traced(t):
+        return points, np.float64(t), len(points) - 1
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
-    return points, jnp.asarray(_checks.scalar("t", t)).astype(wide), len(points) - 1
+    return points, jnp.asarray(t).astype(wide), len(points) - 1

@@ -240,9 +240,9 @@ def karcher_mean_on(
     logarithms grows or turns round. With $\exp_x(v) = x + v$ and $\log_x(y) = y - x$ the mean is
     [`average.mean`][wspace.average.mean]; on the sphere it is
     [`karcher_mean`][wspace.average.karcher_mean], which is faster. This iteration converges
-    linearly, and is compiled once for the same two functions. Derivatives are those of the mean, not of the iteration, of every order, with respect
-    to points, coefficients and what `exp` and `log` close over: a linear system in the derivative
-    of the sum of logarithms, solved by GMRES.
+    linearly, and is compiled once for the same two functions. Derivatives are those of the mean,
+    not of the iteration, of every order, with respect to points, coefficients and what `exp` and
+    `log` close over: a linear system in the derivative of the sum of logarithms, solved by GMRES.
 
     Args:
         exp: Takes a point and a tangent there, trees of the layout of the points, and returns the
