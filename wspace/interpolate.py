@@ -96,8 +96,9 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     Raises:
         ValueError: If the ends are antipodal, where no arc is distinguished: within
             $\sqrt{\varepsilon}$ of $\Omega = \pi$, where the rounding of the ends alone turns
-            half the digits of the arc (all leaves NaN if traced). Also if the trees differ in
-            structure or in a leaf's shape, or `t` is known and not finite.
+            half the digits of the arc (all leaves NaN if traced), as two numbers of different
+            sign are by themselves. Also if the trees differ in structure or in a leaf's shape, or
+            `t` is known and not finite.
         TypeError: If a leaf is not floating-point.
 
     Examples:
