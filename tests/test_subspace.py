@@ -946,7 +946,7 @@ def test_numpy_bases_are_as_orthonormal_as_they_are_seen():
     ("options", "words"),
     [
         ({"erase": []}, "erase is empty"),
-        ({"mode": "diagonal"}, "mode must be one of orthogonal, oblique, got 'diagonal'"),
+        ({"mode": "diagonal"}, "mode must be one of 'orthogonal', 'oblique', got 'diagonal'"),
         ({"rtol": 0.0}, "rtol must be between 0 and 1"),
         ({"rtol": 1.0}, "rtol must be between 0 and 1"),
         ({"keep": [{"w": jnp.ones((3, 2))}]}, r"has a leaf \['b'\] that keep\[0\] lacks"),

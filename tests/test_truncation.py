@@ -251,7 +251,7 @@ def test_on_all_inputs_alike_outputs_are_cut_as_the_matrix_is(seed, rank):
 def test_bad_arguments_are_refused(refuses):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 30)), jnp.float32)
     for arguments, words in (
-        ({"rank": 1, "method": "gram"}, "method must be one of exact, randomized, got 'gram'"),
+        ({"rank": 1, "method": "gram"}, "method must be one of 'exact', 'randomized', got 'gram'"),
         ({"rank": 1, "method": "randomized"}, "needs a random key"),
         ({"energy": 0.5, "method": "randomized", "key": KEY}, "need all singular values"),
         ({"rank": 1, "energy": 0.5}, "exactly one of rank, energy and tail"),

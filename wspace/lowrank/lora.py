@@ -67,7 +67,7 @@ def from_lora(
         Stabilization Scaling Factor for Fine-Tuning with LoRA*, 2023,
         [arXiv:2312.03732](https://arxiv.org/abs/2312.03732).
     """
-    _known(layout)
+    _checks.one_of("layout", layout, _LAYOUTS)
     _checks.floating_leaves(a=a, b=b)
     a, b = jnp.asarray(a), jnp.asarray(b)
     if min(a.ndim, b.ndim) < 2 or (*a.shape[:-2], a.shape[-2]) != (*b.shape[:-2], b.shape[-1]):
@@ -126,18 +126,13 @@ def to_lora(
     References:
         As of [`from_lora`][wspace.lowrank.from_lora].
     """
-    _known(layout)
+    _checks.one_of("layout", layout, _LAYOUTS)
     left, right = factors_of(edit)
     inputs, outputs = (left, right) if layout == "in_out" else (right, left)
     if alpha is not None:
         alpha = _checks.scalar("alpha", alpha, lambda value: value != 0, "finite and not zero")
     scaling = _scaling(alpha, edit.rank, rank_stabilized)
     return transposed(inputs), outputs / scaling.astype(outputs.dtype)
-
-
-def _known(layout: str) -> None:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
 
 
 def _scaling(alpha: ScalarLike | None, rank: int, rank_stabilized: bool) -> Array:

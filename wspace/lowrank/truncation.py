@@ -110,8 +110,7 @@ def truncate(
         *Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
         Decomposition*, NeurIPS 2015, [arXiv:1504.05477](https://arxiv.org/abs/1504.05477).
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    _checks.one_of("method", method, get_args(Method))
     if [rank, energy, tail].count(None) != 2:
         raise ValueError("give exactly one of rank, energy and tail")
     known = None if rank is None else _checks.rank(rank)

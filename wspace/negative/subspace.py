@@ -414,8 +414,7 @@ def erase_keeping(
         equation XAX = X, and relations between oblique and orthogonal projectors*, SIAM Journal
         on Applied Mathematics 26, 1974.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    _checks.one_of("mode", mode, get_args(Mode))
     if rtol is not None:
         rtol = _checks.scalar("rtol", rtol, lambda t: (t > 0) & (t < 1), "between 0 and 1")
     erase = _checks.listed("erase", erase)
