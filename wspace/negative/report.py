@@ -1,7 +1,6 @@
 """The record of an audit, and the table that it prints as."""
 
 import dataclasses
-import functools
 import math
 import textwrap
 
@@ -14,18 +13,7 @@ from wspace.typing import Scalar
 __all__ = ["Audit", "LeafAudit"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        "distance",
-        "singular_values",
-        "rank_needed",
-        "stable_rank",
-        "effective_rank",
-        "data_tail",
-    ),
-    meta_fields=("path", "shape", "matrix_shape"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LeafAudit:
     """What one leaf has to do with a guard.
@@ -45,9 +33,9 @@ class LeafAudit:
             of the activations given for this leaf; None where none were given.
     """
 
-    path: str
-    shape: tuple[int, ...]
-    matrix_shape: tuple[int, ...]
+    path: str = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    matrix_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     distance: Scalar
     singular_values: Float[Array, "..."]
     rank_needed: Int[Array, ""]
@@ -56,32 +44,7 @@ class LeafAudit:
     data_tail: Float[Array, " ranks"] | None
 
 
-_ARRAYS = (
-    "radius",
-    "distance",
-    "margin",
-    "tail_curve",
-    "leafwise_curve",
-    "rank_needed",
-    "pooled_rank_needed",
-    "frobenius_budget",
-    "spectral_budget",
-    "nuclear_budget",
-    "ceiling",
-    "efficiency",
-    "segment_distance",
-    "line_distance",
-    "source_budgets",
-    "dtype_floor",
-    "average_norm",
-    "amplification",
-    "aligned_distance",
-    "aligned_margin",
-    "leaves",
-)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Audit:
     r"""What stands between an average and a ball around a point to avoid.
