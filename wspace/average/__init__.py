@@ -1,10 +1,9 @@
 r"""Averages of points: models nobody trained.
 
 Coefficients are divided by their sum, so an average of points on a hyperplane stays on it and
-moving all points moves the average along. In means of points and of their directions negative ones
-are welcome: they push the average away from a point, at the price of the amplification
-$\sum_i |c_i| / |\sum_i c_i|$ by which rounding and noise in the points grow. Where an average is
-a minimum, as a median and a mean by Fishers or inputs are, coefficients are positive.
+moving all points moves the average along. A negative coefficient pushes the average away from its
+point, at the price of the amplification $\sum_i |c_i| / |\sum_i c_i|$ by which rounding and noise
+in the points grow; each function says whether it takes one.
 """
 
 from wspace.average.fisher import Kronecker, fisher_mean, kronecker_mean

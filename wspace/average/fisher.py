@@ -80,7 +80,7 @@ def fisher_mean(
             squared gradients of the log-likelihood, each example by itself. The square of the
             gradient of a batch is something else.
         coefficients: The $c_i > 0$, one a point, such as numbers of examples; equal if not given.
-            Only their ratios matter.
+            Only their ratios matter. They multiply precisions, which are not negative.
         ridge: The ridge $\rho \ge 0$.
 
     Returns:

@@ -47,7 +47,8 @@ def geometric_median(
 
     Args:
         points: The $\theta_i$, trees of one layout, at least one.
-        coefficients: The $c_i > 0$, one a point; equal if not given. Only their ratios matter.
+        coefficients: The $c_i > 0$, one a point; equal if not given. Only their ratios matter. A
+            negative one would leave the sum without a minimum, or with several local ones.
         tol: The residual to reach; if not given, 64 roundings.
         max_steps: The largest number of steps.
 

@@ -84,7 +84,8 @@ def retarget(
 
     Args:
         points: The $x_i$, trees of one layout, at least one.
-        coefficients: The $a_i$, one a point, of any sign; divided by their sum.
+        coefficients: The $a_i$, one a point, of any sign; divided by their sum. No default: what
+            is found holds for the average with these alone.
         target: The average $T$ to have, of the same layout.
         costs: The $c_i > 0$, one a point; equal if not given.
         allow: Where each point may move; everywhere if not given. Per point `None` (everywhere),
@@ -214,7 +215,8 @@ def exit_ball(
 
     Args:
         points: The $x_i$, trees of one layout, at least one.
-        coefficients: The $a_i$, one a point, of any sign; divided by their sum.
+        coefficients: The $a_i$, one a point, of any sign; divided by their sum. No default: what
+            is found holds for the average with these alone.
         avoid: The center $b$ of the ball, of the same layout.
         radius: Its radius $\rho > 0$.
         cone: The edits that the shift of the average may be, such as
