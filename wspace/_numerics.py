@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 Wide: TypeAlias = type
@@ -183,3 +184,21 @@ def _(primals: Any, tangents: Any) -> Any:
         - matmul(p, matmul(a, right))
         - matmul(matmul(p, da), p)
     )
+
+
+def fetched(scalars: Sequence[Array]) -> list[Any]:
+    """Known scalars as plain numbers, by one wait for the device, not one each."""
+    together: dict[Any, list[int]] = {}
+    for i, x in enumerate(scalars):
+        together.setdefault((x.sharding, x.dtype), []).append(i)
+    found: list[Any] = [None] * len(scalars)
+    for places in together.values():
+        row = np.asarray(_stacked([scalars[i] for i in places])).tolist()
+        for i, number in zip(places, row, strict=True):
+            found[i] = number
+    return found
+
+
+@jax.jit
+def _stacked(scalars: Sequence[Array]) -> Array:
+    return jnp.stack(scalars)
