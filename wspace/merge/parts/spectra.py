@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated
+from wspace._numerics import accumulator, fetched, matmul, placed_like, replicated
 from wspace.lowrank.factors import transposed
 from wspace.merge.task import added, differences, siblings
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -60,25 +60,31 @@ def by_matrices(
     nan_if_outside = 0 * jnp.asarray(0 if rtol is None else rtol).astype(wide)
     leaves, structure = jax.tree.flatten(base)
     paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(base)]
-    merged, certificates = [], [jnp.ones((), wide)]
+    merged, certificates, refused = [], [jnp.ones((), wide)], {}
     for path, leaf, *displaced in zip(paths, leaves, *map(jax.tree.leaves, taus), strict=True):
         if leaf.ndim < 2 or not leaf.size:
             merged.append(tree.combine([a / len(c) for a in c], displaced))
             continue
         edit, trusted = on_matrices(path, c, [replicated(lowrank.as_matrix(x)) for x in displaced])
-        undefined = _checks.refuse(
-            ~(trusted >= least),
-            lambda path=path, trusted=trusted: (
-                f"directions of the models nearly coincide at leaf {path}: the smallest singular "
-                f"value of their bases is {trusted:.2g} of the largest, less than {least:.2g}, and "
-                "rounding would decide the result: first average models that are nearly equal, "
-                "or take iso_c, or accept it by a smaller `least`"
-            ),
-        )
+        undefined: Scalar | float = 0.0
+        if _checks.is_traced(bad := ~(trusted >= least)):
+            undefined = _checks.refuse(bad, str)
+        else:
+            refused[path] = bad
         merged.append(
             placed_like((edit + undefined + nan_if_outside).reshape(leaf.shape), displaced[0])
         )
         certificates.append(trusted)
+    # After all are asked for, as to look at one waits for it.
+    for path, bad in zip(refused, fetched(list(refused.values())), strict=True):
+        if bad:
+            trusted = certificates[1 + list(refused).index(path)]
+            raise ValueError(
+                f"directions of the models nearly coincide at leaf {path}: the smallest singular "
+                f"value of their bases is {trusted:.2g} of the largest, less than {least:.2g}, and "
+                "rounding would decide the result: first average models that are nearly equal, "
+                "or take iso_c, or accept it by a smaller `least`"
+            )
     weights = added(base, structure.unflatten(merged), scale)
     return SpectralMerge(weights, jnp.min(jnp.stack(certificates)))
 
