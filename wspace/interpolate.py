@@ -293,6 +293,6 @@ def _path(
     _checks.same_layout(**_checks.each("points", points))
     t = _checks.scalar("t", t)
     if not _checks.is_traced(t):
-        return points, np.float64(t), len(points) - 1
+        return points, np.float64(float(t)), len(points) - 1
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
     return points, jnp.asarray(t).astype(wide), len(points) - 1
