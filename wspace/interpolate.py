@@ -11,6 +11,7 @@ A tree is one vector. For a path per tensor use
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -291,8 +292,8 @@ def _path(
     """The points, `t`, in the dtype of the arithmetic where it is traced, and the last index."""
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    t = _checks.scalar("t", t)
-    if not _checks.is_traced(t):
-        return points, np.float64(float(t)), len(points) - 1
+    place: Any = _checks.scalar("t", t)
+    if not _checks.is_traced(place):
+        return points, np.float64(float(place)), len(points) - 1
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
-    return points, jnp.asarray(t).astype(wide), len(points) - 1
+    return points, jnp.asarray(place).astype(wide), len(points) - 1

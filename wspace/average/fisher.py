@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
@@ -265,7 +265,15 @@ def _sides(
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _solve(c, xs, inputs, outputs, ridge, rtol, steps):
+def _solve(
+    c: Sequence[Any],
+    xs: Sequence[Array],
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    ridge: Any,
+    rtol: Any,
+    steps: int,
+) -> tuple[Array, tuple[Array, Array], Scalar, Int[Array, ""], Bool[Array, ""]]:
     wide = accumulator(*(x.dtype for x in (*xs, *inputs, *outputs)))
     *c, ridge = (jnp.asarray(number).astype(wide) for number in (*c, ridge))
     xs, inputs, outputs = ([x.astype(wide) for x in each] for each in (xs, inputs, outputs))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace.typing import Scalar
+from wspace.typing import Scalar, ScalarLike
 
 Numbers = Float[Array, " k"]
 
@@ -25,7 +25,7 @@ def solved(
     start: Numbers,
     data: Any,
     tol: Scalar,
-    max_steps: Int[Array, ""] | int,
+    max_steps: ScalarLike,
 ) -> tuple[Numbers, Scalar, Int[Array, ""], Bool[Array, ""]]:
     """The solution by the best of Newton's step, shortened or not, and a sure one that descends.
 

@@ -2,7 +2,7 @@ r"""The geometric median: an average that a minority of the points cannot move f
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
 
 __all__ = ["geometric_median"]
+
+_Numbers: TypeAlias = Float[Array, " k"]
+_Gram: TypeAlias = Float[Array, "k k"]
 
 
 @_checks.of_points
@@ -108,13 +111,15 @@ class _Median(NamedTuple):
 
 
 @jax.jit
-def _center(gaps: Float[Array, "k k"], c: Float[Array, " k"]) -> Int[Array, ""]:
+def _center(gaps: _Gram, c: _Numbers) -> Int[Array, ""]:
     """The point with the least sum of distances to the others, the first of several."""
     return jnp.argmin(jnp.sum(jnp.sqrt(gaps) * c[None, :], axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="max_steps")
-def _median(gram, gaps, center, c, tol, max_steps):
+def _median(
+    gram: _Gram, gaps: _Gram, center: Int[Array, ""], c: _Numbers, tol: Scalar, max_steps: int
+) -> _Median:
     """The coefficients of the median, from inner products of differences from one point."""
     eps = jnp.finfo(c.dtype).eps
     frozen = jax.lax.stop_gradient((gram, gaps, c))
@@ -152,31 +157,31 @@ def _median(gram, gaps, center, c, tol, max_steps):
     return _Median(jnp.where(at_point, exact, w) + 0 * c, residual, steps, residual <= tol)
 
 
-def _times(matrix, w):
+def _times(matrix: _Gram, w: _Numbers) -> _Numbers:
     return jnp.sum(matrix * w[None, :], axis=1)
 
 
-def _distances(w, gram, lift):
+def _distances(w: _Numbers, gram: _Gram, lift: Scalar) -> _Numbers:
     along = _times(gram, w)
     squares = jnp.sum(w * along) - 2 * along + jnp.diagonal(gram) + lift
     return jnp.sqrt(jnp.where(squares > 0, squares, jnp.nan))
 
 
-def _weiszfeld(w, gram, c, lift):
+def _weiszfeld(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> _Numbers:
     pulls = c / _distances(w, gram, lift)
     return pulls / jnp.sum(pulls)
 
 
-def _cost(w, gram, c, lift):
+def _cost(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> Scalar:
     return jnp.sum(c * _distances(w, gram, lift))
 
 
-def _gap(w, gram, c, lift):
+def _gap(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> _Numbers:
     """The coefficients of the gradient of the sum: its derivative in the point is the Hessian."""
     pulls = c / _distances(w, gram, lift)
     return jnp.sum(pulls) * w - pulls
 
 
-def _residual(w, gram, c, lift):
+def _residual(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> Scalar:
     t = _gap(w, gram, c, lift)
     return safe_sqrt(jnp.sum(t * _times(gram, t)))

@@ -141,7 +141,15 @@ def regression_mean(
 
 
 @jax.jit
-def _fit(c, xs, grams, ridge, shrink, rtol):
+def _fit(
+    c: Sequence[Any],
+    xs: Sequence[Array],
+    grams: Sequence[Array],
+    ridge: Any,
+    shrink: Any,
+    rtol: Any,
+) -> tuple[Array, Array, Scalar, Int[Array, ""]]:
+    """The solution, the eigenvalues of its matrix, the condition, and how many count as zero."""
     wide = accumulator(*(x.dtype for x in (*xs, *grams)))
     *c, ridge, shrink = (jnp.asarray(number).astype(wide) for number in (*c, ridge, shrink))
     xs = [x.astype(wide) for x in xs]

@@ -5,7 +5,7 @@ $\sum_i a_i \log_\mu(u_i) = 0$, that is, where $\sum_i a_i\, d(\mu, u_i)^2$ has 
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, Weights, WeightsLike
 
 __all__ = ["karcher_mean", "karcher_mean_on"]
+
+_Numbers: TypeAlias = Float[Array, " k"]
+_Gram: TypeAlias = Float[Array, "k k"]
 
 REASONS = (
     "coefficients of the points that are not zero sum to nothing beside their size",
@@ -140,7 +143,9 @@ class _Mean(NamedTuple):
 
 
 @jax.jit
-def _direction(gram, a, tol, max_steps):
+def _direction(
+    gram: Array, a: _Numbers | np.ndarray, tol: ScalarLike, max_steps: ScalarLike
+) -> _Mean:
     """The scalars that make the mean, from the inner products of points.
 
     A direction is `sum_i w_i u_i`, of unit length once divided by `sqrt(w U w)`. The functions of
@@ -175,29 +180,30 @@ def _direction(gram, a, tol, max_steps):
     return _Mean(scalars + undefined, residual + undefined, steps, converged, refused)
 
 
-def _dot(matrix, w):
+def _dot(matrix: _Gram, w: _Numbers) -> _Numbers:
     return jnp.sum(matrix * w[None, :], axis=1)
 
 
-def _unit(w, cosines):
+def _unit(w: _Numbers, cosines: _Gram) -> _Numbers:
     return w / jnp.sqrt(jnp.sum(w * _dot(cosines, w)))
 
 
-def _angles_squared(d):
+def _angles_squared(d: _Numbers) -> _Numbers:
     return 4 * arcsin_of_root_squared((1 - d) / 2)
 
 
-def _pull(d):
+def _pull(d: _Numbers) -> _Numbers:
     r"""$\Omega / \sin\Omega$: the logarithm of u_i is this times its part across the mean."""
     return angle_over_sine((1 - d) / 2)
 
 
-def _gap(w, cosines, a):
+def _gap(w: _Numbers, cosines: _Gram, a: _Numbers) -> _Numbers:
     """How far w is from being in proportion to the pulls, as it is where the logarithms cancel."""
     return w - _unit(a * _pull(_dot(cosines, _unit(w, cosines))), cosines)
 
 
-def _logarithm(w, cosines, a):
+def _logarithm(w: _Numbers, cosines: _Gram, a: _Numbers) -> tuple[_Numbers, _Numbers, Scalar]:
+    """A direction as a unit vector, the sum of logarithms there, and its length."""
     w = _unit(w, cosines)
     d = _dot(cosines, w)
     pulls = a * _pull(d)
@@ -205,18 +211,18 @@ def _logarithm(w, cosines, a):
     return w, t, safe_sqrt(jnp.sum(t * _dot(cosines, t)))
 
 
-def _left_over(w, cosines, a):
+def _left_over(w: _Numbers, cosines: _Gram, a: _Numbers) -> Scalar:
     return _logarithm(w, cosines, a)[2] / jnp.sum(jnp.abs(a))
 
 
-def _stepped(w, cosines, a):
+def _stepped(w: _Numbers, cosines: _Gram, a: _Numbers) -> _Numbers:
     # The curvature of squared distances on a sphere is at most one: the step never overshoots.
     w, t, size = _logarithm(w, cosines, a)
     turn = size / jnp.sum(jnp.abs(a))
     return jnp.cos(turn) * w + sinc_of_square(turn**2) / jnp.sum(jnp.abs(a)) * t
 
 
-def _spread(w, cosines, a):
+def _spread(w: _Numbers, cosines: _Gram, a: _Numbers) -> Scalar:
     return jnp.sum(a * _angles_squared(_dot(cosines, _unit(w, cosines))))
 
 
@@ -294,7 +300,7 @@ def _mean_on(
     functions: Sequence[Callable[[Any, Any], Any]],
     _: tuple[()],
     wide: Sequence[Weights],
-    a: Sequence[ScalarLike],
+    a: Sequence[Any],
     tol: ScalarLike | None,
     max_steps: ScalarLike,
 ) -> tuple[Weights, Scalar, Int[Array, ""], Bool[Array, ""]]:
