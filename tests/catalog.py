@@ -592,6 +592,7 @@ NOT_ON_TREES = {
     "average.Profile": "a record",
     "average.Reconstruction": "a record",
     "average.Regression": "a record",
+    "average.Solution": "a record",
     "average.exponent_of": "acts on a number; laws in test_posthoc.py",
     "average.karcher_mean_on": "acts on an exponential; laws in test_karcher.py",
     "average.width_of": "acts on a number; laws in test_posthoc.py",

@@ -19,7 +19,7 @@ import pytest
 import wspace
 from tests.catalog import CASES
 from wspace import (
-    _leaves,
+    _lazy,
     average,
     checkpoint,
     geometry,
@@ -168,7 +168,7 @@ def is_lazy(words):
 
 @pytest.mark.parametrize("words", [words for words in MERGES if is_lazy(words)])
 def test_a_merge_in_pieces_is_the_same(words, points, monkeypatch):
-    monkeypatch.setattr(_leaves, "_LARGEST", 5)
+    monkeypatch.setattr(_lazy, "_LARGEST", 5)
     monkeypatch.setattr(selection, "SMALL", 0)
     monkeypatch.setattr(selection, "FEW", 0)
     assert run("merge", words, "-o", "OUT") == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.catalog import CASES, Case
-from wspace import _leaves, merge, perturb, selection, tree
-from wspace._leaves import Lazy, Runs
+from wspace import _lazy, merge, perturb, selection, tree
+from wspace._lazy import Lazy, Runs
 from wspace.selection import sifting
 
 PIECE = 7
@@ -24,7 +24,7 @@ def lazily(x, spans=None):
     def read(span, _):
         if spans is not None:
             spans.append(span)
-        return jnp.asarray(_leaves.taken(x, span))
+        return jnp.asarray(_lazy.taken(x, span))
 
     return Lazy(x.shape, x.dtype, read)
 
@@ -32,7 +32,7 @@ def lazily(x, spans=None):
 @pytest.fixture
 def small(monkeypatch):
     """Sizes at which few entries are many."""
-    monkeypatch.setattr(_leaves, "_LARGEST", PIECE)
+    monkeypatch.setattr(_lazy, "_LARGEST", PIECE)
     sizes = {"FEW": 5, "HELD": 0, "SAMPLE": 10, "RUN": 2, "RUNS": 3, "APART": 9}
     for name, value in sizes.items():
         monkeypatch.setattr(sifting, name, value)
@@ -101,7 +101,7 @@ def test_a_selection_reads_little_more_than_all_entries_once():
 @pytest.mark.parametrize("piece", [5, 100])
 @pytest.mark.parametrize("case", [*(case for case in CASES if case.lazy), VOTED], ids=str)
 def test_functions_of_lazy_trees_give_the_bits_of_arrays(case, piece, monkeypatch):
-    monkeypatch.setattr(_leaves, "_LARGEST", piece)
+    monkeypatch.setattr(_lazy, "_LARGEST", piece)
     points = [
         {f"{i}": jnp.asarray(x, [jnp.float32, jnp.bfloat16][i % 2]) for i, x in enumerate(xs)}
         for xs in (drawn(seed, "normal") for seed in range(case.trees))
@@ -117,7 +117,7 @@ def test_functions_of_lazy_trees_give_the_bits_of_arrays(case, piece, monkeypatc
 
 
 def test_arrays_beside_lazy_leaves_are_taken_in_the_same_pieces(monkeypatch):
-    monkeypatch.setattr(_leaves, "_LARGEST", PIECE)
+    monkeypatch.setattr(_lazy, "_LARGEST", PIECE)
     x, y = (np.arange(20, dtype=np.float32).reshape(4, 5) * c for c in (1, 2))
     (leaf,) = jax.tree.leaves(tree.combine((1, 1), (lazily(x), jnp.asarray(y))))
     found = np.concatenate([leaf.read(span) for span in leaf.pieces()])

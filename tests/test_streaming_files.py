@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wspace import _leaves, average, checkpoint, interpolate, merge, tree
+from wspace import _lazy, average, checkpoint, interpolate, merge, tree
 from wspace.checkpoint.streaming import stream
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -61,7 +61,7 @@ def test_a_lazy_function_in_pieces_is_that_of_trees(tmp_path_factory, c, piece, 
     folder = tmp_path_factory.mktemp("pieces")
     sources = models(len(c), folder, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_leaves, "_LARGEST", piece)
+        patch.setattr(_lazy, "_LARGEST", piece)
         out = streamed(lambda xs: average.mean(xs, c), sources, folder / "out", lazy=True)
     assert_same(out, average.mean([loaded(x) for x in sources], c))
 
@@ -78,7 +78,7 @@ def test_a_leafwise_function_is_that_of_trees(tmp_path):
 
 
 def test_a_lazy_function_is_called_once_and_its_leaves_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(_leaves, "_LARGEST", 5)
+    monkeypatch.setattr(_lazy, "_LARGEST", 5)
     sources = models(2, tmp_path)
     spans, calls = [], []
     kind = type(sources[0]["a"])

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
+from wspace._leaves import Factored
 from wspace._numerics import accumulator
 from wspace.typing import Coefficients, Scalar, ScalarLike
 
@@ -25,10 +26,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 Numbers: TypeAlias = Float[Array | np.ndarray, " k"]
 """One number a point: float64 NumPy where they are known, a JAX array where they are traced."""
-
-
-class Factored:
-    """Base of pytrees that stand for one leaf, so that nothing is combined factor by factor."""
 
 
 def is_factored(node: object) -> bool:

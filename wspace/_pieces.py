@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from wspace._leaves import Lazy, Piece, Span, computed, taken
+from wspace._lazy import Lazy, Piece, Span, computed, taken
 
 _SMALL = 2**16
 """Entries of a leaf up to which starting its program takes as long as running it."""

@@ -1,12 +1,12 @@
 """The types that signatures speak in."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
-from wspace._leaves import Lazy
+from wspace._lazy import Lazy
 
 __all__ = [
     "Allow",
@@ -18,7 +18,6 @@ __all__ = [
     "Path",
     "Scalar",
     "ScalarLike",
-    "Solution",
     "Weights",
     "WeightsLike",
 ]
@@ -58,20 +57,3 @@ Path: TypeAlias = Callable[[ScalarLike], Weights]
 
 Loss: TypeAlias = Callable[[WeightsLike], Scalar]
 """A scalar function of the weights."""
-
-
-class Solution(NamedTuple):
-    """What an iteration found, and how good it is.
-
-    Attributes:
-        weights: The weights found.
-        residual: How far they are from solving the problem, relative to its size; the function
-            says in what measure.
-        steps: The number of steps taken.
-        converged: Whether the residual is as small as was asked for.
-    """
-
-    weights: PyTree
-    residual: Scalar
-    steps: Int[Array, ""]
-    converged: Bool[Array, ""]

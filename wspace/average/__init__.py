@@ -6,6 +6,7 @@ point, at the price of the amplification $\sum_i |c_i| / |\sum_i c_i|$ by which 
 in the points grow; each function says whether it takes one.
 """
 
+from wspace._records import Solution
 from wspace.average.fisher import Kronecker, fisher_mean, kronecker_mean
 from wspace.average.linear import mean
 from wspace.average.median import geometric_median
@@ -27,6 +28,7 @@ __all__ = [
     "Profile",
     "Reconstruction",
     "Regression",
+    "Solution",
     "ema",
     "exponent_of",
     "fisher_mean",

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
+from wspace._records import Solution
 from wspace.average.regression import by_leaf, gram, normalized, semidefinite, weighted_sum
-from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, Weights, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Kronecker", "fisher_mean", "kronecker_mean"]
 
@@ -197,7 +198,7 @@ def kronecker_mean(
         steps: The largest number of steps.
 
     Returns:
-        [`Solution`][wspace.typing.Solution] with the `weights`, each leaf in the dtype of that
+        [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
             leaf of the first point; the largest `residual` of a matrix, the norm of what is left
             of the scaled equation over that of its right side, 0 if that is zero; the largest
             number of `steps` taken; and whether it `converged`.

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, geometry, tree
 from wspace._numerics import safe_sqrt
+from wspace._records import Solution
 from wspace.average import fixed_point
-from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["geometric_median"]
 
@@ -56,7 +57,7 @@ def geometric_median(
         max_steps: The largest number of steps.
 
     Returns:
-        A [`Solution`][wspace.typing.Solution]: the `weights`, each leaf in the dtype of that leaf
+        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
             of the first point; as `residual` the norm of the shortest subgradient of the sum over
             $\sum_i c_i$, zero at a minimum and otherwise at most one; the `steps` taken; and
             whether it `converged`.

@@ -21,8 +21,9 @@ from wspace._numerics import (
     sinc_of_square,
     unstacked,
 )
+from wspace._records import Solution
 from wspace.average import fixed_point
-from wspace.typing import Coefficients, Scalar, ScalarLike, Solution, Weights, WeightsLike
+from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["karcher_mean", "karcher_mean_on"]
 
@@ -101,7 +102,7 @@ def karcher_mean(
         max_steps: The largest number of steps; nearly parallel points need none.
 
     Returns:
-        A [`Solution`][wspace.typing.Solution]: the `weights`, each leaf in the dtype of that leaf
+        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
             of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(u_i) \rVert /
             \sum_i |a_i|$ in radians; the `steps` taken; and whether it `converged`.
 
@@ -262,7 +263,7 @@ def karcher_mean_on(
         max_steps: The largest number of steps.
 
     Returns:
-        A [`Solution`][wspace.typing.Solution]: the `weights`, each leaf in the dtype of that leaf
+        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
             of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(\theta_i) \rVert$ over
             $\lVert \mu \rVert + \sum_i |a_i| \lVert \log_\mu(\theta_i) \rVert$, Euclidean norms;
             the `steps` taken; and whether it `converged`. Whether the mean is the only one is up

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from wspace import _checks
-from wspace._leaves import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
+from wspace._lazy import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
 from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer

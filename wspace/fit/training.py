@@ -233,11 +233,11 @@ def _run(
     return sound, History(values, parts, slopes, count)
 
 
-def _told(progress: Progress) -> Callable[[np.ndarray, np.ndarray], None]:
+def _told(progress: Progress) -> Callable[[Any, Any], None]:
     """The callback of a program, which does not keep `progress` alive."""
     weak = weakref.ref(progress)
 
-    def tell(i: np.ndarray, value: np.ndarray) -> None:
+    def tell(i: Array | np.ndarray, value: Array | np.ndarray) -> None:
         if alive := weak():
             alive(int(i), float(value))
 

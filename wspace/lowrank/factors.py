@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wspace import _checks, tree
+from wspace._leaves import Factored
 from wspace._numerics import accumulator, matmul, replicated
 from wspace.typing import Leaf
 
@@ -16,7 +17,7 @@ __all__ = ["LowRank", "as_matrix", "materialize"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(_checks.Factored):
+class LowRank(Factored):
     r"""A matrix, or a stack of them, as the product of two thin factors.
 
     $$

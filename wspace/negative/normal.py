@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from wspace import _checks, geometry, tree
+from wspace._records import Solution
 from wspace.negative.hull import checked_guard, heights_of, is_blocked
 from wspace.negative.nearest import Mode
-from wspace.typing import Allow, Coefficients, ScalarLike, Solution, WeightsLike
+from wspace.typing import Allow, Coefficients, ScalarLike, WeightsLike
 
 __all__ = ["guard_normal"]
 
@@ -59,7 +60,7 @@ def guard_normal(
         rtol: The residual to reach.
 
     Returns:
-        A [`Solution`][wspace.typing.Solution] with the unit normal as `weights`, in at least
+        A [`Solution`][wspace.average.Solution] with the unit normal as `weights`, in at least
             float32; as `residual` the norm of the gradient along the sphere, over $2 \rho \sqrt{f
             \sum_i c_i}$, and zero where the cost is; the `steps` taken; and whether it `converged`.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wspace import tree
-from wspace._leaves import Piece, Runs, Span
+from wspace._lazy import Piece, Runs, Span
 from wspace._numerics import accumulator
 from wspace.selection import bracket
 from wspace.selection.bracket import Count
