@@ -1,6 +1,7 @@
 """The public surface: declared, documented, and in the catalog of laws."""
 
 import importlib
+import importlib.metadata
 import inspect
 import pathlib
 import pkgutil
@@ -51,6 +52,20 @@ def test_every_docstring_says_what_goes_in_and_out(name):
     returns = function.__annotations__["return"] is not None
     for section in ("Examples:", *["Args:"] * takes, *["Returns:"] * returns):
         assert section in sections
+
+
+def test_import_and_version_load_nothing_and_a_star_loads_every_module():
+    code = (
+        "import sys, wspace; first = set(sys.modules); version = wspace.__version__\n"
+        "late = {'jax', 'numpy', 'importlib.metadata'} & first, {'jax', 'numpy'} & {*sys.modules}\n"
+        "from wspace import *\n"
+        "print(version, *late, sorted(set(wspace.__all__) - set(globals())))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [importlib.metadata.version("wspace"), "set()", "set()", "[]"]
+    assert "__version__" in dir(wspace)
+    with pytest.raises(AttributeError, match="module 'wspace' has no attribute 'lerp'"):
+        _ = wspace.lerp
 
 
 def test_import_pulls_in_no_optional_dependency():

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from wspace import (
         average,
         checkpoint,
@@ -41,12 +42,15 @@ __all__ = [
 ]
 
 
-# Imported when they are asked for, so that the command line answers before JAX is there.
+# Imported when they are asked for, so that the command line answers before JAX is there;
+# `from wspace import *` asks for all.
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return importlib.import_module(f"wspace.{name}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("wspace")
     raise AttributeError(f"module 'wspace' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
