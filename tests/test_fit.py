@@ -256,9 +256,9 @@ def test_numpy_weights_come_back_as_arrays():
 
 def test_a_loss_gets_a_new_key_at_every_step_and_one_for_its_value_and_gradient():
     x = jnp.zeros(3, FLOAT)
-    rolls = fit.adapt(KEY, dice, x, optimizer=HALF, steps=20).history.loss
+    rolls = fit.adapt(KEY, dice, x, keyed=True, optimizer=HALF, steps=20).history.loss
     assert len(set(np.asarray(rolls).tolist())) == 21
-    found, history = fit.adapt(KEY, noisy, x, optimizer=HALF, steps=1)
+    found, history = fit.adapt(KEY, noisy, x, keyed=True, optimizer=HALF, steps=1)
     # One step of -1/2 g from zero: the slope drawn there is -2 x.
     np.testing.assert_allclose(history.gradient[0], 2 * np.linalg.norm(found), rtol=8 * UNIT)
     assert history.loss[0] == 0
@@ -268,7 +268,9 @@ def test_a_loss_gets_a_new_key_at_every_step_and_one_for_its_value_and_gradient(
 def test_one_key_is_one_run_bit_for_bit_and_another_is_another(rank):
     start = jnp.zeros((3, 2), FLOAT)
     runs = [
-        fit.adapt(jax.random.key(seed), noisy, start, rank=rank, optimizer=HALF, steps=4)
+        fit.adapt(
+            jax.random.key(seed), noisy, start, keyed=True, rank=rank, optimizer=HALF, steps=4
+        )
         for seed in (5, 5, 6)
     ]
     assert_close(runs[0], runs[1], units=0)
@@ -286,7 +288,7 @@ def test_one_key_is_one_run_bit_for_bit_and_another_is_another(rank):
     ],
     ids=["default", "partial", "variadic", "object", "jitted"],
 )
-def test_a_loss_that_can_be_called_without_a_key_is(loss):
+def test_a_loss_of_any_kind_is_called_with_the_weights_alone(loss):
     found, _ = fit.adapt(KEY, loss, jnp.zeros(3, FLOAT), optimizer=HALF, steps=1)
     np.testing.assert_array_equal(found, np.full(3, -1.0))
 
@@ -301,17 +303,68 @@ def test_a_loss_that_can_be_called_without_a_key_is(loss):
     ],
     ids=["default", "partial", "object", "jitted"],
 )
-def test_a_loss_that_cannot_gets_one(loss):
+def test_a_keyed_loss_of_any_kind_gets_a_key(loss):
     x = jnp.zeros(3, FLOAT)
-    _, history = fit.adapt(KEY, loss, x, optimizer=HALF, steps=2)
-    wanted = fit.adapt(KEY, dice, x, optimizer=HALF, steps=2).history
+    _, history = fit.adapt(KEY, loss, x, keyed=True, optimizer=HALF, steps=2)
+    wanted = fit.adapt(KEY, dice, x, keyed=True, optimizer=HALF, steps=2).history
     assert_close(history, wanted, units=0)
+
+
+def test_a_loss_that_takes_anything_gets_a_key_only_if_it_is_said_to():
+    seen, x = [], jnp.zeros(3, FLOAT)
+
+    def loss(*given):
+        seen.append(len(given))
+        return jnp.sum(given[0])
+
+    for keyed in (False, True):
+        seen.clear()
+        fit.adapt(KEY, loss, x, keyed=keyed, optimizer=HALF, steps=1)
+        assert set(seen) == {1 + keyed}
+
+
+@pytest.mark.parametrize(
+    ("loss", "keyed", "words"),
+    [
+        (dice, False, r"loss is called with the weights alone: set keyed=True.*'key'"),
+        (
+            functools.partial(lambda a, x, key: a * dice(x, key), 1.0),
+            False,
+            "set keyed=True if it takes a key",
+        ),
+        (bounded, True, "loss is called with the weights and a key: leave out keyed=True.*many"),
+    ],
+)
+def test_a_loss_that_takes_something_else_is_refused(loss, keyed, words):
+    x = jnp.zeros(3, FLOAT)
+    runs = [
+        lambda: fit.adapt(KEY, loss, x, keyed=keyed, optimizer=HALF, steps=1),
+        lambda: fit.invert(KEY, loss, x, keyed=keyed, optimizer=HALF, steps=1),
+        lambda: fit.coefficients(KEY, loss, x, [x], keyed=keyed, optimizer=HALF, steps=1),
+        lambda: fit.clipped(loss, 1.0, keyed=keyed),
+        lambda: fit.ascent(loss, keyed=keyed),
+    ]
+    for run in runs:
+        with pytest.raises(TypeError, match=words):
+            run()
+    for make, name in (
+        (fit.entropy, "logits"),
+        (functools.partial(fit.npo, reference=x, beta=1.0), "losses"),
+    ):
+        with pytest.raises(TypeError, match=words.replace("loss is", f"{name} is")):
+            make(loss, keyed=keyed)
+    guard = functools.partial(fit.guard, KEY, optimizer=HALF, steps=1, keyed=keyed)
+    fine = dice if keyed else bounded
+    with pytest.raises(TypeError, match=words.replace("loss is", r"losses\[1\] is")):
+        guard([fine, loss], [x, x], (1.0, 1.0), fine)
+    with pytest.raises(TypeError, match=words.replace("loss is", "away is")):
+        guard([fine], [x], [1.0], loss)
 
 
 def test_old_keys_are_keys():
     x = jnp.zeros(3, FLOAT)
     found = [
-        fit.adapt(key, noisy, x, optimizer=HALF, steps=3)
+        fit.adapt(key, noisy, x, keyed=True, optimizer=HALF, steps=3)
         for key in (jax.random.PRNGKey(3), jax.random.key(3))
     ]
     assert_close(found[0], found[1], units=0)
@@ -321,8 +374,12 @@ def test_old_keys_are_keys():
 def test_no_key_is_used_twice(rank):
     start = jnp.ones((3, 2), FLOAT)
     with jax.debug_key_reuse(True):
-        found = fit.adapt(jax.random.key(1), noisy, start, rank=rank, optimizer=HALF, steps=4)
-    wanted = fit.adapt(jax.random.key(1), noisy, start, rank=rank, optimizer=HALF, steps=4)
+        found = fit.adapt(
+            jax.random.key(1), noisy, start, keyed=True, rank=rank, optimizer=HALF, steps=4
+        )
+    wanted = fit.adapt(
+        jax.random.key(1), noisy, start, keyed=True, rank=rank, optimizer=HALF, steps=4
+    )
     assert_close(found, wanted, units=0)
 
 
@@ -338,7 +395,9 @@ TOLD = optax.GradientTransformationExtraArgs(lambda _: (), _told)
 def test_a_search_along_a_line_is_told_the_value_slope_and_batch_of_its_step(looked_for):
     start = jnp.ones(3, FLOAT)
     with jax.debug_key_reuse(looked_for):
-        found, history = fit.adapt(jax.random.key(1), drawn, start, optimizer=TOLD, steps=3)
+        found, history = fit.adapt(
+            jax.random.key(1), drawn, start, keyed=True, optimizer=TOLD, steps=3
+        )
     assert_close(found, start, units=64)  # where nothing it was told is off, nothing moved
     assert len(set(np.asarray(history.loss).tolist())) == 4
 
@@ -351,9 +410,9 @@ def drawn(x, key):
 def test_a_key_given_to_two_runs_is_refused_where_jax_looks_for_that():
     start, key = jnp.ones((3, 2), FLOAT), jax.random.key(1)
     with jax.debug_key_reuse(True):
-        fit.adapt(key, noisy, start, optimizer=HALF, steps=4)
+        fit.adapt(key, noisy, start, keyed=True, optimizer=HALF, steps=4)
         with pytest.raises(jax.errors.KeyReuseError):
-            fit.adapt(key, noisy, start, optimizer=HALF, steps=4)
+            fit.adapt(key, noisy, start, keyed=True, optimizer=HALF, steps=4)
 
 
 # Transformations
@@ -364,7 +423,7 @@ def test_runs_are_compiled_and_batched_over_keys_and_starts():
     starts = jnp.asarray(RNG.normal(size=(2, 4, 2)), FLOAT)
 
     def run(key, start):
-        return fit.adapt(key, drawn, start, rank=1, optimizer=HALF, steps=5)
+        return fit.adapt(key, drawn, start, keyed=True, rank=1, optimizer=HALF, steps=5)
 
     batched = jax.jit(jax.vmap(run))(keys, starts)
     for i in range(2):

@@ -273,19 +273,21 @@ def test_losses_with_a_key_make_penalties_with_a_key():
     def total(x, key):
         return jnp.sum(tossed(x, key))
 
-    np.testing.assert_allclose(fit.ascent(total).loss(ONES, key), -noise.sum(), rtol=16 * UNIT)
+    np.testing.assert_allclose(
+        fit.ascent(total, keyed=True).loss(ONES, key), -noise.sum(), rtol=16 * UNIT
+    )
     for most in (99.0, -99.0):
         wanted = -min(noise.sum(), most)
-        value = fit.clipped(total, most).loss(ONES, key)
+        value = fit.clipped(total, most, keyed=True).loss(ONES, key)
         np.testing.assert_allclose(value, wanted, rtol=16 * UNIT)
     p = special.softmax(noise)
-    value = fit.entropy(tossed).loss(ONES, key)
+    value = fit.entropy(tossed, keyed=True).loss(ONES, key)
     np.testing.assert_allclose(value, special.rel_entr(p, 1 / 3).sum(), atol=32 * UNIT)
     # Under one key the reference is as likely as itself.
-    value = fit.npo(tossed, ONES, beta=2.0).loss(ONES, key)
+    value = fit.npo(tossed, ONES, beta=2.0, keyed=True).loss(ONES, key)
     np.testing.assert_allclose(value, np.log(2), rtol=8 * UNIT)
     with pytest.raises(TypeError):
-        fit.ascent(total).loss(ONES)
+        fit.ascent(total, keyed=True).loss(ONES)
 
 
 # Guard: losses, penalties and optimizers are made once, so that runs share compilations
@@ -568,7 +570,9 @@ def dice(x, key):
 
 @pytest.mark.parametrize("rows", [((1, 0), (0, 1)), dirichlet])
 def test_every_loss_and_the_penalty_get_a_key_of_their_own_at_every_step(rows):
-    _, history = fit.guard(KEY, [dice] * 2, [ONES, ONES], rows, dice, optimizer=SGD, steps=5)
+    _, history = fit.guard(
+        KEY, [dice] * 2, [ONES, ONES], rows, dice, keyed=True, optimizer=SGD, steps=5
+    )
     assert len(set(np.asarray(history.terms).ravel().tolist())) == 18
 
 
@@ -686,7 +690,16 @@ def linear(x, key):
 def test_the_worst_edit_is_that_of_the_batch_it_is_tried_on():
     zero = jnp.zeros((4, 3), FLOAT)
     _, history = fit.guard(
-        KEY, [nothing], [zero], [1.0], linear, optimizer=UNITS, steps=1, cone=cone.Rank(3), budget=D
+        KEY,
+        [nothing],
+        [zero],
+        [1.0],
+        fit.Away(linear, -np.inf, "mine", keyed=True),
+        unbounded=True,
+        optimizer=UNITS,
+        steps=1,
+        cone=cone.Rank(3),
+        budget=D,
     )
     np.testing.assert_allclose(history.terms[0, 1], D * history.gradient[0], rtol=64 * UNIT)
 
@@ -708,7 +721,7 @@ def test_rows_of_coefficients_each_meet_their_own_worst_edit():
 # Keys, dtypes, transformations, progress, divergence
 
 
-NPO = fit.npo(tossed, ONES[:2], beta=1.0)
+NPO = fit.npo(tossed, ONES[:2], beta=1.0, keyed=True)
 
 
 @pytest.mark.parametrize(
@@ -721,7 +734,9 @@ def test_no_key_is_used_twice(away, rows, options):
 
     def run():
         key = jax.random.key(3)
-        return fit.guard(key, [linear] * 2, points, rows, away, optimizer=SGD, steps=2, **options)
+        return fit.guard(
+            key, [linear] * 2, points, rows, away, keyed=True, optimizer=SGD, steps=2, **options
+        )
 
     with jax.debug_key_reuse(True):
         found = run()
@@ -731,7 +746,7 @@ def test_no_key_is_used_twice(away, rows, options):
 def test_a_key_given_to_two_guards_is_refused_where_jax_looks_for_that():
     key = jax.random.key(3)
     run = functools.partial(
-        fit.guard, losses=[linear], points=[ONES], coefficients=[1.0], away=linear,
+        fit.guard, losses=[linear], points=[ONES], coefficients=[1.0], away=linear, keyed=True,
         optimizer=SGD, steps=2,
     )  # fmt: skip
     with jax.debug_key_reuse(True):
@@ -762,7 +777,15 @@ def test_guards_are_compiled_and_batched():
 
     def run(key, points, c, strength):
         return fit.guard(
-            key, [linear, dice], points, c, linear, optimizer=SGD, steps=3, strength=strength
+            key,
+            [linear, dice],
+            points,
+            c,
+            linear,
+            keyed=True,
+            optimizer=SGD,
+            steps=3,
+            strength=strength,
         )
 
     batched = jax.jit(jax.vmap(run))(keys, starts, coefficients, strengths)
@@ -883,7 +906,7 @@ def test_penalties_of_all_kinds_are_taken():
         fit.entropy(lambda x: x),
         fit.npo(lambda x: x, ONES, beta=1.0),
         fit.Away(first, -1.0, "mine"),
-        fit.clipped(dice, 0.0),
+        fit.clipped(dice, 0.0, keyed=True),
     ]
     for away in aways:
         found, history = guarded(away=away, losses=[nothing] * 2)

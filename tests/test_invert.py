@@ -253,10 +253,11 @@ def noisy(e, key):
 
 def test_the_loss_gets_a_new_key_at_every_step():
     start = jnp.zeros(3, FLOAT)
-    _, history = fit.invert(KEY, dice, start, optimizer=SGD, steps=9)
+    _, history = fit.invert(KEY, dice, start, keyed=True, optimizer=SGD, steps=9)
     assert len(set(np.asarray(history.loss).tolist())) == 10
     runs = [
-        fit.invert(jax.random.key(seed), noisy, start, optimizer=SGD, steps=3) for seed in (5, 5, 6)
+        fit.invert(jax.random.key(seed), noisy, start, keyed=True, optimizer=SGD, steps=3)
+        for seed in (5, 5, 6)
     ]
     assert_close(runs[0], runs[1], units=0)
     assert np.abs(np.asarray(runs[0].weights - runs[2].weights)).max() > 1e-3
@@ -268,7 +269,14 @@ def test_no_key_is_used_twice(rows):
 
     def run():
         return fit.invert(
-            jax.random.key(1), noisy, start, table=table, rows=rows, optimizer=SGD, steps=3
+            jax.random.key(1),
+            noisy,
+            start,
+            keyed=True,
+            table=table,
+            rows=rows,
+            optimizer=SGD,
+            steps=3,
         )
 
     with jax.debug_key_reuse(True):
@@ -278,7 +286,9 @@ def test_no_key_is_used_twice(rows):
 
 def test_a_key_given_to_two_inversions_is_refused_where_jax_looks_for_that():
     key = jax.random.key(1)
-    run = functools.partial(fit.invert, loss=noisy, start=TABLE[0], optimizer=SGD, steps=3)
+    run = functools.partial(
+        fit.invert, loss=noisy, start=TABLE[0], keyed=True, optimizer=SGD, steps=3
+    )
     with jax.debug_key_reuse(True):
         run(key)
         with pytest.raises(jax.errors.KeyReuseError):
@@ -291,7 +301,7 @@ def test_inversions_are_compiled_and_batched():
 
     def run(key, start, ridge, table):
         return fit.invert(
-            key, noisy, start, table=table, rows=1, ridge=ridge, optimizer=SGD, steps=3
+            key, noisy, start, keyed=True, table=table, rows=1, ridge=ridge, optimizer=SGD, steps=3
         )
 
     batched = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None)))(keys, starts, ridges, TABLE)

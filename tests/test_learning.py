@@ -200,7 +200,7 @@ def batch(x, key):
     return INPUTS[rows] @ x["w"] + x["b"][None]
 
 
-UNSURE = fit.entropy(batch)
+UNSURE = fit.entropy(batch, keyed=True)
 
 
 def sureness(x, key):
@@ -225,7 +225,9 @@ def test_without_labels_the_entropy_falls_and_labels_come_out(per):
     def entropy(x):
         return special.entr(special.softmax(outputs(x), axis=-1)).sum(-1).mean()
 
-    found = learned(per, base, experts, loss=sureness, optimizer=optax.adam(1e-2), steps=100)
+    found = learned(
+        per, base, experts, loss=sureness, keyed=True, optimizer=optax.adam(1e-2), steps=100
+    )
     before = entropy(merge.task_arithmetic(base, experts, (0.3, 0.3)))
     after = entropy(found.weights)
     assert after < 0.8 * before

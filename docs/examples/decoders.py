@@ -107,7 +107,7 @@ def train(
         return error(weights, batch, batch.images)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    return fit.adapt(key, on_batch, start, optimizer=optimizer, steps=steps).weights
+    return fit.adapt(key, on_batch, start, keyed=True, optimizer=optimizer, steps=steps).weights
 
 
 def bold(images: Float[Array, "n 64"]) -> Float[Array, "n 64"]:

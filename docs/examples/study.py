@@ -177,8 +177,10 @@ def train(
     def on_batch(weights: Weights, key: Array) -> Scalar:
         return losses(weights, batch(key, data, places, count, size)).mean()
 
-    found = fit.adapt(key, on_batch, start, rank=rank, optimizer=optax.adam(rate), steps=steps)
-    return found.weights
+    optimizer = optax.adam(rate)
+    return fit.adapt(
+        key, on_batch, start, keyed=True, rank=rank, optimizer=optimizer, steps=steps
+    ).weights
 
 
 class Pair(NamedTuple):

@@ -2,9 +2,9 @@ r"""Points found by training: fine-tuned, guarded, named.
 
 Everything here is one loop, a compiled scan over the steps of an optimizer of optax, and returns a
 [`Fit`][wspace.fit.Fit]: what was found, and the history of the losses. A loss is a function of the
-weights, or of the weights and a random key, from which it draws its batch. Runs with the same loss,
-optimizer and number of steps share one compilation, which is kept as long as these are: a sweep
-over new losses leaves nothing behind.
+weights, or, if `keyed`, of the weights and a random key, from which it draws its batch. Runs with
+the same loss, optimizer and number of steps share one compilation, which is kept as long as these
+are: a sweep over new losses leaves nothing behind.
 """
 
 from wspace.fit.away import Away, ascent, clipped, entropy, hinge, npo

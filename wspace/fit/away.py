@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, tree
-from wspace.fit.training import KeyedLoss, takes_key
+from wspace.fit.training import KeyedLoss, function
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Away", "ascent", "clipped", "entropy", "hinge", "npo"]
@@ -28,6 +28,7 @@ class Away:
         loss: The penalty, a function of the weights, or of the weights and a key.
         least: Its lower bound; $-\infty$ if it has none.
         name: What errors call it.
+        keyed: Whether `loss` takes a key.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -40,13 +41,18 @@ class Away:
     loss: KeyedLoss
     least: float
     name: str
+    keyed: bool = False
 
 
 def _of(
-    loss: Callable[..., Array], formula: Callable[[Callable[[PyTree], Array], PyTree], Scalar]
+    argument: str,
+    loss: Callable[..., Array],
+    keyed: bool,
+    formula: Callable[[Callable[[PyTree], Array], PyTree], Scalar],
 ) -> KeyedLoss:
-    """A penalty by a formula of some function of the weights, with a key if that takes one."""
-    if takes_key(loss):
+    """A penalty by a formula of a function of the weights, or of the weights and a key."""
+    function(argument, loss, keyed)
+    if keyed:
         # A formula may call the loss twice, and means the same batch.
         return lambda weights, key: formula(lambda x: loss(x, jax.random.clone(key)), weights)
     return lambda weights: formula(loss, weights)
@@ -110,7 +116,7 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
     return Away(penalty, 0.0, "hinge")
 
 
-def clipped(loss: KeyedLoss, most: ScalarLike) -> Away:
+def clipped(loss: KeyedLoss, most: ScalarLike, *, keyed: bool = False) -> Away:
     r"""Penalty of a low loss, up to a loss that is high enough.
 
     $$
@@ -122,13 +128,14 @@ def clipped(loss: KeyedLoss, most: ScalarLike) -> Away:
             key.
         most: The loss $\gamma$ above which there is nothing more to gain; for a cross-entropy
             over $n$ classes, that of chance is $\log n$.
+        keyed: Whether the loss takes a key.
 
     Returns:
         The penalty, with the lower bound $-\gamma$.
 
     Raises:
         ValueError: If `most` is not finite.
-        TypeError: If `most` is not a known number.
+        TypeError: If `most` is not a known number, or the loss does not take what `keyed` says.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -144,10 +151,11 @@ def clipped(loss: KeyedLoss, most: ScalarLike) -> Away:
     if _checks.is_traced(most):
         raise TypeError("most must be a known number, since it is the bound of the penalty")
     bound = np.asarray(_checks.scalar("most", most)).item()
-    return Away(_of(loss, lambda f, x: -jnp.minimum(f(x), bound)), float(-bound), "clipped")
+    penalty = _of("loss", loss, keyed, lambda f, x: -jnp.minimum(f(x), bound))
+    return Away(penalty, float(-bound), "clipped", keyed)
 
 
-def entropy(logits: Callable[..., Float[Array, "... classes"]]) -> Away:
+def entropy(logits: Callable[..., Float[Array, "... classes"]], *, keyed: bool = False) -> Away:
     r"""Penalty of outputs that are sure of something.
 
     $$
@@ -160,9 +168,13 @@ def entropy(logits: Callable[..., Float[Array, "... classes"]]) -> Away:
 
     Args:
         logits: The outputs $z$ `(..., k)`, a function of the weights, or of the weights and a key.
+        keyed: Whether `logits` takes a key.
 
     Returns:
         The penalty, with the lower bound $0$.
+
+    Raises:
+        TypeError: If `logits` does not take what `keyed` says.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -184,11 +196,15 @@ def entropy(logits: Callable[..., Float[Array, "... classes"]]) -> Away:
         gap = jnp.sum(jnp.exp(scores) * scores, axis=-1) + chance
         return jnp.maximum(jnp.mean(gap), 0)
 
-    return Away(_of(logits, penalty), 0.0, "entropy")
+    return Away(_of("logits", logits, keyed, penalty), 0.0, "entropy", keyed)
 
 
 def npo(
-    losses: Callable[..., Float[Array, " n"]], reference: WeightsLike, *, beta: ScalarLike
+    losses: Callable[..., Float[Array, " n"]],
+    reference: WeightsLike,
+    *,
+    beta: ScalarLike,
+    keyed: bool = False,
 ) -> Away:
     r"""Penalty of examples that are likelier than under a reference, soft where they are not.
 
@@ -206,13 +222,15 @@ def npo(
             weights, or of the weights and a key.
         reference: The weights $\theta_{\mathrm{ref}}$ of the reference, such as the average before.
         beta: The sharpness $\beta > 0$, per unit of log-likelihood.
+        keyed: Whether `losses` takes a key.
 
     Returns:
         The penalty, with the lower bound $0$.
 
     Raises:
         ValueError: If `beta` is not positive (NaN if traced).
-        TypeError: If a leaf of `reference` is not floating-point.
+        TypeError: If a leaf of `reference` is not floating-point, or `losses` does not take what
+            `keyed` says.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -236,10 +254,10 @@ def npo(
         b = jnp.asarray(beta_).astype(likelier.dtype)
         return 2 / b * jnp.mean(jax.nn.softplus(b * likelier))
 
-    return Away(_of(losses, penalty), 0.0, "npo")
+    return Away(_of("losses", losses, keyed, penalty), 0.0, "npo", keyed)
 
 
-def ascent(loss: KeyedLoss) -> Away:
+def ascent(loss: KeyedLoss, *, keyed: bool = False) -> Away:
     r"""Penalty of a low loss, without end.
 
     $$
@@ -252,9 +270,13 @@ def ascent(loss: KeyedLoss) -> Away:
     Args:
         loss: The loss $L$ that is to be high, a function of the weights, or of the weights and a
             key.
+        keyed: Whether the loss takes a key.
 
     Returns:
         The penalty, with the lower bound $-\infty$.
+
+    Raises:
+        TypeError: If the loss does not take what `keyed` says.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -262,4 +284,4 @@ def ascent(loss: KeyedLoss) -> Away:
         >>> fit.ascent(lambda w: jnp.sum(w**2)).loss(jnp.array([3.0]))
         Array(-9., dtype=float32)
     """
-    return Away(_of(loss, lambda f, x: -f(x)), -jnp.inf, "ascent")
+    return Away(_of("loss", loss, keyed, lambda f, x: -f(x)), -jnp.inf, "ascent", keyed)

@@ -10,6 +10,7 @@ pushed along one direction, as in the closed form of
 quadratic.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -46,37 +47,47 @@ Weightings: TypeAlias = (
 """Coefficients of an average `(k,)`, of several `(n, k)`, or a function that draws either."""
 
 
-def _guarded(functions: Functions, points: PyTree, data: PyTree, key: Array) -> Float[Array, " t"]:
+@dataclasses.dataclass(frozen=True)
+class _Guarded:
     """The losses of the points, and the penalty of their averages; last what draws these."""
-    coefficients, cone, budget = data
-    losses, (away, *rows) = functions[: len(points)], functions[len(points) :]
-    own = [
-        called(loss, x, jax.random.fold_in(key, i))
-        for i, (loss, x) in enumerate(zip(losses, points, strict=True))
-    ]
-    drawn, seen = jax.random.split(jax.random.fold_in(key, 2**31))
-    for draw in rows:
-        coefficients = normalized(draw(drawn), len(points))
-    keys = jax.random.split(seen, coefficients.shape[0])
 
-    def penalty(row: Array, key: Array) -> Scalar:
-        average = tree.combine(list(row), points)
-        if cone is not None:
-            average = lowrank.apply(average, _worst(away, average, cone, budget, key))
-        return called(away, average, key)
+    keyed: bool
+    away_keyed: bool
 
-    if coefficients.shape[0] == 1:  # not batched: a factorization in it stays a plain one
-        kept = penalty(coefficients[0], keys[0])
-    else:
-        kept = jnp.mean(jax.vmap(penalty)(coefficients, keys))
-    return jnp.stack([jnp.asarray(x).astype(tree.norm(points).dtype) for x in (*own, kept)])
+    def __call__(
+        self, functions: Functions, points: PyTree, data: PyTree, key: Array
+    ) -> Float[Array, " t"]:
+        coefficients, cone, budget = data
+        losses, (away, *rows) = functions[: len(points)], functions[len(points) :]
+        own = [
+            called(loss, x, jax.random.fold_in(key, i), self.keyed)
+            for i, (loss, x) in enumerate(zip(losses, points, strict=True))
+        ]
+        drawn, seen = jax.random.split(jax.random.fold_in(key, 2**31))
+        for draw in rows:
+            coefficients = normalized(draw(drawn), len(points))
+        keys = jax.random.split(seen, coefficients.shape[0])
 
+        def penalty(row: Array, key: Array) -> Scalar:
+            average = tree.combine(list(row), points)
+            if cone is not None:
+                average = lowrank.apply(average, self.worst(away, average, cone, budget, key))
+            return called(away, average, key, self.away_keyed)
 
-def _worst(away: KeyedLoss, average: Weights, cone: Cone, budget: Scalar, key: Array) -> PyTree:
-    """The edit that raises the penalty most, to first order; a constant for derivatives."""
-    here = jax.lax.stop_gradient(average)
-    again = jax.random.clone(key)  # the batch on which it then counts
-    return linear_bound(lambda x: called(away, x, again), here, cone, budget).edit
+        if coefficients.shape[0] == 1:  # not batched: a factorization in it stays a plain one
+            kept = penalty(coefficients[0], keys[0])
+        else:
+            kept = jnp.mean(jax.vmap(penalty)(coefficients, keys))
+        return jnp.stack([jnp.asarray(x).astype(tree.norm(points).dtype) for x in (*own, kept)])
+
+    def worst(
+        self, away: KeyedLoss, average: Weights, cone: Cone, budget: Scalar, key: Array
+    ) -> PyTree:
+        """The edit that raises the penalty most, to first order; a constant for derivatives."""
+        here = jax.lax.stop_gradient(average)
+        again = jax.random.clone(key)  # the batch on which it then counts
+        bound = linear_bound(lambda x: called(away, x, again, self.away_keyed), here, cone, budget)
+        return bound.edit
 
 
 def normalized(rows: Any, count: int) -> Float[Array, "n k"]:
@@ -98,6 +109,7 @@ def guard(
     coefficients: Weightings,
     away: Away | KeyedLoss,
     *,
+    keyed: bool = False,
     optimizer: optax.GradientTransformation,
     steps: int,
     strength: ScalarLike = 1.0,
@@ -144,6 +156,7 @@ def guard(
         away: The penalty $\phi$: [`hinge`][wspace.fit.hinge], [`clipped`][wspace.fit.clipped],
             [`entropy`][wspace.fit.entropy] or [`npo`][wspace.fit.npo], or a loss of your own, which
             must be bounded below.
+        keyed: Whether the losses take a key, and with them a penalty of your own.
         optimizer: An optimizer of optax, for all points together.
         steps: The number of steps.
         strength: The factor $\lambda \ge 0$ of the penalty.
@@ -163,8 +176,9 @@ def guard(
             at the start (NaN if traced), coefficients or `strength` or `budget` are out of their
             domain or not as many as the points, a cone comes without a budget or a budget without
             a cone, or the trees differ in layout.
-        TypeError: If a loss does not return one number, `optimizer` is not one of optax, `key` is
-            not one key, `cone` is no cone or not a pytree, or a leaf is not floating-point.
+        TypeError: If a loss does not take what `keyed` says, or does not return one number,
+            `optimizer` is not one of optax, `key` is not one key, `cone` is no cone or not a
+            pytree, or a leaf is not floating-point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -201,9 +215,9 @@ def guard(
                 f"away is {away.name}, which has no lower bound, so that training does not "
                 "converge: give hinge, clipped, entropy or npo, or set unbounded=True"
             )
-        penalty = away.loss
+        penalty, away_keyed = away.loss, away.keyed
     else:
-        penalty = away
+        penalty, away_keyed = away, keyed
     if (cone is None) != (budget is None):
         raise ValueError(
             "cone and budget belong together: the edits to hold against, and their norm"
@@ -220,8 +234,8 @@ def guard(
     strength = _checks.scalar("strength", strength, lambda x: x >= 0, "finite and at least 0")
     wide = [tree.upcast(x) for x in points]
     for i, (loss, x) in enumerate(zip(losses, wide, strict=True)):
-        scalar_loss(f"losses[{i}]", loss, x, key)
-    scalar_loss("away", penalty, wide[0], key)
+        scalar_loss(f"losses[{i}]", loss, x, key, keyed)
+    scalar_loss("away", penalty, wide[0], key, away_keyed)
     drawn: Any = coefficients if callable(coefficients) else None
     rows = None if drawn else normalized(coefficients, len(points))
     if drawn:
@@ -230,7 +244,7 @@ def guard(
     shares = [1.0] * len(losses) + [strength]
     found, history = minimized(
         key,
-        _guarded,
+        _Guarded(keyed, away_keyed),
         (*losses, penalty, *((drawn,) if drawn else ())),
         names,
         shares,

@@ -37,6 +37,7 @@ class _Inverted:
     """The loss of an embedding, in its table if there is one, and its distance from the start."""
 
     rows: tuple[int, ...]
+    keyed: bool
 
     def __call__(
         self, functions: Functions, name: PyTree, data: PyTree, key: Array
@@ -44,7 +45,8 @@ class _Inverted:
         start, table = data
         seen = name if table is None else placed(table, self.rows, name)
         off = geometry.distance(name, start) ** 2
-        return jnp.stack([jnp.asarray(called(functions[0], seen, key)).astype(off.dtype), off])
+        value = jnp.asarray(called(*functions, seen, key, self.keyed))
+        return jnp.stack([value.astype(off.dtype), off])
 
 
 def placed(table: Array, rows: tuple[int, ...], name: Array) -> Array:
@@ -59,6 +61,7 @@ def invert(
     loss: KeyedLoss,
     start: WeightsLike,
     *,
+    keyed: bool = False,
     table: Float[Array | np.ndarray, "n d"] | None = None,
     rows: SupportsIndex | Sequence[SupportsIndex] | np.ndarray | None = None,
     ridge: ScalarLike = 0.0,
@@ -93,6 +96,7 @@ def invert(
             that and a key.
         start: The embedding $e_0$ to start at, such as that of a coarse word: `(d,)`, or `(k, d)`
             for several rows of a table, or any tree if there is no table.
+        keyed: Whether the loss takes a key, which decides the batch.
         table: The embeddings of the model, one a row.
         rows: Which row or rows of the table to replace; given with a table, and only then.
         ridge: The factor $\lambda \ge 0$.
@@ -110,8 +114,8 @@ def invert(
             distinct rows of the table, a table comes without rows or rows without a table,
             `ridge` is known and negative or not finite, or the loss is not finite at the start
             (NaN if traced).
-        TypeError: If the loss does not return one number, `optimizer` is not one of optax, `key`
-            is not one key, or a leaf is not floating-point.
+        TypeError: If the loss does not take what `keyed` says, or does not return one number,
+            `optimizer` is not one of optax, `key` is not one key, or a leaf is not floating-point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -146,10 +150,10 @@ def invert(
         wide = tree.upcast(table)
     first = tree.upcast(start)
     whole = first if wide is None else wide
-    scalar_loss("loss", loss, whole, key)
+    scalar_loss("loss", loss, whole, key, keyed)
     found, history = minimized(
         key,
-        _Inverted(places),
+        _Inverted(places, keyed),
         (loss,),
         ("loss", "the distance"),
         (1.0, ridge),

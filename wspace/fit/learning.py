@@ -54,12 +54,13 @@ class _Merge:
 
     per: Scope
     simplex: bool
+    keyed: bool
 
     def __call__(
         self, functions: Functions, numbers: PyTree, data: PyTree, key: Array
     ) -> Float[Array, "1"]:
         weights = self.weights(self.coefficients(numbers), *data)
-        return jnp.asarray(called(functions[0], weights, key))[None]
+        return jnp.asarray(called(*functions, weights, key, self.keyed))[None]
 
     def coefficients(self, numbers: PyTree) -> PyTree:
         return (
@@ -87,6 +88,7 @@ def coefficients(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
     *,
+    keyed: bool = False,
     per: Scope = "tree",
     simplex: bool = False,
     start: Coefficients | None = None,
@@ -122,10 +124,11 @@ def coefficients(
 
     Args:
         key: A random key, from which the loss gets one a step.
-        loss: The loss $L$, a function of the weights, or of the weights and a key, as in
-            [`adapt`][wspace.fit.adapt]. It gets weights in at least float32.
+        loss: The loss $L$, a function of the weights, or of the weights and a key. It gets weights
+            in at least float32.
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
+        keyed: Whether the loss takes a key, as in [`adapt`][wspace.fit.adapt].
         per: What has coefficients of its own: the whole `"tree"`, every `"leaf"`, or every
             `"row"`.
         simplex: Whether coefficients are positive and sum to 1.
@@ -145,8 +148,9 @@ def coefficients(
             number a model, a number in it is known and not finite or, on a simplex, not positive,
             `per` is unknown, `steps` is negative, or the trees have no entries or differ in
             structure or in a leaf's shape.
-        TypeError: If the loss does not return one number, `optimizer` is not one of optax,
-            `steps` is not an integer, `key` is not one key, or a leaf is not floating-point.
+        TypeError: If the loss does not take what `keyed` says, or does not return one number,
+            `optimizer` is not one of optax, `steps` is not an integer, `key` is not one key, or a
+            leaf is not floating-point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -181,9 +185,9 @@ def coefficients(
         c = [0.3] * len(tuned) if start is None else start
         first = jnp.asarray(_checks.numbers("start", c, len(tuned)))
     wide = accumulator(*(x.dtype for x in jax.tree.leaves((base, tuned))))
-    merge = _Merge(per, simplex)
+    merge = _Merge(per, simplex, keyed)
     numbers = _everywhere(first.astype(wide), per, base)
-    scalar_loss("loss", loss, merge.weights(numbers, base, tuned), key)
+    scalar_loss("loss", loss, merge.weights(numbers, base, tuned), key, keyed)
     run = key, merge, (loss,), ("loss",), (1.0,), numbers, (base, tuned), optimizer, steps, progress
     numbers, history = minimized(*run)
     chosen = merge.coefficients(numbers)

@@ -1,10 +1,11 @@
 r"""Minimizing a loss of weights: the loop that everything in `fit` runs, and fine-tuning.
 
-A loss is a function of the weights alone, or of the weights and a random key, which is then a new
-one at every step: it draws the batch. It is called on weights in at least float32, whatever the
-dtype of the leaves; what was found is rounded once, at the end.
+A loss is a function of the weights alone, or, if `keyed`, of the weights and a random key, which is
+a new one at every step: it draws the batch. It is called on weights in at least float32, whatever
+the dtype of the leaves; what was found is rounded once, at the end.
 """
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -73,23 +74,32 @@ class Fit(NamedTuple):
     history: History
 
 
-def takes_key(loss: KeyedLoss) -> bool:
-    """Whether a loss cannot be called without a second argument."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(loss).parameters.values()
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters) > 1
-
-
-def called(loss: KeyedLoss, weights: PyTree, key: Array) -> Any:
+def called(loss: Callable[..., Any], weights: PyTree, key: Array, keyed: bool) -> Any:
     """The value of a loss of either kind."""
-    return loss(weights, key) if takes_key(loss) else loss(weights)  # ty: ignore
+    return loss(weights, key) if keyed else loss(weights)
 
 
-def scalar_loss(name: str, loss: KeyedLoss, weights: PyTree, key: Array) -> None:
-    """Raises unless a loss is a function that returns one floating-point number."""
+def function(name: str, loss: KeyedLoss, keyed: bool) -> None:
+    """Raises unless a loss is a function of the weights, or, if `keyed`, of them and a key."""
     if not callable(loss):
         raise TypeError(f"{name} must be a function of the weights, got {type(loss)}")
-    value = jax.eval_shape(functools.partial(called, loss), weights, key)
+    try:
+        inspect.signature(loss).bind(*("weights", "key")[: 1 + keyed])
+    except ValueError:  # one that does not say what it takes
+        return
+    except TypeError as error:
+        mend = (
+            "is called with the weights and a key: leave out keyed=True if it takes none"
+            if keyed
+            else "is called with the weights alone: set keyed=True if it takes a key"
+        )
+        raise TypeError(f"{name} {mend}; it says {error}") from error
+
+
+def scalar_loss(name: str, loss: KeyedLoss, weights: PyTree, key: Array, keyed: bool) -> None:
+    """Raises unless a loss is a function that returns one floating-point number."""
+    function(name, loss, keyed)
+    value = jax.eval_shape(lambda *given: called(loss, *given, keyed), weights, key)
     shape, dtype = (getattr(value, name, None) for name in ("shape", "dtype"))
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = type(value) if dtype is None else f"shape {shape} of {dtype}"
@@ -244,11 +254,17 @@ def _told(progress: Progress) -> Callable[[Any, Any], None]:
     return tell
 
 
-def _tuned(functions: Functions, edit: PyTree, base: PyTree, key: Array) -> Float[Array, "1"]:
+@dataclasses.dataclass(frozen=True)
+class _Tuned:
     """One loss, of weights or of weights to which an edit is added."""
-    (loss,) = functions
-    weights = edit if base is None else lowrank.apply(base, edit)
-    return jnp.asarray(called(loss, weights, key))[None]
+
+    keyed: bool
+
+    def __call__(
+        self, functions: Functions, edit: PyTree, base: PyTree, key: Array
+    ) -> Float[Array, "1"]:
+        weights = edit if base is None else lowrank.apply(base, edit)
+        return jnp.asarray(called(*functions, weights, key, self.keyed))[None]
 
 
 def adapt(
@@ -256,6 +272,7 @@ def adapt(
     loss: KeyedLoss,
     start: WeightsLike,
     *,
+    keyed: bool = False,
     rank: int | None = None,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -278,9 +295,9 @@ def adapt(
 
     Args:
         key: A random key, from which the loss gets one a step, and the factors their start.
-        loss: The loss $L$, a function of the weights, or of the weights and a key, which it gets
-            if it cannot be called without: it decides the batch.
+        loss: The loss $L$, a function of the weights, or of the weights and a key.
         start: The weights $\theta_0$.
+        keyed: Whether the loss takes a key, which decides the batch.
         rank: The rank $r \ge 1$ of the term; `None` to train all weights.
         optimizer: An optimizer of optax. It is also given the value of the loss and the loss
             itself, for those that search along a line.
@@ -297,9 +314,9 @@ def adapt(
         ValueError: If the loss is not finite at the start (NaN if traced), `rank` is below 1 or
             above that of a matrix, which the error names, `steps` is negative or `start` has no
             entries.
-        TypeError: If the loss does not return one number, `optimizer` is not one of optax,
-            `steps` or `rank` is not an integer, `key` is not one key, or a leaf is not
-            floating-point.
+        TypeError: If the loss does not take what `keyed` says, or does not return one number,
+            `optimizer` is not one of optax, `steps` or `rank` is not an integer, `key` is not one
+            key, or a leaf is not floating-point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -307,7 +324,8 @@ def adapt(
         >>> def loss(w, key):
         ...     return jnp.mean((w - 3 + 0.01 * jax.random.normal(key, w.shape)) ** 2)
         >>> found = fit.adapt(
-        ...     jax.random.key(0), loss, jnp.zeros(4), optimizer=optax.adam(0.1), steps=200
+        ...     jax.random.key(0), loss, jnp.zeros(4), keyed=True,
+        ...     optimizer=optax.adam(0.1), steps=200,
         ... )
         >>> jnp.round(found.weights, 1), found.history.loss.shape, int(found.history.steps)
         (Array([3., 3., 3., 3.], dtype=float32), (201,), 200)
@@ -319,12 +337,12 @@ def adapt(
     key = one_key(key)
     _checks.same_layout(start=start)
     base = tree.upcast(start)
-    scalar_loss("loss", loss, base, key)
+    scalar_loss("loss", loss, base, key, keyed)
     if rank is None:
         params, data = base, None
     else:
         params, data = _edit_of(key, base, rank), base
-    run = key, _tuned, (loss,), ("loss",), (1.0,), params, data, optimizer, steps, progress
+    run = key, _Tuned(keyed), (loss,), ("loss",), (1.0,), params, data, optimizer, steps, progress
     found, history = minimized(*run)
     if rank is None:
         return Fit(tree.cast_like(found, start), history)
