@@ -21,7 +21,8 @@ SHAPES = {"rows": (8, 3), "columns": (3, 8), "whole": (5,), "scalar": (), "empty
 OWN = {name: np.arange(12, dtype=np.float32) + i for i, name in enumerate(("a", "b", "c"))}
 
 PROCESS = """
-import importlib.util, json, pathlib, sys, tempfile
+import importlib.util, json, pathlib, sys, tempfile, time, unittest.mock
+from concurrent.futures import ThreadPoolExecutor
 import jax
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -34,6 +35,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, me)
 import numpy as np
 from tests.test_hosts import OWN, mesh_of, merged, sharding_on, whole_model
 from wspace import checkpoint
+from wspace.checkpoint import hosts
 from wspace.checkpoint.stored import Stored
 
 folder, said = pathlib.Path(sys.argv[3]), {}
@@ -134,8 +136,28 @@ def _():
     return filled("planned", shares, plan="x")
 
 
+@says("threads")
+def _():
+    # In one process after the other, in opposite orders.
+    places = ["one", "two"] if me == 0 else ["two", "one"]
+    with ThreadPoolExecutor(2) as pool:
+        runs = []
+        for place in places:
+            (folder / place).mkdir(exist_ok=True)
+            runs.append(pool.submit(filled, f"{place}/threads", shares))
+            time.sleep(0.5)
+        return [run.result() for run in runs]
+
+
+@says("unseen")
+def _():
+    with unittest.mock.patch.object(pathlib.Path, "is_dir", lambda _: me == 0):
+        return filled("unseen", shares)
+
+
 @says("elsewhere")
 def _():
+    hosts._PATIENCE, hosts._WAIT = 4, 500
     if me == 1:
         global folder
         folder = pathlib.Path(tempfile.mkdtemp())
@@ -273,6 +295,14 @@ def test_tensors_and_parts_of_each_process_make_one_output(run, tmp_path):
     assert said[1]["again"].startswith("RuntimeError: process 0 failed")
 
 
+def test_outputs_of_one_name_in_two_folders_are_told_apart(run, tmp_path):
+    folder, said = run
+    assert said[0]["threads"] == [["a"], ["a"]]
+    assert said[1]["threads"] == [["c"], ["c"]]
+    alone = content(written(tmp_path / "threads", OWN))
+    assert content(folder / "one" / "threads") == content(folder / "two" / "threads") == alone
+
+
 @pytest.mark.parametrize(
     ("case", "first", "second"),
     [
@@ -282,9 +312,14 @@ def test_tensors_and_parts_of_each_process_make_one_output(run, tmp_path):
         ("other-layout", "ValueError: the processes differ in the layout", None),
         ("planned", "ValueError: plan is for one process: leave it out", None),
         (
-            "elsewhere",
+            "unseen",
             "RuntimeError: process 1 failed",
-            "ValueError: process 1 does not see .*/.elsewhere",
+            "ValueError: process 1 does not see .*/.unseen",
+        ),
+        (
+            "elsewhere",
+            "RuntimeError: process 1 waits with .*/elsewhere, this one with .*: give all the same",
+            "RuntimeError: process 0 waits with .*/elsewhere",
         ),
     ],
 )

@@ -318,7 +318,7 @@ def create(
          'model.safetensors.index.json']
     """
     target = Path(os.path.abspath(path))
-    hosts = Hosts(target.name)
+    hosts = Hosts(target)
     with contextlib.ExitStack() as output, contextlib.ExitStack() as opened:
         with hosts.together():
             files = planned(target, layout, shard_bytes, metadata)
