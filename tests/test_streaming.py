@@ -182,7 +182,9 @@ each_average = pytest.mark.parametrize("run", AVERAGES.values(), ids=AVERAGES)
 def test_every_average_follows_one_contract(run, refuses):
     xs = [{"w": jnp.full((4, 2), k, jnp.bfloat16), "b": jnp.float32(k)} for k in (1.0, 2.0, 4.0)]
     empty = run.init(xs[0])
-    assert is_nan(run.value(empty))
+    with refuses(ValueError, match="the state has seen no weights: update it before its value"):
+        run.value(empty)
+    assert is_nan(jax.jit(run.value)(empty))
     state = run.update(empty, xs[0])
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, empty)
     assert_close(run.value(state), xs[0], units=0)

@@ -4,7 +4,8 @@ An [`Average`][wspace.average.Average] is three pure functions in the manner of 
 a tree of arrays with the `count` of the weights seen, to be carried through `jit` and `scan` and
 saved with a checkpoint. It is kept in the dtype of arithmetic on the weights that `init` was given,
 sums of it in two parts that together have twice its digits: neither a million weights nor a decay
-next to one lose any. Before the first update there is nothing to average, and the value is NaN.
+next to one lose any. Before the first update there is nothing to average, and the value is
+refused, or NaN if traced.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class Average(NamedTuple):
             before the first update.
         update: From a state and the next weights to the next state.
         value: From a state to the average, each leaf in the dtype of that leaf of the weights
-            that `init` was given.
+            that `init` was given. Of a state that has seen no weights it is refused, and NaN if
+            the state is traced.
     """
 
     init: Callable[..., Any]
@@ -173,6 +175,7 @@ def running_mean() -> Average:
 
     def value(state: _SignedSums) -> PyTree:
         sums, size = state
+        _refuse_empty(sums.count == 0)
         total = sums.high[1] + sums.low[1]
         cancels = _checks.cancels(total, size) & (sums.count > 0)
         undefined = _checks.refuse(
@@ -297,7 +300,16 @@ def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
     def update(state: _Sums, weights: WeightsLike) -> _Sums:
         return _added(_approach, rate(state.count), state, weights)
 
-    return Average(init, update, _quotient)
+    def value(state: _Sums) -> PyTree:
+        _refuse_empty((state.high[1] == 0) & (state.low[1] == 0))
+        return _quotient(state)
+
+    return Average(init, update, value)
+
+
+def _refuse_empty(empty: Array) -> None:
+    """Raises if no weights count in a known state: of a traced one the value is 0 / 0."""
+    _checks.refuse(empty, lambda: "the state has seen no weights: update it before its value")
 
 
 def window(length: int) -> Average:
@@ -353,7 +365,11 @@ def window(length: int) -> Average:
         _checks.same_layout(state=slots, weights=weights)
         return _Ring(state.count + 1, _stored(state.last, weights, state.count % length))
 
-    return Average(init, update, _mean_of_stored)
+    def value(state: _Ring) -> PyTree:
+        _refuse_empty(state.count == 0)
+        return _mean_of_stored(state)
+
+    return Average(init, update, value)
 
 
 @jax.jit
