@@ -70,15 +70,15 @@ def by_matrices(
         if _checks.is_traced(bad := ~(trusted >= least)):
             undefined = _checks.refuse(bad, str)
         else:
-            refused[path] = bad
+            refused[path] = bad, trusted
         merged.append(
             placed_like((edit + undefined + nan_if_outside).reshape(leaf.shape), displaced[0])
         )
         certificates.append(trusted)
     # After all are asked for, as to look at one waits for it.
-    for path, bad in zip(refused, fetched(list(refused.values())), strict=True):
+    flags = fetched([bad for bad, _ in refused.values()])
+    for bad, (path, (_, trusted)) in zip(flags, refused.items(), strict=True):
         if bad:
-            trusted = certificates[1 + list(refused).index(path)]
             raise ValueError(
                 f"directions of the models nearly coincide at leaf {path}: the smallest singular "
                 f"value of their bases is {trusted:.2g} of the largest, less than {least:.2g}, and "
