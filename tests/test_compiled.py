@@ -104,6 +104,35 @@ def test_a_run_keeps_no_progress_even_while_its_loss_is_kept():
     assert gone() is None
 
 
+class Log:
+    """Listeners of several kinds."""
+
+    __slots__ = ("__weakref__", "told")
+
+    def __init__(self):
+        """One that has been told nothing."""
+        self.told = []
+
+    def listen(self, step, _):
+        """Notes a step."""
+        self.told.append(step)
+
+
+class Bare:
+    """A listener without weak references."""
+
+    __slots__ = ("told",)
+    __init__, __call__ = Log.__init__, Log.listen
+
+
+def test_progress_is_told_to_methods_and_objects():
+    loss, log, bare = losses()[0], Log(), Bare()
+    for progress in (log.listen, log.listen, bare):
+        fit.adapt(KEY, loss, jnp.zeros(2), optimizer=SGD, steps=2, progress=progress)
+    assert log.told == [0, 1, 2, 0, 1, 2]
+    assert bare.told == [0, 1, 2]
+
+
 @pytest.mark.parametrize("run", [adapted, through_rank, inverted, learned])
 def test_the_same_losses_compile_once(run, programs):
     first, second = losses()

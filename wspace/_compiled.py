@@ -30,7 +30,7 @@ def compiled(
             programs.pop(key, None)
 
         try:
-            weak = tuple(_weak(function, forget) for function in functions)
+            weak = tuple(weakly(function, forget) for function in functions)
         except TypeError:  # one has no weak references, so nothing tells when it is gone
             return jax.jit(functools.partial(body, tuple(functions), settings))(*arrays)
 
@@ -48,6 +48,9 @@ def _identity(function: Callable[..., Any]) -> tuple[int, ...]:
     return (id(function),)
 
 
-def _weak(function: Callable[..., Any], forget: Callable[[Any], None]) -> Callable[[], Any]:
+def weakly(
+    function: Callable[..., Any], forget: Callable[[Any], None] | None = None
+) -> Callable[[], Any]:
+    """What gives a function while the caller keeps it, then None."""
     kind = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
     return kind(function, forget)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +20,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, perturb, tree
-from wspace._compiled import compiled
+from wspace._compiled import compiled, weakly
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -245,10 +244,15 @@ def _run(
 
 def _told(progress: Progress) -> Callable[[Any, Any], None]:
     """The callback of a program, which does not keep `progress` alive."""
-    weak = weakref.ref(progress)
+    try:
+        kept = weakly(progress)
+    except TypeError:  # its program is not kept either
+
+        def kept() -> Progress:
+            return progress
 
     def tell(i: Array | np.ndarray, value: Array | np.ndarray) -> None:
-        if alive := weak():
+        if (alive := kept()) is not None:
             alive(int(i), float(value))
 
     return tell
