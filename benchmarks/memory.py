@@ -16,15 +16,15 @@ import time
 
 LEAVES = 8
 FUNCTIONS = {
-    "geometry.distance": lambda w, x, y, z: w.geometry.distance(x, y),
+    "geometry.distance": lambda w, x, y, _: w.geometry.distance(x, y),
     "geometry.gram": lambda w, x, y, z: w.geometry.gram([x, y, z]),
     "geometry.coordinates": lambda w, x, y, z: w.geometry.coordinates(x, [y, z]),
-    "geometry.orthonormalize": lambda w, x, y, z: w.geometry.orthonormalize([x, y]),
-    "interpolate.slerp": lambda w, x, y, z: w.interpolate.slerp(x, y, 0.3),
-    "average.mean": lambda w, x, y, z: w.average.mean([x, y]),
+    "geometry.orthonormalize": lambda w, x, y, _: w.geometry.orthonormalize([x, y]),
+    "interpolate.slerp": lambda w, x, y, _: w.interpolate.slerp(x, y, 0.3),
+    "average.mean": lambda w, x, y, _: w.average.mean([x, y]),
     "average.geometric_median": lambda w, x, y, z: w.average.geometric_median([x, y, z]).weights,
     "merge.ties": lambda w, x, y, z: w.merge.ties(x, [y, z]),
-    "negative.repel": lambda w, x, y, z: w.negative.repel(x, y, 0.5),
+    "negative.repel": lambda w, x, y, _: w.negative.repel(x, y, 0.5),
     "negative.guide_perpendicular": lambda w, x, y, z: w.negative.guide_perpendicular(
         x, y, z, 1.0, 1.0
     ),
@@ -34,7 +34,7 @@ FUNCTIONS = {
     "negative.guard_hull, normal": lambda w, x, y, z: w.negative.guard_hull(
         [x, y], z, 1e9, normal=x
     ),
-    "negative.attenuate": lambda w, x, y, z: w.negative.attenuate(
+    "negative.attenuate": lambda w, x, y, _: w.negative.attenuate(
         x, w.geometry.orthonormalize([y]), 1.0
     ),
 }

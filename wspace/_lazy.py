@@ -103,6 +103,10 @@ class Lazy:
         entries = np.asarray(entries)
         return entries[: span.stop - span.start] if isinstance(span, Piece) else entries
 
+    def sample(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """As many entries from each of some flat indices on, as one flat array."""
+        return self.read(Runs(tuple(starts), length))
+
     @staticmethod
     def threads() -> ThreadPoolExecutor:
         """Threads that compute in the precision that is enabled where they are asked for."""

@@ -102,7 +102,7 @@ def elementwise(
         several = zip(own, rows, strict=True)
         return [on_leaf([*scalars, *numbers], leaves, start) for numbers, leaves in several]
 
-    kernel = _named(on_lazy, formula)
+    kernel = _named(on_leaves, formula)
 
     def put_off(scalars: Sequence[Any], own: Sequence[Any], leaves: Sequence[Any]) -> Any:
         def on_span(leaves: Sequence[Any], start: Any) -> Any:
@@ -182,7 +182,7 @@ def reduction(
     def on_leaves(scalars: Sequence[Any], rows: Sequence[Any], wide: Any) -> list[Array]:
         return [on_leaf(scalars, leaves, wide) for leaves in rows]
 
-    kernel = _named(on_lazy, formula, static_argnums=2)
+    kernel = _named(on_leaves, formula, static_argnums=2)
 
     def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
         """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""

@@ -6,6 +6,7 @@ those above and the common ones, and takes out the others in between; these few 
 NumPy. A guess that failed is replaced by bounds from counting passes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wspace import tree
-from wspace._lazy import Piece, Runs, Span
 from wspace._numerics import accumulator
 from wspace.selection import bracket
 from wspace.selection.bracket import Count
@@ -40,11 +40,11 @@ class _Range(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A span of a leaf, and the index of the leaf."""
+    """What reads some entries of a leaf, the index of the leaf, and that of the first entry."""
 
     leaf: int
-    x: Lazy
-    span: Span
+    start: int
+    read: Callable[[], np.ndarray]
 
 
 def last_by_sifting(leaves: Sequence[Any], need: Count) -> Keys:
@@ -63,17 +63,22 @@ def last_by_sifting(leaves: Sequence[Any], need: Count) -> Keys:
 def _last(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
     """The code of the last of the `need` largest entries, its leaf by index, its place there."""
     size = sum(leaf.size for leaf in leaves)
-    parts = [_Part(i, x, span) for i, x in enumerate(leaves) if x.size for span in x.pieces()]
+    parts = [
+        _Part(i, span.start if span else 0, functools.partial(x.read, span))
+        for i, x in enumerate(leaves)
+        if x.size
+        for span in x.pieces()
+    ]
     with Lazy.threads() as pool:
         if size <= HELD or not all(leaf.in_pieces for leaf in leaves):
-            held = list(pool.map(_codes, parts))
+            held = list(pool.map(lambda part: _codes(part.read()), parts))
             sample = np.concatenate([codes[:: max(size // SAMPLE, 1)] for codes in held])
             read, independent = held.__getitem__, len(sample)
         else:
             sample, independent = _runs(leaves)
 
             def read(k: int) -> np.ndarray:
-                return _codes(parts[k])
+                return _codes(parts[k].read())
 
         among = _guess(sample, need / size, independent, codes_of(leaves[0].dtype).nan + 1)
         found = _sifted(pool, read, len(parts), need, among)
@@ -83,8 +88,7 @@ def _last(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
             found = _sifted(pool, read, len(parts), need, _Range(low, high, common))
     assert found is not None  # the bounds are sure
     code, k, place = found
-    span = parts[k].span
-    return code, parts[k].leaf, place + (span.start if isinstance(span, Piece) else 0)
+    return code, parts[k].leaf, place + parts[k].start
 
 
 def _bounds(
@@ -116,14 +120,15 @@ def _bounds(
 def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
     """The codes of runs of entries from everywhere, and how many of them count as independent."""
     samples, count = [], 0
-    for i, x in enumerate(leaves):
+    for x in leaves:
         number = -(-x.size // APART)
         # Always as many in one array, which is one program for all.
         for k in range(0, number, RUNS):
             places = np.arange(k, min(k + RUNS, number)) * x.size // number
             starts = np.resize(np.minimum(places, max(x.size - RUN, 0)), RUNS)
-            runs = Runs(tuple(starts.tolist()), min(RUN, x.size))
-            samples.append(_codes(_Part(i, x, runs))[: len(places) * runs.length])
+            length = min(RUN, x.size)
+            codes = _codes(x.sample(starts.tolist(), length))
+            samples.append(codes[: len(places) * length])
             count += len(places)
     return np.concatenate(samples), min(INDEPENDENT, RUN) * count
 
@@ -188,9 +193,8 @@ def _sifted(
     return last, k, int(places[k][index - ends[k]])  # from the end of the piece
 
 
-def _codes(part: _Part) -> np.ndarray:
-    """The codes of a part of a leaf of float32 or float64."""
-    x = part.x.read(part.span).reshape(-1)
-    dtype, nan = codes_of(part.x.dtype)
-    codes = x.view(dtype) & (~dtype(0) >> dtype(1))
+def _codes(x: np.ndarray) -> np.ndarray:
+    """The codes of entries in float32 or float64."""
+    dtype, nan = codes_of(x.dtype)
+    codes = x.reshape(-1).view(dtype) & (~dtype(0) >> dtype(1))
     return np.minimum(codes, dtype(nan), out=codes)
