@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         tree,
         typing,
     )
+    from wspace import testing as testing
 
 __all__ = [
     "average",
@@ -41,12 +42,13 @@ __all__ = [
 ]
 
 
-# Imported when they are asked for, so that the command line answers before JAX is there.
+# Imported when they are asked for, so that the command line answers before JAX is there. `testing`
+# is asked for by name alone: `from wspace import *` must not import hypothesis, an extra.
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in __all__ or name == "testing":
         return importlib.import_module(f"wspace.{name}")
     raise AttributeError(f"module 'wspace' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "testing"})
