@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, coefficients, layouts, pairs, points, ratios, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, ratios
 from wspace import average, interpolate, tree
+from wspace.testing import assert_close, coefficients, like, pairs, points, size, vector, weights
 
 mean = jax.jit(average.mean)
 

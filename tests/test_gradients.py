@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.catalog import CATALOG, COMPOSED
-from tests.helpers import assert_close
 from tests.strategies import FLOAT
 from tests.test_karcher import exp_on_sphere, log_on_sphere
 from tests.test_transforms import trees
 from wspace import average
+from wspace.testing import assert_close
 
 WITHOUT_GRADIENT = (
     "merge.tsv_m",

@@ -14,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, UNIT, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import average, cone, fit, geometry, negative, tree
+from wspace.testing import assert_close, like, size, vector, weights
 
 CLOSE = 1e-8 if np.dtype(FLOAT) == np.float64 else 1e-4
 LAYOUT = {"w": (4, 3), "b": (3,)}

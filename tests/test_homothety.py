@@ -10,19 +10,21 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan, like, size, vector
-from tests.strategies import (
-    FLOAT,
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, projectors, strengths
+from wspace import average, geometry, negative, tree
+from wspace.testing import (
     LAYOUTS,
+    assert_close,
     coefficients,
-    layouts,
+    like,
     pairs,
     points,
-    projectors,
-    strengths,
+    size,
+    vector,
     weights,
 )
-from wspace import average, geometry, negative, tree
+from wspace.testing.comparison import eps
 
 perpendicular = jax.jit(negative.guide_perpendicular)
 repel, guide, mean = jax.jit(negative.repel), jax.jit(negative.guide), jax.jit(average.mean)

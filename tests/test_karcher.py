@@ -8,10 +8,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import golden_arrays
-from tests.helpers import assert_close, eps, is_nan, size
-from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, ratios
 from tests.test_geometry import true_angle, turned
 from wspace import average, interpolate, tree
+from wspace.testing import LAYOUTS, assert_close, pairs, points, size
+from wspace.testing.comparison import eps
 
 mean, traced = average.karcher_mean, jax.jit(average.karcher_mean)
 LAYOUT = LAYOUTS[1]

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from tests.helpers import assert_close, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import average, fit, merge, tree
+from wspace.testing import assert_close, size, vector, weights
 
 CLOSE = 1e-5 if np.dtype(FLOAT) == np.float64 else 1e-4
 KEY = jax.random.key(0)

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, costs
 from wspace import average
+from wspace.testing import assert_close
+from wspace.testing.comparison import eps
 
 median, traced = average.geometric_median, jax.jit(average.geometric_median)
 

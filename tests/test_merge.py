@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, layouts, points, scales, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, scales
 from wspace import merge, tree
+from wspace.testing import LAYOUTS, assert_close, like, points, size, vector, weights
 
 KEY = jax.random.key(0)
 NUMBERS = st.floats(-2, 2, width=16)

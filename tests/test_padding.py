@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_close, vector
 from wspace import _lazy, _padding, average, geometry, interpolate, merge, perturb, selection, tree
+from wspace.testing import assert_close, vector
 
 KEY = jax.random.key(3)
 SHAPES = ((3, 5), (0, 2), (), (41,), (2, 3, 4), (1, 1), (6, 1), (300,))

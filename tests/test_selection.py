@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close
 from tests.strategies import FLOAT
 from wspace import _counting, selection, tree
+from wspace.testing import assert_close
 
 kth_magnitude, top_mask = jax.jit(selection.kth_magnitude), jax.jit(selection.top_mask)
 keep_top = jax.jit(selection.keep_top)

@@ -10,7 +10,7 @@ import pytest
 
 from tests import catalog
 from tests.catalog import CATALOG, COMPOSED
-from tests.helpers import assert_close
+from wspace.testing import assert_close
 
 each_function = pytest.mark.parametrize(("count", "function"), CATALOG.values(), ids=CATALOG)
 SEVERAL = {name: value for name, value in CATALOG.items() if value[0] > 1}
