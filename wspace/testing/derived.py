@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from wspace.testing.comparison import at_leaf, compare
-from wspace.testing.laws import has_point, norm
+from wspace.testing.laws import has_point, norm, stored
 
 __all__ = ["check_transforms"]
 
@@ -29,8 +29,8 @@ def check_transforms(
     - **jit**: the compiled result is that of the eager call.
     - **vmap**: a batch of three gives what a loop gives. The others are the weights times 3/4 and
       the weights with the entries of each leaf reversed.
-    - **derivatives**: the gradient along a random direction in each leaf is a difference quotient
-      in float64, to within a thousandth.
+    - **derivatives**: the gradient along a random direction in each leaf is a difference quotient,
+      to within a thousandth; in the dtype of the weights, float32 at least.
     - **explicit sharding**, with several devices: the result on weights that are sharded along an
       axis which the number of devices divides is that on one device, compiled and eager, and a
       result with the layout of a point is sharded as the point is.
@@ -38,7 +38,8 @@ def check_transforms(
     Args:
         operator: The function.
         *weights: What it is called with: trees, or sequences of trees. All of it is traced, so
-            that numbers given by position, such as coefficients, are traced and have derivatives.
+            that numbers given by position, such as a list of coefficients, are traced and have
+            derivatives.
         derivatives: Whether the operator has derivatives. They are not checked otherwise.
         units: The number of roundings allowed, at the size of the weights.
         **options: Passed on to the operator as they are, not traced.
@@ -99,44 +100,43 @@ def _check_vmap(function: Callable, compiled: Callable, weights: tuple, units: f
 
 
 def _check_derivatives(function: Callable, weights: tuple) -> None:
-    with jax.enable_x64(True):
-        rng, size = np.random.default_rng(0), norm(weights) or 1.0
-        here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), weights)
-        result = jax.tree.leaves(jax.eval_shape(function, *here))
-        read = [jnp.asarray(rng.normal(size=x.shape)) for x in result]
+    rng, size = np.random.default_rng(0), norm(weights) or 1.0
+    here = jax.tree.map(lambda x: x if x.dtype == np.float64 else x.astype(jnp.float32), weights)
+    result = function(*here)
+    read = [rng.normal(size=x.shape) for x in jax.tree.leaves(result)]
 
-        @jax.jit
-        def number(*weights: PyTree) -> jax.Array:
-            """A number read off all floating entries of the result."""
-            parts = [
-                jnp.sum(x.astype(float) * v)
-                for x, v in zip(jax.tree.leaves(function(*weights)), read, strict=True)
-                if jnp.issubdtype(x.dtype, jnp.floating)
-            ]
-            return sum(parts, jnp.zeros((), float))
+    @jax.jit
+    def number(*weights: PyTree) -> jax.Array:
+        """A number read off all floating entries of the result."""
+        parts = [
+            jnp.sum(x * v.astype(x.dtype)).astype(float)
+            for x, v in zip(jax.tree.leaves(function(*weights)), read, strict=True)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+        return sum(parts, jnp.zeros((), float))
 
-        every = tuple(range(len(here)))
-        slopes = _called("derivatives", jax.jit(jax.grad(number, every)), here)
-        leaves, structure = jax.tree.flatten(here)
-        named, _ = jax.tree.flatten_with_path(slopes)
-        for i, (path, slope) in enumerate(named):
-            along = rng.normal(size=leaves[i].shape)
-            along *= STEP * size / max(float(np.linalg.norm(along)), 1.0)
+    every = tuple(range(len(here)))
+    slopes = _called("derivatives", jax.jit(jax.grad(number, every)), here)
+    leaves, structure = jax.tree.flatten(here)
+    named, _ = jax.tree.flatten_with_path(slopes)
+    floor = 64 * stored(here) * norm(result)
+    for i, (path, slope) in enumerate(named):
+        along = rng.normal(size=leaves[i].shape)
+        along *= STEP * size / max(float(np.linalg.norm(along)), 1.0)
 
-            def at(k: int, i: int = i, along: np.ndarray = along) -> float:
-                moved = [*leaves[:i], leaves[i] + k * along, *leaves[i + 1 :]]
-                return float(number(*structure.unflatten(moved)))
+        def at(k: int, i: int = i, along: np.ndarray = along) -> float:
+            moved = (np.asarray(leaves[i]) + k * along).astype(leaves[i].dtype)
+            return float(number(*structure.unflatten([*leaves[:i], moved, *leaves[i + 1 :]])))
 
-            got = float(np.sum(np.asarray(slope) * along))
-            wanted = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / 12
-            floor = 64 * float(np.finfo(np.float32).eps) * abs(at(0))
-            allowed = 1e-3 * (abs(got) + abs(wanted)) + floor
-            if not abs(got - wanted) <= allowed:
-                raise AssertionError(
-                    f"derivatives: along leaf {jax.tree_util.keystr(path)} of the weights the "
-                    f"result changes by {wanted:.6g}, by its gradient {got:.6g}: "
-                    f"{abs(got - wanted) / allowed:.3g} times what is allowed"
-                )
+        got = float(np.sum(np.asarray(slope) * along))
+        wanted = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / 12
+        allowed = 1e-3 * (abs(got) + abs(wanted)) + floor
+        if not abs(got - wanted) <= allowed:
+            raise AssertionError(
+                f"derivatives: along leaf {jax.tree_util.keystr(path)} of the weights the result "
+                f"changes by {wanted:.6g}, by its gradient {got:.6g}: "
+                f"{abs(got - wanted) / allowed:.3g} times what is allowed"
+            )
 
 
 def _check_sharding(function: Callable, weights: tuple, result: Any, units: float) -> None:

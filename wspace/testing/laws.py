@@ -133,10 +133,10 @@ def check_permutation_invariant(
         AssertionError: permutation invariance, order (1, 0): leaf ['w'] differs by ...
     """
     count = len(points)
-    rotations = [[*range(i, count), *range(i)] for i in range(1, count)]
+    rotations = [(*range(i, count), *range(i)) for i in range(1, count)]
+    orders = [tuple(range(count)[::-1]), *rotations] if order is None else [tuple(order)]
     result = operator(points, **options)
-    for one in [range(count)[::-1], *rotations] if order is None else [order]:
-        order = tuple(int(i) for i in one)
+    for order in dict.fromkeys(orders):
         along = {name: _reordered(value, order) for name, value in options.items()}
         compare(
             f"permutation invariance, order {order}",
@@ -272,8 +272,9 @@ def check_scale(
         factors: The factors $k$ to try, by default 3, 1e-3, 2**30 and 2**-30; for weights in
             float16 2**4 and 2**-4.
         degree: The degree $d$: 1 for what returns weights, 0 for masks and angles.
-        units: The number of roundings allowed, at the size of the weights to the power $d$. Powers
-            of two are exact, and for them most operators pass with `units=0`.
+        units: The number of roundings allowed, at the size of the weights to the power $d$; for
+            $d = 0$ at the largest entry of the result, or 1. Powers of two are exact, and for them
+            most operators pass with `units=0`.
         **options: Passed on to the operator.
 
     Raises:
@@ -289,7 +290,7 @@ def check_scale(
         >>> testing.check_scale(unit, x, degree=0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        AssertionError: scale, factor 0.001: the array differs by 33.5 roundings, ...
+        AssertionError: scale, factor 0.001: the array differs by ...
     """
     narrow = any(x.dtype == np.float16 for x in map(jax.typeof, jax.tree.leaves(weights)))
     default = (2.0**4, 2.0**-4) if narrow else (3.0, 1e-3, 2.0**30, 2.0**-30)
@@ -302,7 +303,7 @@ def check_scale(
             jax.tree.map(lambda x, k=k: k**degree * _wide(x), result),
             types=result,
             units=units,
-            scale=(k * norm(weights)) ** degree,
+            scale=(k * norm(weights)) ** degree if degree else max(1.0, largest(result)),
             rounding=0.0 if math.frexp(k)[0] == 0.5 else stored(weights),
         )
 
