@@ -3,7 +3,6 @@
 Operators here are written in plain JAX, as users write them.
 """
 
-import functools
 import re
 import subprocess
 import sys
@@ -12,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wspace import testing
 from wspace.lowrank import LowRank
-from wspace.testing import strategies
+from wspace.testing import factors, strategies
 
 RNG = np.random.default_rng(0)
 LAYOUT = {"b": (8,), "w": (8, 4)}
@@ -185,7 +184,7 @@ RIGHT = {
     "affine, one tree": lambda: affine(lambda x: x, POINTS[0]),
     "translation": lambda: affine(lambda x: x, POINTS[0], factor=1.0),
     "order": lambda: permuted(mean, POINTS, coefficients=SIGNED),
-    "order, array": lambda: permuted(mean, POINTS, coefficients=np.array(SIGNED)),
+    "order, array": lambda: permuted(mean, POINTS, coefficients=np.array(SIGNED, np.float32)),
     "order, given": lambda: permuted(mean, POINTS, coefficients=SIGNED, order=(1, 0, 2)),
     "order, one": lambda: permuted(mean, POINTS[:1]),
     "odd": lambda: testing.check_odd(mean, POINTS),
@@ -476,26 +475,39 @@ def test_low_rank_edits_have_factors_where_weights_have_matrices(data, rank):
     assert jax.tree.leaves(some)
 
 
-def test_distances_from_the_first_point_are_drawn_from_far_to_none():
-    seen = set()
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        testing.pairs(layout=(3,)),
+        testing.points(2, layout=(3,)),
+        testing.tuned(1, layout=(3,)).map(lambda models: (models[0], models[1][0])),
+    ],
+    ids=["pairs", "points", "tuned"],
+)
+def test_distances_are_drawn_from_far_to_near_to_none(strategy):
+    seen = []
 
-    @given(pair=testing.pairs(layout=(3,)), models=testing.tuned(1, layout=(3,)))
-    def look(pair, models):
-        for x, y in (pair, (models[0], models[1][0])):
-            x, y = np.asarray(x), np.asarray(y)
-            if x.any():
-                seen.add(round(float(np.log10(np.linalg.norm(x - y) / np.linalg.norm(x) + 1e-9))))
+    @settings(max_examples=200)
+    @given(pair=strategy)
+    def look(pair):
+        x, y = (testing.vector(z) for z in pair)
+        if x.any():
+            seen.append(np.linalg.norm(x - y) / np.linalg.norm(x))
 
-    functools.partial(look)()
-    assert max(seen) >= -1
+    look()
+    assert max(seen) > 0.5
+    assert min(seen) == 0
+    assert any(1e-6 < distance < 1e-3 for distance in seen)
+    assert any(1e-3 < distance < 1e-1 for distance in seen)
 
 
 def test_strategies_call_no_function_of_wspace():
     taken = {
         name: value
-        for name, value in vars(strategies).items()
+        for module in (strategies, factors)
+        for name, value in vars(module).items()
         if str(getattr(value, "__module__", "")).startswith("wspace")
-        and value.__module__ != strategies.__name__
+        and not value.__module__.startswith("wspace.testing")
     }
     assert taken == {"LowRank": LowRank}  # a record
 

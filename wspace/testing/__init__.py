@@ -14,6 +14,7 @@ except ImportError as error:
 
 from wspace.testing.comparison import assert_close, like, size, vector
 from wspace.testing.derived import check_transforms
+from wspace.testing.factors import low_rank_edits, matrices
 from wspace.testing.laws import (
     check_affine_equivariant,
     check_exact_ends,
@@ -28,8 +29,6 @@ from wspace.testing.strategies import (
     coefficients,
     dtypes,
     keys,
-    low_rank_edits,
-    matrices,
     pairs,
     points,
     tuned,

@@ -1,17 +1,20 @@
 """Trees compared in roundings, and as vectors of NumPy."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import PyTree
+
+from wspace.typing import ScalarLike
 
 __all__ = ["assert_close", "like", "size", "vector"]
 
 
 def assert_close(
-    actual: PyTree, desired: PyTree, *, units: float = 8, scale: float | None = None
+    actual: PyTree, desired: PyTree, *, units: ScalarLike = 8, scale: ScalarLike | None = None
 ) -> None:
     r"""Asserts that two trees have one layout, one type at each leaf and nearly equal values.
 
@@ -58,8 +61,8 @@ def compare(
     actual: PyTree,
     desired: PyTree,
     *,
-    units: float,
-    scale: float,
+    units: Any,
+    scale: Any,
     rounding: float = 0.0,
     types: PyTree | None = None,
 ) -> None:
@@ -69,7 +72,7 @@ def compare(
     the least machine epsilon, that of the inputs where they were rounded.
     """
     types, said = desired if types is None else types, f"{law}: " if law else ""
-    units, scale = float(units), float(scale)
+    units, scale = (float(np.asarray(x)) for x in (units, scale))
     if jax.tree.structure(actual) != jax.tree.structure(types):
         raise AssertionError(
             f"{said}layout is {jax.tree.structure(actual)}, not {jax.tree.structure(types)}"
@@ -109,7 +112,18 @@ def largest(tree: PyTree) -> float:
     return float(np.max(entries[np.isfinite(entries)], initial=0.0))
 
 
-def eps(x: ArrayLike) -> float:
+def norm(weights: PyTree) -> float:
+    """The norm of all finite entries, as those of one vector."""
+    entries = vector(weights).astype(np.float64)
+    return float(np.linalg.norm(entries[np.isfinite(entries)]))
+
+
+def stored(weights: PyTree) -> float:
+    """The largest machine epsilon of the dtypes in which weights are stored."""
+    return max(map(eps, jax.tree.leaves(weights)), default=0.0)
+
+
+def eps(x: Any) -> float:
     """Machine epsilon of the dtype of an array, 0 for integers."""
     dtype = jax.typeof(x).dtype
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
@@ -137,7 +151,7 @@ def vector(tree: PyTree) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.longdouble), *leaves])
 
 
-def like(entries: ArrayLike, tree: PyTree) -> PyTree:
+def like(entries: Any, tree: PyTree) -> PyTree:
     """The inverse of [`vector`][wspace.testing.vector]: a tree with given entries.
 
     Args:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from wspace.testing.comparison import at_leaf, compare
-from wspace.testing.laws import has_point, norm, stored
+from wspace.testing.comparison import at_leaf, compare, norm, stored
+from wspace.testing.laws import has_point
+from wspace.typing import ScalarLike
 
 __all__ = ["check_transforms"]
 
@@ -21,7 +22,7 @@ def check_transforms(
     operator: Callable[..., Any],
     *weights: PyTree,
     derivatives: bool = True,
-    units: float = 64,
+    units: ScalarLike = 64,
     **options: Any,
 ) -> None:
     """Asserts that an operator is the same function under the transformations of JAX.
@@ -86,7 +87,7 @@ def _called(law: str, function: Callable[..., Any], weights: tuple) -> Any:
         ) from error
 
 
-def _check_vmap(function: Callable, compiled: Callable, weights: tuple, units: float) -> None:
+def _check_vmap(function: Callable, compiled: Callable, weights: tuple, units: Any) -> None:
     rows = [
         weights,
         jax.tree.map(lambda x: (0.75 * np.asarray(x, np.float64)).astype(x.dtype), weights),
@@ -139,7 +140,7 @@ def _check_derivatives(function: Callable, weights: tuple) -> None:
             )
 
 
-def _check_sharding(function: Callable, weights: tuple, result: Any, units: float) -> None:
+def _check_sharding(function: Callable, weights: tuple, result: Any, units: Any) -> None:
     leaves = jax.tree.leaves(weights)
 
     def axis(x: jax.Array, devices: int) -> int | None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from wspace.testing.comparison import compare, eps, largest, vector
+from wspace.testing.comparison import compare, largest, norm, stored, vector
+from wspace.typing import ScalarLike
 
 __all__ = [
     "check_affine_equivariant",
@@ -32,7 +33,7 @@ def check_affine_equivariant(
     operator: Operator,
     *weights: PyTree,
     factor: float | None = None,
-    units: float = 16,
+    units: ScalarLike = 16,
     **options: Any,
 ) -> None:
     r"""Asserts that an affine map of all points maps the result in the same way.
@@ -79,7 +80,7 @@ def check_affine_equivariant(
         )
 
     shifts = drawn(-2 * width, 2 * width)
-    factors = drawn(0.5, 2) if factor is None else jax.tree.map(lambda _: factor, result)
+    factors = drawn(0.5, 2.0) if factor is None else jax.tree.map(lambda _: factor, result)
 
     def image(x: PyTree) -> PyTree:
         return jax.tree.map(lambda a, y, b: a * _wide(y) + b, factors, x, shifts)
@@ -101,7 +102,7 @@ def check_permutation_invariant(
     points: Sequence[PyTree],
     *,
     order: Sequence[int] | None = None,
-    units: float = 8,
+    units: ScalarLike = 8,
     **options: Any,
 ) -> None:
     r"""Asserts that the order of the points changes nothing but rounding.
@@ -147,7 +148,7 @@ def check_permutation_invariant(
         )
 
 
-def check_odd(operator: Operator, *weights: PyTree, units: float = 8, **options: Any) -> None:
+def check_odd(operator: Operator, *weights: PyTree, units: ScalarLike = 8, **options: Any) -> None:
     r"""Asserts that negative weights give the negative result.
 
     $$
@@ -180,7 +181,7 @@ def check_odd(operator: Operator, *weights: PyTree, units: float = 8, **options:
 
 
 def check_idempotent(
-    operator: Operator, *weights: PyTree, units: float = 8, **options: Any
+    operator: Operator, *weights: PyTree, units: ScalarLike = 8, **options: Any
 ) -> None:
     r"""Asserts that the result, in place of every point, gives the result again.
 
@@ -215,7 +216,9 @@ def check_idempotent(
     compare("idempotence", got, result, units=units, scale=norm(result))
 
 
-def check_exact_ends(path: Operator, *weights: PyTree, units: float = 0, **options: Any) -> None:
+def check_exact_ends(
+    path: Operator, *weights: PyTree, units: ScalarLike = 0, **options: Any
+) -> None:
     r"""Asserts that a path starts at its first point and ends at its last.
 
     $$
@@ -255,7 +258,7 @@ def check_scale(
     *weights: PyTree,
     factors: Sequence[float] | None = None,
     degree: int = 1,
-    units: float = 8,
+    units: ScalarLike = 8,
     **options: Any,
 ) -> None:
     r"""Asserts that scaling all weights scales the result: no number in the operator has a unit.
@@ -309,7 +312,7 @@ def check_scale(
 
 
 def check_half_precision(
-    operator: Operator, *weights: PyTree, units: float = 0, **options: Any
+    operator: Operator, *weights: PyTree, units: ScalarLike = 0, **options: Any
 ) -> None:
     """Asserts that the result in half precision is the float32 result, rounded once.
 
@@ -373,17 +376,6 @@ def has_point(weights: PyTree, result: PyTree) -> bool:
         and jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, result)
         for x in parts
     )
-
-
-def norm(weights: PyTree) -> float:
-    """The norm of all finite entries, as those of one vector."""
-    entries = vector(weights).astype(np.float64)
-    return float(np.linalg.norm(entries[np.isfinite(entries)]))
-
-
-def stored(weights: PyTree) -> float:
-    """The largest machine epsilon of the dtypes in which weights are stored."""
-    return max(map(eps, jax.tree.leaves(weights)), default=0.0)
 
 
 def _wide(x: Any) -> np.ndarray:

@@ -15,15 +15,11 @@ from hypothesis.extra.numpy import arrays
 from hypothesis.strategies import SearchStrategy
 from jaxtyping import DTypeLike, PyTree
 
-from wspace.lowrank import LowRank
-
 __all__ = [
     "LAYOUTS",
     "coefficients",
     "dtypes",
     "keys",
-    "low_rank_edits",
-    "matrices",
     "pairs",
     "points",
     "tuned",
@@ -40,7 +36,6 @@ LAYOUTS: tuple[PyTree, ...] = (
 `None`, a stack of matrices and a leaf without entries in nested containers; a convolution."""
 
 ENTRIES = st.just(0.0) | st.floats(2**-10, 8, width=32) | st.floats(-8, -(2**-10), width=32)
-SCALES = (2.0**-20, 1.0, 2.0**20)
 STRIDES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     lambda x: x,
     lambda x: np.array(x, order="F"),
@@ -60,9 +55,9 @@ def dtypes() -> SearchStrategy[np.dtype]:
         >>> from wspace import testing
         >>> @settings(max_examples=3, deadline=None)
         ... @given(points=testing.points(layout=(3,), dtype=testing.dtypes()))
-        ... def test_points_have_one_dtype(points):
+        ... def test_points_have_onecanonical(points):
         ...     assert len({x.dtype for x in points}) == 1
-        >>> test_points_have_one_dtype()
+        >>> test_points_have_onecanonical()
     """
     half = (np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.float16))
     return st.deferred(lambda: st.sampled_from((*half, np.dtype(float)) if _wide() else half))
@@ -107,19 +102,19 @@ def weights(
         return some.flatmap(lambda one: weights(one, dtype, entries=entries, numpy=numpy))
     if isinstance(dtype, SearchStrategy):
         return dtype.flatmap(lambda one: weights(layout, one, entries=entries, numpy=numpy))
-    shapes, own, structure = _described(layout)
+    shapes, own, structure = described(layout)
     leaves = st.tuples(*(arrays(np.float32, shape, elements=entries) for shape in shapes))
     if numpy:
         strides = st.tuples(*(st.sampled_from(STRIDES) for _ in shapes))
         return st.tuples(leaves, strides).map(
             lambda drawn: structure.unflatten(
-                stride(x.astype(_dtype(dtype, kind)))
+                stride(x.astype(canonical(dtype, kind)))
                 for x, stride, kind in zip(*drawn, own, strict=True)
             )
         )
     return leaves.map(
         lambda xs: structure.unflatten(
-            jnp.asarray(x.astype(_dtype(dtype, kind))) for x, kind in zip(xs, own, strict=True)
+            jnp.asarray(x.astype(canonical(dtype, kind))) for x, kind in zip(xs, own, strict=True)
         )
     )
 
@@ -157,7 +152,7 @@ def points(
 
 
 @st.composite
-def _points(draw: st.DrawFn, count: Any, layout: Any, dtype: Any, numpy: bool) -> list:
+def _points(draw: Callable[..., Any], count: Any, layout: Any, dtype: Any, numpy: bool) -> list:
     layout = draw(st.sampled_from(LAYOUTS)) if layout is None else layout
     dtype = draw(dtype) if isinstance(dtype, SearchStrategy) else dtype
     count = draw(st.integers(1, 4)) if count is None else count
@@ -198,7 +193,7 @@ def pairs(
 
 
 @st.composite
-def _pairs(draw: st.DrawFn, layout: Any, dtype: Any, numpy: bool) -> tuple:
+def _pairs(draw: Callable[..., Any], layout: Any, dtype: Any, numpy: bool) -> tuple:
     layout = draw(st.sampled_from(LAYOUTS)) if layout is None else layout
     dtype = draw(dtype) if isinstance(dtype, SearchStrategy) else dtype
     start, other = (draw(weights(layout, dtype, numpy=numpy)) for _ in range(2))
@@ -239,7 +234,7 @@ def tuned(
 
 
 @st.composite
-def _tuned(draw: st.DrawFn, count: Any, layout: Any, dtype: Any, numpy: bool) -> tuple:
+def _tuned(draw: Callable[..., Any], count: Any, layout: Any, dtype: Any, numpy: bool) -> tuple:
     layout = draw(st.sampled_from(LAYOUTS)) if layout is None else layout
     dtype = draw(dtype) if isinstance(dtype, SearchStrategy) else dtype
     count = draw(st.integers(1, 4)) if count is None else count
@@ -297,93 +292,7 @@ def keys() -> SearchStrategy[jax.Array]:
     return st.integers(0, 2**32 - 1).map(jax.random.key)
 
 
-def low_rank_edits(
-    layout: PyTree | None = None, *, rank: int | None = None, dtype: DTypeLike | None = None
-) -> SearchStrategy[PyTree]:
-    """Edits with factors where weights have matrices, to be added by `lowrank.apply`.
-
-    Matrices, stacks of matrices and convolutions become a
-    [`LowRank`][wspace.lowrank.LowRank], and vectors and scalars stay arrays.
-
-    Args:
-        layout: As in [`weights`][wspace.testing.weights].
-        rank: The number of columns of every factor, by default 0, 1 or 2.
-        dtype: The dtype of all arrays, by default float32, float64 where JAX has it on.
-
-    Returns:
-        A strategy for trees.
-
-    Examples:
-        >>> from hypothesis import given, settings
-        >>> from wspace import lowrank, testing
-        >>> @settings(max_examples=3, deadline=None)
-        ... @given(edit=testing.low_rank_edits({"w": (4, 3)}, rank=2))
-        ... def test_norm_is_positive(edit):
-        ...     assert lowrank.norm(edit) >= 0
-        >>> test_norm_is_positive()
-    """
-    if layout is None:
-        some = st.sampled_from(LAYOUTS)
-        return some.flatmap(lambda one: low_rank_edits(one, rank=rank, dtype=dtype))
-    if rank is None:
-        some = st.sampled_from((0, 1, 2))
-        return some.flatmap(lambda one: low_rank_edits(layout, rank=one, dtype=dtype))
-    shapes, _, structure = _described(layout)
-    wide = float if dtype is None else dtype
-    return st.tuples(*(_edits(shape, rank, wide) for shape in shapes)).map(structure.unflatten)
-
-
-def matrices(shape: tuple[int, ...], dtype: DTypeLike | None = None) -> SearchStrategy[jax.Array]:
-    """Matrices with singular values that are distinct, repeated, zero or tiny.
-
-    Args:
-        shape: The shape `(m, n)`, or `(..., m, n)` for stacks.
-        dtype: The dtype, by default float32, float64 where JAX has it on.
-
-    Returns:
-        A strategy for arrays.
-
-    Examples:
-        >>> from hypothesis import given, settings
-        >>> from wspace import lowrank, testing
-        >>> @settings(max_examples=3, deadline=None)
-        ... @given(x=testing.matrices((4, 3)))
-        ... def test_tail_of_full_rank_is_zero(x):
-        ...     assert lowrank.truncate(x, 3).tail == 0
-        >>> test_tail_of_full_rank_is_zero()
-    """
-    return _matrices(shape, dtype)
-
-
-@st.composite
-def _matrices(draw: st.DrawFn, shape: Any, dtype: Any) -> jax.Array:
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    *stack, m, n = shape
-    p = min(m, n)
-    spectra = {
-        "distinct": np.arange(p, 0, -1.0),
-        "repeated": np.repeat([3.0, 1.0], [p - p // 2, p // 2]),
-        "zeros": np.arange(p, 0, -1.0) * (np.arange(p) < (p + 1) // 2),
-        "tiny": 10.0 ** -np.arange(0, 2 * p, 2.0),
-    }
-    spectrum = spectra[draw(st.sampled_from(sorted(spectra)))] * draw(st.sampled_from(SCALES))
-    left = np.linalg.qr(rng.normal(size=(*stack, m, p)))[0]
-    right = np.linalg.qr(rng.normal(size=(*stack, n, p)))[0]
-    product = (left * spectrum) @ np.swapaxes(right, -1, -2)
-    return jnp.asarray(product, _dtype(dtype, None))
-
-
-def _edits(shape: tuple[int, ...], rank: int, dtype: DTypeLike) -> SearchStrategy:
-    """Edits of one leaf."""
-    if len(shape) < 2:
-        return weights(shape, dtype)
-    flat = len(shape) > 3
-    *stack, m, n = (int(np.prod(shape[:-1])), shape[-1]) if flat else shape
-    factors = st.tuples(weights((*stack, m, rank), dtype), weights((*stack, n, rank), dtype))
-    return factors.map(lambda pair: LowRank(*pair))
-
-
-def _combined(near: float, x: PyTree, far: float, y: PyTree) -> PyTree:
+def _combined(near: Any, x: PyTree, far: Any, y: PyTree) -> PyTree:
     """`near * x + far * y`, by NumPy, each leaf of the dtype and kind of that of `y`."""
 
     def combined(a: Any, b: Any) -> Any:
@@ -394,7 +303,7 @@ def _combined(near: float, x: PyTree, far: float, y: PyTree) -> PyTree:
     return jax.tree.map(combined, x, y)
 
 
-def _described(layout: PyTree) -> tuple[list[tuple[int, ...]], list[Any], Any]:
+def described(layout: PyTree) -> tuple[list[tuple[int, ...]], list[Any], Any]:
     """Shapes, dtypes where the layout has them, and the structure."""
     if any(hasattr(x, "shape") for x in jax.tree.leaves(layout)):
         named, structure = jax.tree.flatten_with_path(layout)
@@ -420,7 +329,7 @@ def _wide() -> bool:
     return jax.dtypes.canonicalize_dtype(float) == np.float64
 
 
-def _dtype(dtype: Any, own: Any) -> np.dtype:
+def canonical(dtype: Any, own: Any) -> np.dtype:
     """The dtype asked for, or that of the layout, as far as JAX has it on."""
     chosen = float if dtype is None and own is None else own if dtype is None else dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(chosen))
