@@ -55,7 +55,7 @@ def low_rank_edits(
     return st.tuples(*(_edits(shape, rank, wide) for shape in shapes)).map(structure.unflatten)
 
 
-def matrices(shape: tuple[int, ...], dtype: DTypeLike | None = None) -> SearchStrategy[jax.Array]:
+def matrices(shape: tuple, dtype: DTypeLike | None = None) -> SearchStrategy[jax.Array]:
     """Matrices with singular values that are distinct, repeated, zero or tiny.
 
     Args:
@@ -95,7 +95,7 @@ def _matrices(draw: Callable[..., Any], shape: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(product, canonical(dtype, None))
 
 
-def _edits(shape: tuple[int, ...], rank: int, dtype: DTypeLike) -> SearchStrategy:
+def _edits(shape: tuple, rank: int, dtype: DTypeLike) -> SearchStrategy:
     """Edits of one leaf."""
     if len(shape) < 2:
         return weights(shape, dtype)
