@@ -143,6 +143,18 @@ def batched_wrong(x):
     return x | {"w": batched(x["w"])}
 
 
+def first_of_batch(function):
+    """A function that returns the result of the first row for all rows of a batch."""
+    wrong = jax.custom_batching.custom_vmap(function)
+
+    @wrong.def_vmap
+    def _(axis_size, in_batched, x):
+        first = function(x[0])
+        return jnp.broadcast_to(first, (axis_size, *first.shape)), in_batched[0]
+
+    return wrong
+
+
 def with_rule(slope):
     """The square of a leaf, with a derivative of its own."""
 
@@ -180,6 +192,7 @@ RIGHT = {
     "affine, mean": lambda: affine(mean, POINTS, coefficients=SIGNED),
     "affine, path": lambda: affine(line, *BOTH, t=0.3),
     "affine, half": lambda: affine(mean, drawn(3, jnp.bfloat16)),
+    "affine, half to single": lambda: affine(widened, drawn(3, jnp.bfloat16)),
     "affine, zeros": lambda: affine(mean, [jax.tree.map(jnp.zeros_like, POINTS[0])] * 2),
     "affine, one tree": lambda: affine(lambda x: x, POINTS[0]),
     "translation": lambda: affine(lambda x: x, POINTS[0], factor=1.0),
@@ -196,7 +209,11 @@ RIGHT = {
     "scale": lambda: scaled(mean, POINTS, coefficients=SIGNED),
     "scale, exact": lambda: scaled(mean, POINTS, factors=(2.0**-40, 2.0**40), units=0),
     "scale, float16": lambda: scaled(mean, drawn(3, np.float16)),
+    "scale, stored in half": lambda: scaled(norm_of, drawn(1, jnp.bfloat16)[0]),
     "scale, degree 0": lambda: scaled(lambda xs: directed(xs, 0), POINTS, degree=0),
+    "scale, degree 0, large": lambda: scaled(
+        lambda xs: jax.tree.map(lambda x: 1e3 * x, directed(xs, 0)), POINTS, degree=0
+    ),
     "scale, degree 2": lambda: scaled(lambda x: jnp.square(norm_of(x)), POINTS[0], degree=2),
     "half": lambda: half(mean, POINTS, coefficients=SIGNED),
     "half, norm": lambda: half(norm_of, POINTS[0]),
@@ -302,6 +319,14 @@ WRONG = {
     "vmap": (
         lambda: transformed(batched_wrong, POINTS[0]),
         "vmap: " + FAILS.format(leaf="w", units=64),
+    ),
+    "vmap, a number": (
+        lambda: transformed(first_of_batch(lambda x: x * 2), jnp.float32(3), derivatives=False),
+        r"vmap: the array differs by [\d.e+]+ roundings, allowed are 64:",
+    ),
+    "vmap, degree 0": (
+        lambda: transformed(first_of_batch(jnp.sign), POINTS[0]["w"], derivatives=False),
+        r"vmap: the array differs by [\d.e+]+ roundings, allowed are 64:",
     ),
     "derivatives": (
         lambda: transformed(with_rule(1.9), POINTS[0]),
