@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, vector
 from tests.strategies import FLOAT
 from wspace import checkpoint, lowrank
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, vector
 
 SHAPES = {
     "query.weight": (3, 4),

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, tree
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close
 
 LAYOUT = {"w": (7, 5), "s": (2, 4, 6), "k": (6, 3), "b": (3,), "c": (), "e": (0,)}
 KERNEL = (2, 1, 3, 3)  # the convolution whose matrix "k" is

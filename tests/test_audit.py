@@ -15,9 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, UNIT, coefficients, matrices, points, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import average, cone, geometry, lowrank, negative, tree
+from wspace.testing import assert_close, coefficients, like, matrices, points, size, vector, weights
 
 LAYOUT = {"w": (5, 4), "b": (3,), "s": (2, 3, 2), "k": (1, 2, 2, 3), "e": (0, 2), "t": ()}
 STACKS = {"w": (1, 5, 4), "b": (1, 3, 1), "s": (2, 3, 2), "k": (1, 4, 3), "t": (1, 1, 1)}

@@ -7,9 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, coefficients, layouts, pairs, points, ratios, weights
-from wspace import average, interpolate, tree
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, ratios
+from wspace import average, interpolate
+from wspace.testing import (
+    assert_close,
+    check_affine_equivariant,
+    check_idempotent,
+    check_odd,
+    check_permutation_invariant,
+    check_scale,
+    coefficients,
+    like,
+    pairs,
+    points,
+    size,
+    vector,
+    weights,
+)
 
 pytestmark = pytest.mark.exact
 
@@ -47,21 +62,28 @@ def test_only_the_ratios_of_coefficients_matter(data, xs, k):
 def test_order_of_the_points_does_not_matter(data, xs):
     c = data.draw(coefficients(len(xs)))
     order = data.draw(st.permutations(range(len(xs))))
-    shuffled = mean([xs[i] for i in order], [c[i] for i in order])
-    wanted = mean(xs, c)
-    if order[0] != 0:  # the dtypes are those of the first point, here all the same
-        wanted = tree.cast_like(wanted, xs[order[0]])
-    assert_close(shuffled, wanted, units=8, scale=amplification(c) * size(*xs))
+    units = 8 * amplification(c)
+    check_permutation_invariant(mean, xs, coefficients=c, order=order, units=units)
 
 
 @given(data=st.data(), xs=points())
 def test_moving_the_points_moves_the_mean_along(data, xs):
     c = data.draw(coefficients(len(xs)))
-    shift = jax.tree.map(lambda x: jnp.full_like(x, 3), xs[0])
-    moved = mean([tree.combine((1, 1), (x, shift)) for x in xs], c)
-    wanted = tree.combine((1, 1), (mean(xs, c), shift))
-    scale = amplification(c) * (size(*xs) + len(xs) * size(shift))
-    assert_close(moved, wanted, units=16, scale=scale)
+    check_affine_equivariant(mean, xs, coefficients=c, factor=1.0, units=8 * amplification(c))
+
+
+@given(data=st.data(), xs=points())
+def test_an_affine_map_of_the_points_maps_the_mean(data, xs):
+    c = data.draw(coefficients(len(xs)))
+    check_affine_equivariant(mean, xs, coefficients=c, units=8 * amplification(c))
+
+
+@given(data=st.data(), xs=points())
+def test_mean_has_no_unit_and_rests_at_equal_points(data, xs):
+    c = data.draw(coefficients(len(xs)))
+    check_scale(mean, xs, coefficients=c, factors=(2.0**-30, 2.0**30), units=0)
+    check_odd(mean, xs, coefficients=c, units=0)
+    check_idempotent(mean, xs, coefficients=c, units=4 * amplification(c))
 
 
 @given(pair=pairs(), t=ratios)

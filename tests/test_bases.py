@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, merge
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close
 
 MATRICES = {"w": (9, 7), "s": (2, 6, 8)}
 seeds = st.integers(0, 2**16)

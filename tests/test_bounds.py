@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from tests.helpers import is_nan, like, vector
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, scales
 from wspace import cone, geometry, lowrank, negative, tree
 from wspace.lowrank import LowRank
+from wspace.testing import like, vector
 
 LAYOUT = {"b": (3,), "s": (2, 3, 3), "w": (4, 3)}
 COUNT = sum(math.prod(shape) for shape in LAYOUT.values())

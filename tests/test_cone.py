@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import is_nan
-from tests.strategies import FLOAT, UNIT, matrices, scales
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import _checks, cone, fit, geometry, lowrank, negative, selection, tree
 from wspace.lowrank import LowRank
+from wspace.testing import matrices
 
 LAYOUT = {"w": (5, 4), "s": (2, 3, 2), "k": (2, 1, 2, 3), "b": (3,), "c": (), "e": (0, 2)}
 NAMES = ("rank 1", "rank 2", "pooled 3", "subspace", "mask", "sparse 7", "even")

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT
 from wspace import average, cone, geometry, lowrank, negative
+from wspace.testing import assert_close
 
 A, C = jnp.asarray([3.0, 4.0], FLOAT), jnp.asarray([1.0, -2.0], FLOAT)
 ZERO = jnp.zeros(2, FLOAT)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_close
 from tests.strategies import FLOAT
 from wspace import average, cone, fit, geometry, interpolate, merge, negative, selection
+from wspace.testing import assert_close
 
 RANDOM = np.random.default_rng(0)
 X, Y, Z = (

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import ENTRIES, FLOAT, costs, points, scales, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, costs, scales
 from wspace import average, tree
+from wspace.testing import assert_close, like, points, size, vector, weights
+from wspace.testing.strategies import ENTRIES
 
 fisher_mean = jax.jit(average.fisher_mean)
 kronecker_mean = jax.jit(average.kronecker_mean, static_argnames="steps")
@@ -23,7 +25,7 @@ def informed(draw):
     """Points, a Fisher for each with entries often zero, and coefficients."""
     xs = draw(points())
     layout = jax.tree.map(jnp.shape, xs[0])
-    fishers = [draw(weights(layout, FLOAT, INFORMATION)) for _ in xs]
+    fishers = [draw(weights(layout, FLOAT, entries=INFORMATION)) for _ in xs]
     return xs, fishers, draw(costs(len(xs)))
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import fit, tree
+from wspace.testing import assert_close, size, vector, weights
 
 pytestmark = pytest.mark.trains
 

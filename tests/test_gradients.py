@@ -6,10 +6,10 @@ import numpy as np
 
 from tests.arguments import trees
 from tests.catalog import CASES, each
-from tests.helpers import assert_close
 from tests.spheres import exp_on_sphere, log_on_sphere
 from tests.strategies import FLOAT
 from wspace import average
+from wspace.testing import assert_close
 
 
 def drawn(rng, like):

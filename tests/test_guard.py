@@ -14,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, UNIT, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import average, cone, fit, geometry, negative, tree
+from wspace.testing import assert_close, like, size, vector, weights
 
 pytestmark = pytest.mark.trains
 

@@ -10,19 +10,23 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan, like, size, vector
-from tests.strategies import (
-    FLOAT,
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, projectors, strengths
+from wspace import average, geometry, negative, tree
+from wspace.testing import (
     LAYOUTS,
+    assert_close,
+    check_half_precision,
+    check_scale,
     coefficients,
-    layouts,
+    like,
     pairs,
     points,
-    projectors,
-    strengths,
+    size,
+    vector,
     weights,
 )
-from wspace import average, geometry, negative, tree
+from wspace.testing.comparison import eps
 
 pytestmark = pytest.mark.exact
 
@@ -239,10 +243,7 @@ def test_half_precision_rounds_once_within_a_subspace():
     rng = np.random.default_rng(0)
     x, b = (jnp.asarray(rng.normal(size=(4, 3)), jnp.bfloat16) for _ in range(2))
     allow = jnp.diag(jnp.array([1.0, 1.0, 0.0, 0.0]))
-    y = negative.repel(x, b, 0.7, allow=allow)
-    assert y.dtype == jnp.bfloat16
-    wide = negative.repel(x.astype(jnp.float32), b.astype(jnp.float32), 0.7, allow=allow)
-    assert_close(y, wide.astype(jnp.bfloat16), units=0)
+    check_half_precision(negative.repel, x, b, strength=0.7, allow=allow)
 
 
 def test_bad_allowances_are_refused(refuses):
@@ -390,6 +391,4 @@ def test_bad_arguments_are_refused(refuses):
 @given(x=layouts.flatmap(weights))
 def test_scaling_everything_scales_the_result(x):
     b = jax.tree.map(lambda leaf: leaf / 2 + 1, x)
-    for k in (2.0**-40, 2.0**40):
-        big = [tree.combine((k,), (z,)) for z in (x, b)]
-        assert_close(repel(*big, 0.7), tree.combine((k,), (repel(x, b, 0.7),)), units=0)
+    check_scale(repel, x, b, strength=0.7, factors=(2.0**-40, 2.0**40), units=0)

@@ -13,10 +13,11 @@ import scipy.optimize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, costs, points, projectors, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, costs, projectors
 from wspace import average, geometry, negative, tree
 from wspace.negative.nearest import nearest_average, rounding_of
+from wspace.testing import assert_close, points, size, vector, weights
 
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2)}
 MODES = ["convex", "affine"]

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import strategies
-from tests.helpers import assert_close, vector
-from tests.strategies import FLOAT
+from tests.strategies import FLOAT, scales
 from wspace import merge, tree
 from wspace.lowrank import LowRank, materialize
+from wspace.testing import assert_close, points, vector
 
 SIGNS = [
     jax.jit(f)
@@ -49,7 +48,7 @@ def by_numpy(edits):
     ]
 
 
-@given(strategies.points(count=3), strategies.scales)
+@given(points(count=3), scales)
 def test_signs_supports_and_masses_are_those_of_numpy(edits, scale):
     got = [f(edits) for f in SIGNS]
     assert_close(got, by_numpy(edits), scale=1)
@@ -92,7 +91,7 @@ def adapters(draw):
     """Three edits with factors of ranks 1, 2 and 2, alike or unlike, and a vector."""
     rng = np.random.default_rng(draw(seeds))
     far = draw(st.sampled_from([1, 1e-2, 1e-4]))
-    size = draw(strategies.scales)
+    size = draw(scales)
     left, right = rng.normal(size=(4, 2)), rng.normal(size=(3, 2))
     noise = far * rng.normal(size=(3, 4, 2))
     edits = [
@@ -163,7 +162,7 @@ def spread(rng, shape):
     return (left * (np.arange(p, 0, -1) + rng.random(p) / 2)) @ np.swapaxes(right, -1, -2)
 
 
-@given(seeds, st.sampled_from([1, 2, None]), strategies.scales)
+@given(seeds, st.sampled_from([1, 2, None]), scales)
 def test_singular_interference_is_that_of_its_definition(seed, rank, scale):
     rng = np.random.default_rng(seed)
     xs = [{"w": spread(rng, (4, 3)), "s": spread(rng, (2, 3, 2))} for _ in range(3)]

@@ -8,16 +8,30 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import golden_arrays
-from tests.helpers import assert_close, eps, is_nan, size
+from tests.helpers import is_nan
 from tests.spheres import exp_on_sphere, log_on_sphere
-from tests.strategies import FLOAT, LAYOUTS, pairs, points, ratios
+from tests.strategies import FLOAT, ratios
 from tests.test_geometry import true_angle, turned
 from wspace import average, interpolate, tree
+from wspace.testing import (
+    LAYOUTS,
+    assert_close,
+    check_permutation_invariant,
+    check_scale,
+    pairs,
+    points,
+    size,
+)
+from wspace.testing.comparison import eps
 
 pytestmark = pytest.mark.exact
 
 mean, traced = average.karcher_mean, jax.jit(average.karcher_mean)
 LAYOUT = LAYOUTS[1]
+
+
+def found(points, coefficients):
+    return mean(points, coefficients).weights
 
 
 def logs(rows, at):
@@ -69,10 +83,9 @@ def test_one_point_is_its_mean_exactly_and_a_zero_tree_counts_for_the_length(xs)
 @given(pair=pairs(), t=ratios)
 def test_scaling_and_reordering_points(pair, t):
     assume(size(pair[0]) > 0 and size(pair[1]) > 0 and true_angle(*pair) < 2)
-    got = mean(pair, [1 - t, t]).weights
-    big = [jax.tree.map(lambda x: x * 2.0**20, x) for x in pair]
-    back = jax.tree.map(lambda x: x / 2.0**20, mean(big[::-1], [t, 1 - t]).weights)
-    assert_close(back, got, units=64, scale=size(*pair))
+    c = [1 - t, t]
+    check_scale(found, pair, coefficients=c, factors=(2.0**20,), units=64)
+    check_permutation_invariant(found, pair, coefficients=c, units=64)
 
 
 def test_a_signed_mean_goes_on_along_the_arc():

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from tests.helpers import assert_close, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import average, fit, merge, tree
+from wspace.testing import assert_close, size, vector, weights
 
 pytestmark = pytest.mark.trains
 

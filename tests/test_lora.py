@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT
 from wspace import lowrank
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close
 
 LAYOUTS = ("in_out", "out_in")
 seeds = st.integers(0, 2**16)

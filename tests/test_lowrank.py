@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan
-from tests.strategies import FLOAT, UNIT, matrices
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import interpolate, lowrank, tree
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, matrices
+from wspace.testing.comparison import eps
 
 SHAPES = [(6, 4), (3, 7), (5, 5), (2, 4, 3)]
 each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy import special
 
 from tests import golden_arrays
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, UNIT, points, scales, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import cone, merge, tree
+from wspace.testing import LAYOUTS, assert_close, like, points, size, vector, weights
 
 pytestmark = pytest.mark.exact
 

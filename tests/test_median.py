@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, costs
 from wspace import average
+from wspace.testing import assert_close, check_affine_equivariant, check_permutation_invariant
+from wspace.testing.comparison import eps
 
 median, traced = average.geometric_median, jax.jit(average.geometric_median)
 
@@ -20,6 +22,10 @@ def drawn(seed, count=5, entries=6):
 
 def trees(rows):
     return [jnp.asarray(x, FLOAT) for x in rows]
+
+
+def at_median(points, coefficients):
+    return median(points, coefficients).weights
 
 
 def least_subgradient(at, rows, c):
@@ -36,8 +42,8 @@ def test_a_subgradient_at_the_median_vanishes(seed, c, shift):
     at = np.asarray(found.weights, np.float64)
     assert found.converged
     assert least_subgradient(at, rows.astype(np.float64), c) < 2e4 * eps(found.weights)
-    scaled = median(trees(4 * rows[::-1].astype(np.float64) + 8), c[::-1]).weights
-    assert_close(scaled, 4 * found.weights + 8, units=2e3)
+    check_permutation_invariant(at_median, trees(rows), coefficients=c, units=500)
+    check_affine_equivariant(at_median, trees(rows), coefficients=c, factor=4.0, units=500)
 
 
 @given(seed=st.integers(0, 2**16), k=st.integers(0, 4))

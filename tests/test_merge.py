@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, layouts, points, scales, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, layouts, scales
 from wspace import average, merge, tree
+from wspace.testing import LAYOUTS, assert_close, like, points, size, vector, weights
 
 pytestmark = pytest.mark.exact
 

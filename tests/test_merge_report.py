@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import vector
-from tests.strategies import FLOAT, UNIT, points
+from tests.strategies import FLOAT, UNIT
 from wspace import lowrank, merge, tree
+from wspace.testing import points, vector
 
 LAYOUT = {"w": (4, 3), "empty": (0, 2), "t": (), "b": [(3,), None]}
 signs = st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0]), min_size=3, max_size=3)

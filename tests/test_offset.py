@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, matrices, scales, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import average, cone, geometry, lowrank, negative, tree
+from wspace.testing import assert_close, matrices, size, vector, weights
+from wspace.testing.comparison import eps
 
 distance, curve = jax.jit(geometry.distance), jax.jit(negative.curve)
 LAYOUT = {"w": (5, 4), "b": (3,), "s": (2, 3, 2), "k": (2, 1, 2, 3), "e": (0, 2), "c": ()}

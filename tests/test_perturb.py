@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan, size, vector
-from tests.strategies import FLOAT, UNIT, is_shape, layouts, pairs
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, is_shape, layouts
 from wspace import lowrank, perturb, tree
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, pairs, size, vector
+from wspace.testing.comparison import eps
 
 gaussian = jax.jit(perturb.gaussian)
 low_rank_gaussian = jax.jit(perturb.low_rank_gaussian, static_argnums=2)

@@ -10,11 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT
 from wspace import average
 from wspace.average import Profile
 from wspace.average.posthoc import _inner, _masses
+from wspace.testing import assert_close
 
 EXPONENTS = st.sampled_from([0.0, 0.5, 1.0, 6.94, 16.97])
 STEPS = 400

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, costs, scales
 from wspace import average, tree
+from wspace.testing import assert_close
 
 regression_mean = jax.jit(average.regression_mean)
 ROUNDING = float(jnp.finfo(FLOAT).eps)

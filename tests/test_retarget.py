@@ -13,19 +13,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import (
-    FLOAT,
-    UNIT,
-    coefficients,
-    costs,
-    points,
-    projectors,
-    strengths,
-    weights,
-)
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, costs, projectors, strengths
 from wspace import average, cone, geometry, negative, tree
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, coefficients, like, points, size, vector, weights
 
 mean, distance = jax.jit(average.mean), jax.jit(geometry.distance)
 retarget, exit_ball = jax.jit(negative.retarget), jax.jit(negative.exit_ball)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close
 from tests.strategies import FLOAT
 from wspace import selection, tree
 from wspace.selection import bracket, counting, top
+from wspace.testing import assert_close
 
 pytestmark = pytest.mark.exact
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, size, vector
-from tests.strategies import points
 from wspace import average, interpolate, soup, tree
+from wspace.testing import assert_close, points, size, vector
 
 
 def near(target):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, scales
 from wspace import lowrank, merge, negative
+from wspace.testing import assert_close
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "fusionbench.npz")
 SYSTEM = "fusionbench-54c9e8c"

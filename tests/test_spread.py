@@ -12,10 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan, size
-from tests.strategies import FLOAT, UNIT, matrices
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT
 from wspace import lowrank, negative, tree
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, matrices, size
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 7), (2, 4, 3), (2, 2, 3)])

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import golden_arrays
-from tests.helpers import assert_close, is_nan
+from tests.helpers import is_nan
 from tests.strategies import FLOAT
 from wspace import average, merge
+from wspace.testing import assert_close
 
 pytestmark = pytest.mark.exact
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, is_nan, like, size, vector
-from tests.strategies import FLOAT, coefficients, points
+from tests.helpers import is_nan
+from tests.strategies import FLOAT
 from wspace import average
+from wspace.testing import assert_close, coefficients, like, points, size, vector
+from wspace.testing.comparison import eps
 
 pytestmark = pytest.mark.exact
 

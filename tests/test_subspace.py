@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from tests.helpers import assert_close, is_nan, like, size, vector
-from tests.strategies import FLOAT, UNIT, strengths, weights
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, strengths
 from wspace import average, negative, tree
+from wspace.testing import assert_close, like, size, vector, weights
 
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2), "k": (1, 2, 2, 3), "empty": (0,)}
 COUNT = 12 + 3 + 12 + 12

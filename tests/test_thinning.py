@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import golden_arrays
-from tests.helpers import assert_close, like, vector
-from tests.strategies import FLOAT, layouts, scales, weights
+from tests.strategies import FLOAT, layouts, scales
 from wspace import merge, tree
+from wspace.testing import assert_close, like, vector, weights
 
 KEY = jax.random.key(0)
 WEIGHTS = {"equal": (1.0, 1.0, 1.0), "uneven": (2.0, 1.0, 0.5), "signed": (1.0, -0.5, 0.25)}

@@ -11,7 +11,7 @@ import pytest
 from tests import catalog
 from tests.arguments import trees
 from tests.catalog import CASES, each
-from tests.helpers import assert_close
+from wspace.testing import assert_close
 
 CASE = {case.name: case for case in CASES}
 each_function = each(CASES)

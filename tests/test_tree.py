@@ -9,9 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, eps, like, size, vector
-from tests.strategies import FLOAT, LAYOUTS, coefficients, layouts, pairs, points, weights
+from tests.strategies import FLOAT, layouts
 from wspace import average, interpolate, negative, tree
+from wspace.testing import (
+    LAYOUTS,
+    assert_close,
+    coefficients,
+    like,
+    pairs,
+    points,
+    size,
+    vector,
+    weights,
+)
+from wspace.testing.comparison import eps
 
 pytestmark = pytest.mark.exact
 
@@ -35,7 +46,7 @@ def test_combine_with_coefficient_one_is_the_identity_bit_for_bit(x):
 @each_dtype
 @given(data=st.data())
 def test_result_has_the_dtypes_of_the_first_tree_whatever_the_scalars(dtype, data):
-    x, y = data.draw(weights(dtype=dtype)), data.draw(weights(dtype=jnp.float32))
+    x, y = (data.draw(weights(LAYOUTS[1], one)) for one in (dtype, jnp.float32))
     c = jnp.asarray(0.5, FLOAT)
     wanted = like(0.5 * vector(x) - 2 * vector(y), jax.tree.map(lambda a: a.astype(FLOAT), x))
     got = combine((c, -2.0), (x, y))

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, is_nan
-from tests.strategies import FLOAT, UNIT, matrices, scales
+from tests.helpers import is_nan
+from tests.strategies import FLOAT, UNIT, scales
 from wspace import geometry, lowrank
 from wspace.lowrank import LowRank
+from wspace.testing import assert_close, matrices
 
 SHAPES = [(6, 4), (3, 7), (5, 5), (2, 4, 3)]
 each_shape = pytest.mark.parametrize("shape", SHAPES)

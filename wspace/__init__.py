@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         tree,
         typing,
     )
+    from wspace import testing as testing
 
 __all__ = [
     "average",
@@ -43,9 +44,9 @@ __all__ = [
 
 
 # Imported when they are asked for, so that the command line answers before JAX is there;
-# `from wspace import *` asks for all.
+# `from wspace import *` asks for all but `testing`, which needs hypothesis, an extra.
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in __all__ or name == "testing":
         return importlib.import_module(f"wspace.{name}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("wspace")
@@ -53,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__, "testing", "__version__"})
