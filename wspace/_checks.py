@@ -35,7 +35,17 @@ def is_factored(node: object) -> bool:
 
 def is_weight(leaf: object) -> bool:
     """Whether a leaf is an array of a dtype that weights have."""
-    return hasattr(leaf, "shape") and getattr(leaf, "dtype", None) in WEIGHT_DTYPES
+    return getattr(leaf, "dtype", None) in WEIGHT_DTYPES and hasattr(leaf, "shape")
+
+
+def shapes_of(name: str, tree: object, leaves: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The shapes of the leaves of a tree, raising unless all of them are weights."""
+    try:
+        if {leaf.dtype for leaf in leaves} <= WEIGHT_DTYPES:
+            return [leaf.shape for leaf in leaves]
+    except AttributeError:
+        pass
+    raise _no_weight(name, tree)
 
 
 def is_traced(*values: object) -> bool:
@@ -45,12 +55,13 @@ def is_traced(*values: object) -> bool:
 
 def same_layout(**trees: object) -> None:
     """Raises unless the trees, by name, share structure and leaf shapes, every leaf floating."""
-    floating_leaves(**trees)
-    flat = {name: jax.tree.flatten(x) for name, x in trees.items()}
-    (first, (leaves, structure)), *rest = flat.items()
-    shapes = [x.shape for x in leaves]
-    for name, (others, other_structure) in rest:
-        if other_structure != structure or [x.shape for x in others] != shapes:
+    flat = {}
+    for name, x in trees.items():
+        leaves, structure = jax.tree.flatten(x, is_leaf=is_factored)
+        flat[name] = structure, shapes_of(name, x, leaves)
+    (first, layout), *rest = flat.items()
+    for name, other in rest:
+        if other != layout:
             _refuse_layout(first, trees[first], name, trees[name])
 
 
@@ -84,25 +95,28 @@ def each(name: str, trees: Sequence[Any]) -> dict[str, Any]:
 def floating_leaves(**trees: object) -> None:
     """Raises unless every leaf of the trees, by name, is an array of weights."""
     for name, tree in trees.items():
-        if not all(map(is_weight, jax.tree.leaves(tree, is_leaf=is_factored))):
-            _refuse_leaf(name, tree)
+        shapes_of(name, tree, jax.tree.leaves(tree, is_leaf=is_factored))
 
 
-def _refuse_leaf(name: str, tree: object) -> None:
-    for path, leaf in tree_leaves_with_path(tree, is_leaf=is_factored):
-        where = f"leaf {keystr(path) or '(root)'} of {name}"
-        if isinstance(leaf, Factored):
-            raise TypeError(
-                f"{where} is a {type(leaf).__name__} edit, not weights: "
-                "add it to a base by lowrank.apply, or multiply it out by lowrank.materialize"
-            )
-        if not is_weight(leaf):
-            dtype = getattr(leaf, "dtype", None)
-            what = f"is a {type(leaf)}" if dtype is None else f"has dtype {dtype}"
-            raise TypeError(
-                f"{where} {what}; weights are float64, float32, bfloat16 or float16 arrays: "
-                "set other leaves aside by tree.partition, and put them back by tree.join"
-            )
+def _no_weight(name: str, tree: object) -> TypeError:
+    """What is said of the first leaf of a tree that is no array of weights."""
+    path, leaf = next(
+        (path, leaf)
+        for path, leaf in tree_leaves_with_path(tree, is_leaf=is_factored)
+        if isinstance(leaf, Factored) or not is_weight(leaf)
+    )
+    where = f"leaf {keystr(path) or '(root)'} of {name}"
+    if isinstance(leaf, Factored):
+        return TypeError(
+            f"{where} is a {type(leaf).__name__} edit, not weights: "
+            "add it to a base by lowrank.apply, or multiply it out by lowrank.materialize"
+        )
+    dtype = getattr(leaf, "dtype", None)
+    what = f"is a {type(leaf)}" if dtype is None else f"has dtype {dtype}"
+    return TypeError(
+        f"{where} {what}; weights are float64, float32, bfloat16 or float16 arrays: "
+        "set other leaves aside by tree.partition, and put them back by tree.join"
+    )
 
 
 def _refuse_layout(first: str, x: object, name: str, y: object) -> None:

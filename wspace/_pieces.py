@@ -6,6 +6,7 @@ program, and small lazy leaves are flat arrays of few lengths.
 """
 
 import collections
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,36 +43,43 @@ def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
     Large leaves have one of their own, and so have those of a shape that occurs often, that are
     spread over devices, or that are traced. The others share programs, those on one device each.
     """
-    alone: list[list[int]] = []
-    rare: dict[Any, list[list[int]]] = collections.defaultdict(list)
-    alike: dict[Any, list[int]] = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        place = _place(row)
-        if place is _OF_ITS_OWN or row[0].size > _SMALL:
+    if len(rows) == 1:
+        return [[0]]
+    shapes = [row[0].shape for row in rows]
+    often = {shape for shape, count in collections.Counter(shapes).items() if count >= _RARE}
+    places = [None] * len(rows) if _are_free(rows) else [_place(row) for row in rows]
+    alone, rare = [], collections.defaultdict(list)
+    for i, (place, shape) in enumerate(zip(places, shapes, strict=True)):
+        if place is _OF_ITS_OWN or shape in often or math.prod(shape) > _SMALL:
             alone.append([i])
         else:
-            alike[place, row[0].shape, tuple([x.dtype for x in row])].append(i)
-    for (place, *_), indices in alike.items():
-        if len(indices) < _RARE:
-            rare[place].append(indices)
-        else:
-            alone.extend([i] for i in indices)
-    for several in rare.values():
-        indices = sorted(i for one in several for i in one)
+            rare[place].append(i)
+    for indices in rare.values():
         alone.extend(indices[i : i + _TOGETHER] for i in range(0, len(indices), _TOGETHER))
     return alone
+
+
+def _are_free(rows: Sequence[Sequence[Any]]) -> bool:
+    """Whether all leaves are arrays that no device was chosen for, as is usual."""
+    leaves = [leaf for row in rows for leaf in row]
+    kinds = set(map(type, leaves))
+    if not all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in kinds):
+        return False
+    return not any(leaf.committed for leaf in leaves)
 
 
 _OF_ITS_OWN = object()
 
 
 def _place(row: Sequence[Any]) -> Any:
-    """Where the leaves of a row are: the device, nothing if that is free, or somewhere else."""
+    """Where the leaves of a row are: a device, `None` if that is free, in files, or elsewhere."""
     place = None
     for leaf in row:
         if isinstance(leaf, Tracer):
             return _OF_ITS_OWN
-        if getattr(leaf, "committed", False):
+        if isinstance(leaf, Lazy):
+            return Lazy
+        if isinstance(leaf, jax.Array) and leaf.committed:
             devices = leaf.sharding.device_set
             if len(devices) > 1:
                 return _OF_ITS_OWN

@@ -226,7 +226,7 @@ _MEETING = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
 
 def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
     """The function compiled under the name of a formula."""
-    name = getattr(formula, "__name__", "formula")
+    name = getattr(getattr(formula, "func", formula), "__name__", "<lambda>")
     function.__name__ = function.__qualname__ = "formula" if name == "<lambda>" else name
     return jax.jit(function, **options)
 

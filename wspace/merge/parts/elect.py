@@ -215,11 +215,11 @@ def disjoint_merge(
 @functools.cache
 def _merged(divide: Divide, weighted: bool) -> Callable[..., Weights]:
     @tree.elementwise
-    def formula(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    def disjoint(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         *edits, sign = arrays
         return _combined(divide, weighted, coefficients, edits, sign)
 
-    return formula
+    return disjoint
 
 
 def _combined(
@@ -265,7 +265,7 @@ def agreed(
 @functools.cache
 def _in_one_pass(election: Election) -> Callable[..., Weights]:
     @tree.elementwise
-    def formula(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    def agreement(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         (scale, *coefficients), (base, *edits) = scalars, arrays
         votes = coefficients if election.weighted else [jnp.ones((), base.dtype)] * len(edits)
         sign = _elected(election.vote, votes, edits)
@@ -274,4 +274,4 @@ def _in_one_pass(election: Election) -> Callable[..., Weights]:
         agree = (election.divide, election.weighted)
         return base + scale * _combined(*agree, coefficients, edits, sign)
 
-    return formula
+    return agreement
