@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace._leaves import Factored
@@ -46,6 +46,11 @@ def shapes_of(name: str, tree: object, leaves: Sequence[Any]) -> list[tuple[int,
     except AttributeError:
         pass
     raise _no_weight(name, tree)
+
+
+def path_of(path: KeyPath) -> str:
+    """A leaf's path as errors and tables print it."""
+    return keystr(path) or "(root)"
 
 
 def is_traced(*values: object) -> bool:
@@ -105,7 +110,7 @@ def _no_weight(name: str, tree: object) -> TypeError:
         for path, leaf in tree_leaves_with_path(tree, is_leaf=is_factored)
         if isinstance(leaf, Factored) or not is_weight(leaf)
     )
-    where = f"leaf {keystr(path) or '(root)'} of {name}"
+    where = f"leaf {path_of(path)} of {name}"
     if isinstance(leaf, Factored):
         return TypeError(
             f"{where} is a {type(leaf).__name__} edit, not weights: "
@@ -121,8 +126,7 @@ def _no_weight(name: str, tree: object) -> TypeError:
 
 def _refuse_layout(first: str, x: object, name: str, y: object) -> None:
     shapes, others = (
-        {keystr(path) or "(root)": leaf.shape for path, leaf in tree_leaves_with_path(tree)}
-        for tree in (x, y)
+        {path_of(path): leaf.shape for path, leaf in tree_leaves_with_path(tree)} for tree in (x, y)
     )
     for path in sorted(shapes.keys() ^ others.keys()):
         has, lacks = (first, name) if path in shapes else (name, first)
@@ -162,6 +166,21 @@ def scalar(
         return value
     value = floating(value)
     return jnp.where(domain(value), value, jnp.nan)
+
+
+def nonnegative(name: str, value: Any) -> ScalarLike:
+    """A real number of at least 0, as `scalar` checks it."""
+    return scalar(name, value, lambda x: x >= 0, "finite and at least 0")
+
+
+def above_zero(name: str, value: Any) -> ScalarLike:
+    """A real number above 0, as `scalar` checks it."""
+    return scalar(name, value, lambda x: x > 0, "finite and positive")
+
+
+def between(name: str, value: Any, low: float, high: float) -> ScalarLike:
+    """A real number above `low` and below `high`, as `scalar` checks it."""
+    return scalar(name, value, lambda x: (x > low) & (x < high), f"between {low} and {high}")
 
 
 def floating(value: Any) -> Array:
@@ -288,6 +307,6 @@ def finite(**trees: object) -> None:
     for (name, path, _), sound in zip(leaves, flags, strict=True):
         if not is_traced(sound) and not sound:
             raise ValueError(
-                f"leaf {keystr(path) or '(root)'} of {name} holds NaN or an infinity: "
+                f"leaf {path_of(path)} of {name} holds NaN or an infinity: "
                 "no distance or rank is defined for it; mend the weights first"
             )

@@ -41,7 +41,7 @@ def _scaled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 def _stretch(norm: ScalarLike, edit: PyTree) -> Scalar:
     """The factor that gives an edit a norm."""
-    given = _checks.scalar("norm", norm, lambda x: x >= 0, "finite and at least 0")
+    given = _checks.nonnegative("norm", norm)
     if not any(leaf.size for leaf in jax.tree.leaves(edit)):
         raise ValueError("nothing is drawn for an empty tree or at rank 0: leave norm out")
     size = lowrank.norm(edit)

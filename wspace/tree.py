@@ -522,7 +522,7 @@ def join(weights: PyTree, rest: PyTree) -> PyTree:
 
     def pick(path: Any, leaf: Any, other: Any) -> Any:
         if leaf is not None and other is not None:
-            raise ValueError(f"both weights and rest hold a leaf at {keystr(path) or '(root)'}")
+            raise ValueError(f"both weights and rest hold a leaf at {_checks.path_of(path)}")
         return other if leaf is None else leaf
 
     def is_none(node: Any) -> bool:
@@ -621,7 +621,7 @@ def per_leaf(function: Callable[..., Any], *, many: int | None = None) -> Callab
         takes_points = _takes_points(function, first, name) if many is None else bool(many)
         firsts = _checks.listed(f"the first argument of {name}", first) if takes_points else [first]
         structure = jax.tree.structure(firsts[0])
-        paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(firsts[0])]
+        paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(firsts[0])]
 
         def leaves_of(where: str, argument: Any) -> list[Any]:
             if jax.tree.structure(argument) == structure:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -112,7 +112,7 @@ def fisher_mean(
             f"fishers has {len(fishers)} trees for {len(points)} points: give one tree a point"
         )
     c = normalized(coefficients, len(points))
-    ridge = _checks.scalar("ridge", ridge, lambda x: x >= 0, "finite and at least 0")
+    ridge = _checks.nonnegative("ridge", ridge)
     _refuse_negative(fishers)
     level: Any = 0.0
     if _checks.is_traced(ridge) or ridge != 0:
@@ -131,7 +131,7 @@ def _refuse_negative(fishers: Sequence[WeightsLike]) -> None:
     if _checks.is_traced(least) or not bool(least < 0):
         return
     for i, fisher in enumerate(fishers):
-        paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(fisher)]
+        paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(fisher)]
         for path, own in zip(paths, _least((), [fisher], by_leaf=True), strict=True):
             if own < 0:
                 raise ValueError(
@@ -228,9 +228,9 @@ def kronecker_mean(
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     c = normalized(coefficients, len(points))
-    ridge = _checks.scalar("ridge", ridge, lambda x: x >= 0, "finite and at least 0")
+    ridge = _checks.nonnegative("ridge", ridge)
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: x > 0, "finite and positive")
+        rtol = _checks.above_zero("rtol", rtol)
     steps = _checks.rank(steps, "steps")
     weights = []
     residual, taken, converged = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), True

@@ -84,10 +84,7 @@ def geometric_median(
     count, max_steps = len(points), _checks.rank(max_steps, "max_steps")
     c = _checks.positive("coefficients", coefficients, count)
     gaps = geometry.symmetric(geometry.gap_sums((), points), count)
-    if tol is None:
-        tol = 64 * jnp.finfo(gaps.dtype).eps
-    else:
-        tol = _checks.scalar("tol", tol, lambda x: x > 0, "finite and positive")
+    tol = 64 * jnp.finfo(gaps.dtype).eps if tol is None else _checks.above_zero("tol", tol)
     c, tol = (jnp.asarray(x).astype(gaps.dtype) for x in (c, tol))
     c = c / jnp.sum(c)
     # Differences from a far outlier would have lost what lies between the others.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -119,10 +119,10 @@ def regression_mean(
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     c = normalized(coefficients, len(points))
-    ridge = _checks.scalar("ridge", ridge, lambda x: x >= 0, "finite and at least 0")
+    ridge = _checks.nonnegative("ridge", ridge)
     shrink = _checks.scalar("shrink", shrink, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: x >= 0, "finite and at least 0")
+        rtol = _checks.nonnegative("rtol", rtol)
     weights, conditions, unseen = [], [jnp.ones((), jnp.float32)], jnp.zeros((), jnp.int32)
     for leaves, entries, where in by_leaf("grams", grams, points):
         if entries is None or not leaves[0].size:
@@ -213,7 +213,7 @@ def by_leaf(
                 f"got {jax.tree.structure(entry)} for {structure}"
             ) from error
     columns = zip(*map(jax.tree.leaves, points), strict=True)
-    paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(points[0])]
+    paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(points[0])]
     for leaves, path, *given in zip(columns, paths, *rows, strict=True):
         missing = [i for i, entry in enumerate(given) if entry is None]
         if 0 < len(missing) < len(given):

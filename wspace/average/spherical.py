@@ -131,7 +131,7 @@ def karcher_mean(
 
 
 def _tolerance(tol: ScalarLike) -> ScalarLike:
-    return _checks.scalar("tol", tol, lambda x: x > 0, "finite and positive")
+    return _checks.above_zero("tol", tol)
 
 
 class _Mean(NamedTuple):

@@ -279,7 +279,7 @@ def power_ema(exponent: ScalarLike) -> Average:
         T. Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models*, CVPR
         2024, section 3.1, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696).
     """
-    exponent = _checks.scalar("exponent", exponent, lambda g: g >= 0, "finite and at least 0")
+    exponent = _checks.nonnegative("exponent", exponent)
 
     def rate(count: Array) -> Scalar:
         t = (count + 1).astype(float)

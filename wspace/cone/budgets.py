@@ -64,7 +64,7 @@ def project_capped(edit: PyTree, rank: int, cap: ScalarLike) -> Projection:
     References:
         L. Mirsky, *A trace inequality of John von Neumann*, Monatshefte für Mathematik 79, 1975.
     """
-    cap = _checks.scalar("cap", cap, lambda s: s >= 0, "finite and at least 0")
+    cap = _checks.nonnegative("cap", cap)
     finite_edit(edit=edit)
 
     rank = _checks.rank(rank)
@@ -112,7 +112,7 @@ def nuclear_entry(displacement: PyTree, radius: ScalarLike) -> Move:
         Completion*, SIAM Journal on Optimization 20, 2010,
         [arXiv:0810.3286](https://arxiv.org/abs/0810.3286).
     """
-    radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
 
     def over(spectra: Spectra) -> Spectra:
@@ -156,7 +156,7 @@ def spectral_entry(displacement: PyTree, radius: ScalarLike) -> SpectralMove:
         >>> move.norm, move.rank
         (Array(4., dtype=float32), Array(1, dtype=int32))
     """
-    radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
 
     def over(spectra: Spectra) -> Spectra:

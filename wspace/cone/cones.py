@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Bool, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
@@ -338,7 +338,7 @@ def _nearest(edit: PyTree, nearest: PyTree) -> Projection:
 
 
 def _allowed(path: Any, allowed: Any, leaf: Array) -> Array:
-    where = f"leaf {keystr(path) or '(root)'} of mask"
+    where = f"leaf {_checks.path_of(path)} of mask"
     if jnp.result_type(allowed) != jnp.bool_:
         raise TypeError(f"{where} has dtype {jnp.result_type(allowed)}: give booleans")
     if jnp.shape(allowed) not in ((), leaf.shape):

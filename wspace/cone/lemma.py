@@ -57,7 +57,7 @@ def support(cone: Cone, displacement: PyTree, budget: ScalarLike) -> Scalar:
         >>> cone.support(cone.Sparse(1), jnp.array([3.0, -4.0]), 0.5)
         Array(2., dtype=float32)
     """
-    budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
+    budget = _checks.nonnegative("budget", budget)
     norm, _ = sizes_of(cone, displacement)
     return jnp.asarray(budget).astype(norm.dtype) * norm
 
@@ -89,7 +89,7 @@ def reach(cone: Cone, displacement: PyTree, budget: ScalarLike) -> Scalar:
         >>> cone.reach(cone.Rank(1), jnp.diag(jnp.array([9.0, 3.0])), 5.0)
         Array(5., dtype=float32)
     """
-    budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
+    budget = _checks.nonnegative("budget", budget)
     norm, tail = sizes_of(cone, displacement)
     left = norm - jnp.asarray(budget).astype(norm.dtype)
     return tree.norm([tail, jnp.where(left < 0, 0, left)])
@@ -135,7 +135,7 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
         >>> cone.entry(cone.Sparse(1), jnp.array([3.0, -9.0]), 2.0).norm
         Array(inf, dtype=float32)
     """
-    radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
     nearest = projected(cone, lowrank.scale(-1, displacement))
     size, norm, tail = tree.norm([nearest.norm, nearest.tail]), nearest.norm, nearest.tail
@@ -184,7 +184,7 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
         >>> move.edit, move.norm
         (Array([3., 4.], dtype=float32), Array(5., dtype=float32))
     """
-    radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
     nearest = projected(cone, displacement)
     size, norm = tree.norm([nearest.norm, nearest.tail]), nearest.norm

@@ -90,7 +90,7 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
         >>> away.loss(jnp.array([3.0, 4.0])), away.loss(jnp.array([30.0, 40.0]))
         (Array(0.5, dtype=float32), Array(0., dtype=float32))
     """
-    radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
+    radius = _checks.above_zero("radius", radius)
     along = {} if direction is None else {"direction": direction}
     _checks.same_layout(avoid=avoid, **along)
     center = tree.upcast(avoid)
@@ -245,7 +245,7 @@ def npo(
         R. Zhang et al., *Negative Preference Optimization: From Catastrophic Collapse to Effective
         Unlearning*, COLM 2024, [arXiv:2404.05868](https://arxiv.org/abs/2404.05868), equation 3.
     """
-    beta_ = _checks.scalar("beta", beta, lambda x: x > 0, "finite and positive")
+    beta_ = _checks.above_zero("beta", beta)
     fixed = tree.upcast(reference)
 
     def penalty(f: Callable[[PyTree], Array], weights: PyTree) -> Scalar:

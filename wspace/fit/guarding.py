@@ -230,8 +230,8 @@ def guard(
                 "class as a pytree, by jax.tree_util.register_dataclass"
             )
     if budget is not None:
-        budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
-    strength = _checks.scalar("strength", strength, lambda x: x >= 0, "finite and at least 0")
+        budget = _checks.nonnegative("budget", budget)
+    strength = _checks.nonnegative("strength", strength)
     wide = [tree.upcast(x) for x in points]
     for i, (loss, x) in enumerate(zip(losses, wide, strict=True)):
         scalar_loss(f"losses[{i}]", loss, x, key, keyed)

@@ -140,7 +140,7 @@ def invert(
     """
     key = one_key(key)
     _checks.same_layout(start=start)
-    ridge = _checks.scalar("ridge", ridge, lambda x: x >= 0, "finite and at least 0")
+    ridge = _checks.nonnegative("ridge", ridge)
     if (table is None) != (rows is None):
         raise ValueError("table and rows belong together: the embeddings, and which to replace")
     places: tuple[int, ...] = ()

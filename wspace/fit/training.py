@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, perturb, tree
@@ -362,7 +362,7 @@ def _edit_of(key: Array, base: Weights, rank: int) -> PyTree:
         *_, m, n = matrix_shape(leaf.shape)
         if leaf.ndim > 1 and rank > min(m, n):
             raise ValueError(
-                f"rank {rank} is above that of leaf {keystr(path) or '(root)'} of start, a matrix "
+                f"rank {rank} is above that of leaf {_checks.path_of(path)} of start, a matrix "
                 f"of shape {(m, n)}: give at most {min(m, n)}, or None to train the whole"
             )
 

@@ -99,7 +99,7 @@ def rank_for(
         kept = _checks.scalar("energy", energy, lambda e: (e > 0) & (e <= 1), "in (0, 1]")
         bound = jnp.asarray(1 - kept).astype(squares.dtype) * squares[0]
     else:
-        left = _checks.scalar("tail", tail, lambda t: t >= 0, "finite and at least 0")
+        left = _checks.nonnegative("tail", tail)
         bound = jnp.asarray(left).astype(squares.dtype) ** 2
     rank = jnp.sum(squares > bound, dtype=jnp.int32)
     return jnp.where(jnp.isnan(squares[0] + bound), jnp.int32(-1), rank)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks, tree
@@ -151,7 +151,7 @@ def report(
             raise ValueError(f"edits has {len(edits)} trees for {len(tuned)} models: give one each")
         names |= _checks.each("edits", edits)
     _checks.same_layout(**names)
-    paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(base)]
+    paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     if not paths:
         raise ValueError("base has no leaves, so there is nothing to report")
     signs = np.sign(c).astype(np.int8)

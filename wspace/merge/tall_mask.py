@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, PyTree
 
 from wspace import _checks, tree
@@ -115,7 +115,7 @@ def _layout(name: str, mask: PyTree) -> PyTree:
     for path, leaf in tree_leaves_with_path(mask):
         if jnp.result_type(leaf) != jnp.bool_:
             raise TypeError(
-                f"leaf {keystr(path) or '(root)'} of {name} has dtype {jnp.result_type(leaf)}: "
+                f"leaf {_checks.path_of(path)} of {name} has dtype {jnp.result_type(leaf)}: "
                 "give booleans"
             )
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32), mask)

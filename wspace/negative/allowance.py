@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -109,7 +109,7 @@ def _leaf_allowance(
     if not number and not _checks.is_weight(entry):
         raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
     if number:
-        scale = _checks.scalar(where, entry, lambda p: p >= 0, "finite and at least 0")
+        scale = _checks.nonnegative(where, entry)
         return Allowed(jnp.asarray(scale).astype(dtype)), []
     if leaf.ndim < 2:
         raise ValueError(
@@ -148,7 +148,7 @@ def allowances(
         row = []
         leaves = zip(jax.tree.leaves(given), tree_leaves_with_path(point), strict=True)
         for entry, (path, leaf) in leaves:
-            where = f"{name} at leaf {keystr(path) or '(root)'}"
+            where = f"{name} at leaf {_checks.path_of(path)}"
             row.append(_leaf_allowance(entry, leaf, where, wide, known))
         found.append(row)
     _refuse_known([fault for row in found for _, faults in row for fault in faults])
@@ -235,7 +235,7 @@ def free_inputs(
         G. Saha, I. Garg, K. Roy, *Gradient Projection Memory for Continual Learning*, ICLR 2021,
         [arXiv:2103.09762](https://arxiv.org/abs/2103.09762), section 4.
     """
-    rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+    rtol = _checks.between("rtol", rtol, 0, 1)
     values, vectors = _spectrum(activations)
     least = jnp.asarray(rtol).astype(values.dtype) * values[:1]
     used = (values >= least) & (values > 0)
@@ -278,7 +278,7 @@ def damped_inputs(
         Array([[0.5, 0. ],
                [0. , 1. ]], dtype=float32)
     """
-    damping = _checks.scalar("damping", damping, lambda x: x > 0, "finite and positive")
+    damping = _checks.above_zero("damping", damping)
     values, vectors = _spectrum(activations)
     share = (values / jnp.where(values[:1] > 0, values[:1], 1)) ** 2
     delta = jnp.asarray(damping).astype(values.dtype)

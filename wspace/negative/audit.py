@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
@@ -91,7 +91,7 @@ def audit(
         raise ValueError(
             f"aligned has {len(given)} trees for {len(points)} points: give each point aligned"
         )
-    radius = _checks.scalar("radius", radius, lambda r: r >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     seen = sources(points, avoid, coefficients, None)
     a, distance = _checks.unpacked(seen.a), seen.distance
     finite_length(distance, points, avoid=avoid)
@@ -212,7 +212,7 @@ def _inputs_of(activations: PyTree | None, weights: PyTree) -> list[Leaf | None]
         )
     rows = [x for x, leaf in zip(rows, entries, strict=True) if leaf is not None]
     for x, (path, leaf) in zip(rows, leaves, strict=True):
-        where = f"activations at leaf {keystr(path) or '(root)'}"
+        where = f"activations at leaf {_checks.path_of(path)}"
         if x is None:
             continue
         _checks.floating_leaves(**{where: x})
@@ -249,7 +249,7 @@ def _leaf_audits(
             data = safe_sqrt(tail_curve(lowrank.singular_values(seen)))
         audits.append(
             LeafAudit(
-                path=keystr(path) or "(root)",
+                path=_checks.path_of(path),
                 shape=leaf.shape,
                 matrix_shape=matrix_shape(leaf.shape) if leaf.ndim > 1 else (leaf.size, 1),
                 distance=tree.norm(leaf),

@@ -103,7 +103,7 @@ def linear_bound(
         The mean value form of Taylor's theorem, and the lemma behind
         [`cone.support`][wspace.cone.support].
     """
-    budget = _checks.scalar("budget", budget, lambda d: d >= 0, "finite and at least 0")
+    budget = _checks.nonnegative("budget", budget)
     nearest = project(cone, _gradient(readout, weights))
     norm = nearest.norm + 0 * nearest.tail  # which tells of NaN that the cone leaves out
     budget = jnp.asarray(budget).astype(norm.dtype)
@@ -164,7 +164,7 @@ def size_to_change(
         >>> float(negative.size_to_change(readout, jnp.ones(2), cone.Sparse(1), 2.0))
         0.5
     """
-    margin = _checks.scalar("margin", margin, lambda m: m > 0, "finite and positive")
+    margin = _checks.above_zero("margin", margin)
     norm, tail = sizes_of(cone, _gradient(readout, weights))
     slope = norm + 0 * tail
     margin = jnp.asarray(margin).astype(slope.dtype)
@@ -184,7 +184,7 @@ def _gradient(readout: Loss, weights: WeightsLike) -> Weights:
 
 
 def _curvature(curvature: ScalarLike, like: Scalar) -> Scalar:
-    known = _checks.scalar("curvature", curvature, lambda h: h >= 0, "finite and at least 0")
+    known = _checks.nonnegative("curvature", curvature)
     return jnp.asarray(known).astype(like.dtype)
 
 
@@ -243,7 +243,7 @@ def chain_bound(
         [arXiv:1707.09564](https://arxiv.org/abs/1707.09564), before its products are estimated.
     """
     matrices, edits = _checks.listed("matrices", matrices), _checks.listed("edits", edits)
-    size = _checks.scalar("input_norm", input_norm, lambda x: x >= 0, "finite and at least 0")
+    size = _checks.nonnegative("input_norm", input_norm)
     side_by_side(matrices=matrices, edits=edits)
     shapes: list[Any] = [getattr(w, "shape", ()) for w in matrices]
     for i, shape in enumerate(shapes):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
@@ -101,7 +101,7 @@ def checked_guard(
         raise ValueError(f"mode must be 'convex' or 'affine', got {mode!r}")
     given = {} if normal is None else {name: normal}
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
-    radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
+    radius = _checks.above_zero("radius", radius)
     c = _checks.positive("costs", costs, len(points))
     squares = _squares((), [*points, avoid, *given.values()])
     sizes = unstacked(safe_sqrt(squares))
@@ -225,7 +225,7 @@ def guard_hull(
         path, _ = max(leaves, key=lambda leaf: float(tree.norm(leaf[1])))
         return (
             f"points[{i}] would have to rise by {asked.needs[i]:.3g} along normal, but allow[{i}] "
-            f"leaves nothing of it, the most of which is in leaf {keystr(path) or '(root)'}: "
+            f"leaves nothing of it, the most of which is in leaf {_checks.path_of(path)}: "
             "allow more there, or give another normal"
         )
 

@@ -83,7 +83,7 @@ def guard_normal(
     """
     points = _checks.listed("points", points)
     steps = _checks.rank(steps, "steps")
-    rtol = _checks.scalar("rtol", rtol, lambda x: x > 0, "finite and positive")
+    rtol = _checks.above_zero("rtol", rtol)
     guard = checked_guard(points, avoid, radius, "start", start, mode, costs, allow)
     asked = heights_of(guard, guard.normal, guard.inverse, mode)
     undefined = guard.undefined + _checks.refuse(

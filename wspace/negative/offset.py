@@ -158,7 +158,7 @@ def rank_to_reach(average: WeightsLike, target: WeightsLike, radius: ScalarLike)
         >>> negative.rank_to_reach(jnp.zeros((2, 2)), jnp.array([[4.0, 0.0], [0.0, 3.0]]), 3.5)
         Array(1, dtype=int32)
     """
-    radius = _checks.scalar("radius", radius, lambda x: x >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     return first_within(curve(average, target), radius)
 
 
@@ -201,7 +201,7 @@ def route(
         Array(3., dtype=float32)
     """
     rank = _checks.rank(rank)
-    radius = _checks.scalar("radius", radius, lambda x: x >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     if not isinstance(targets, Mapping):
         raise TypeError(f"targets must be a mapping from names to trees, got {type(targets)}")
     if not targets:
@@ -244,7 +244,7 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
         >>> negative.gate(jnp.array([3.0]), jnp.array([1.5]), jnp.array([10.0]), 1.0)
         Array([3.], dtype=float32)
     """
-    radius = _checks.scalar("radius", radius, lambda x: x >= 0, "finite and at least 0")
+    radius = _checks.nonnegative("radius", radius)
     far = geometry.distance(point, where)
     radius = jnp.asarray(radius).astype(far.dtype)
     inside, undefined = far <= radius, jnp.isnan(radius)

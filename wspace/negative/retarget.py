@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array
 
 from wspace import _checks, lowrank, tree
@@ -145,7 +145,7 @@ def retarget(
         return (
             f"allow admits no edits whose average is target: of a shift of norm "
             f"{seen.distance:.3g}, {missing:.3g} is out of reach, most of it ({left[worst]:.3g}) "
-            f"in leaf {keystr(path) or '(root)'}: allow more there, or move target"
+            f"in leaf {_checks.path_of(path)}: allow more there, or move target"
         )
 
     undefined = _checks.refuse(~(missing <= bound), message)
@@ -258,7 +258,7 @@ def exit_ball(
             "direction excludes cone, since the average moves along it: give one of the two, such "
             "as the direction cone.project(cone, direction).edit"
         )
-    radius = _checks.scalar("radius", radius, lambda r: r > 0, "finite and positive")
+    radius = _checks.above_zero("radius", radius)
     seen = sources(points, avoid, coefficients, costs, direction)
     finite_length(seen.distance, points, avoid=avoid)
     distance = seen.distance

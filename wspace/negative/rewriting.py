@@ -74,7 +74,7 @@ def rewrite(
         ICLR 2025, [arXiv:2410.02355](https://arxiv.org/abs/2410.02355). Here the system is as
         large as the keys are many, not as they are long.
     """
-    ridge = _checks.scalar("ridge", ridge, lambda r: r >= 0, "finite and at least 0")
+    ridge = _checks.nonnegative("ridge", ridge)
     arrays = {"matrix": matrix, "keys": keys, "values": values}
     arrays |= {} if keep is None else {"keep": keep}
     _checks.floating_leaves(**arrays)

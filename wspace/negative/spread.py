@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -55,7 +54,7 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
     _checks.floating_leaves(edit=edit)
     _checks.finite(edit=edit)
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+        rtol = _checks.between("rtol", rtol, 0, 1)
 
     def flat(leaf: Array) -> Array:
         if leaf.ndim < 2 or not leaf.size:
@@ -134,12 +133,12 @@ def split_rank(
     a = _checks.affine(coefficients, len(ranks))
     c = _checks.positive("costs", costs, len(ranks))
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+        rtol = _checks.between("rtol", rtol, 0, 1)
     lowrank.norm(shift)  # refuses what is no edit
     _checks.finite(shift=shift)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shift, is_leaf=_checks.is_factored)
     columns = [
-        _dealt(leaf, keystr(path) or "(root)", jnp.asarray(a), jnp.asarray(c), ranks, rtol)
+        _dealt(leaf, _checks.path_of(path), jnp.asarray(a), jnp.asarray(c), ranks, rtol)
         for path, leaf in leaves
     ]
     return [structure.unflatten(column[i] for column in columns) for i in range(len(ranks))]

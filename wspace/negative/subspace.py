@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
@@ -85,7 +85,7 @@ def _entries(name: str, entries: PyTree, point: Weights) -> Iterator[tuple[Any, 
         )
     leaves = tree_leaves_with_path(point)
     for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True):
-        yield entry, leaf, f"{name} at leaf {keystr(path) or '(root)'}"
+        yield entry, leaf, f"{name} at leaf {_checks.path_of(path)}"
 
 
 def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
@@ -416,7 +416,7 @@ def erase_keeping(
     """
     _checks.one_of("mode", mode, get_args(Mode))
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda t: (t > 0) & (t < 1), "between 0 and 1")
+        rtol = _checks.between("rtol", rtol, 0, 1)
     erase = _checks.listed("erase", erase)
     keep = _checks.listed("keep", keep) if len(keep) else []
     trees = {"point": point, **_checks.each("erase", erase), **_checks.each("keep", keep)}

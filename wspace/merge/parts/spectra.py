@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -50,7 +50,7 @@ def by_matrices(
     tuned, c = siblings(base, tuned, coefficients)
     _checks.finite(base=base, **_checks.each("tuned", tuned))
     if rtol is not None:
-        rtol = _checks.scalar("rtol", rtol, lambda x: (x > 0) & (x < 1), "between 0 and 1")
+        rtol = _checks.between("rtol", rtol, 0, 1)
     taus = differences(base, tuned)
     wide = accumulator(*(x.dtype for x in jax.tree.leaves(taus)))
     if least is None:
@@ -59,7 +59,7 @@ def by_matrices(
     least = jnp.asarray(least).astype(wide)
     nan_if_outside = 0 * jnp.asarray(0 if rtol is None else rtol).astype(wide)
     leaves, structure = jax.tree.flatten(base)
-    paths = [keystr(path) or "(root)" for path, _ in tree_leaves_with_path(base)]
+    paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     merged, certificates, refused = [], [jnp.ones((), wide)], {}
     for path, leaf, *displaced in zip(paths, leaves, *map(jax.tree.leaves, taus), strict=True):
         if leaf.ndim < 2 or not leaf.size:

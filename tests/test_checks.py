@@ -1,0 +1,38 @@
+"""The checks that many functions share: what is refused by value is NaN where it is traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import tree_leaves_with_path
+
+from wspace import _checks
+
+
+@pytest.mark.parametrize(
+    ("check", "inside", "outside", "words"),
+    [
+        (_checks.nonnegative, (0.0, 2.5), (-0.5, np.inf, np.nan), "finite and at least 0"),
+        (_checks.above_zero, (0.5, 2.5), (0.0, -0.5, np.inf, np.nan), "finite and positive"),
+        (
+            lambda name, x: _checks.between(name, x, 0, 1),
+            (0.25, 0.75),
+            (0.0, 1.0, -1.0, np.nan),
+            "between 0 and 1",
+        ),
+    ],
+)
+def test_a_number_out_of_its_domain_raises_or_is_nan(refuses, check, inside, outside, words):
+    traced = jax.jit(lambda x: check("x", x))
+    for value in inside:
+        assert check("x", value) == value == traced(value)
+    for value in outside:
+        with refuses(ValueError, match=f"x must be {words}, got {value}"):
+            check("x", value)
+        assert jnp.isnan(traced(value)) or np.isinf(value)
+
+
+def test_a_path_is_named_even_where_the_tree_is_one_leaf():
+    tree = {"a": [np.zeros(1), np.zeros(2)]}
+    assert [_checks.path_of(p) for p, _ in tree_leaves_with_path(tree)] == ["['a'][0]", "['a'][1]"]
+    assert [_checks.path_of(p) for p, _ in tree_leaves_with_path(np.zeros(1))] == ["(root)"]
