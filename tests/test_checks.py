@@ -32,6 +32,23 @@ def test_a_number_out_of_its_domain_raises_or_is_nan(refuses, check, inside, out
         assert jnp.isnan(traced(value)) or np.isinf(value)
 
 
+def test_a_tree_of_entries_has_one_at_each_leaf(refuses):
+    like = {"a": [np.zeros(1), None], "b": np.zeros(2)}
+    told = {"a": [1.0, None], "b": (2.0, 3.0)}
+    places = _checks.entries("told", told, like, "numbers", is_leaf=lambda _: True)
+    assert [(entry, where) for entry, _, where in places] == [
+        (1.0, "told at leaf ['a'][0]"),
+        ((2.0, 3.0), "told at leaf ['b']"),
+    ]
+    assert [leaf.shape for _, leaf, _ in places] == [(1,), (2,)]
+    for bad in (told, told | {"b": None}, {"a": told["a"]}, {"a": [1.0], "b": 2.0}, 1.0):
+        with refuses(ValueError, match="told must be a tree like the weights, with numbers: got"):
+            _checks.entries("told", bad, like, "numbers")
+    told["b"] = None
+    optional = _checks.entries("told", told, like, "numbers", is_leaf=lambda x: x is None)
+    assert [entry for entry, *_ in optional] == [1.0, None]
+
+
 def test_a_path_is_named_even_where_the_tree_is_one_leaf():
     tree = {"a": [np.zeros(1), np.zeros(2)]}
     assert [_checks.path_of(p) for p, _ in tree_leaves_with_path(tree)] == ["['a'][0]", "['a'][1]"]

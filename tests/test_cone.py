@@ -498,12 +498,12 @@ def test_bad_arguments_are_refused(refuses):
         (
             lambda: cone.Mask({"w": 1.0, "b": True}),
             TypeError,
-            r"leaf \['w'\] of mask has dtype float",
+            r"mask at leaf \['w'\] has dtype float",
         ),
         (
             lambda: cone.Mask({"w": jnp.ones(3, bool), "b": True}),
             ValueError,
-            r"leaf \['w'\] of mask has shape \(3,\) for a leaf of shape \(2, 2\)",
+            r"mask at leaf \['w'\] has shape \(3,\) for a leaf of shape \(2, 2\)",
         ),
         (lambda: "rank 1", TypeError, "cone must be a Rank, PooledRank, Subspace, Mask or Sparse"),
     ):

@@ -254,7 +254,7 @@ def test_bad_factors_are_refused_and_nan_where_traced(refuses):
         average.kronecker_mean(xs, [{"w": jnp.eye(2)}] * 2)
     with refuses(ValueError, match=r"outputs of factors\[0\] .* outputs of x @ W .* \(1, 1\)"):
         average.kronecker_mean(xs, both(jnp.eye(2), jnp.eye(2)))
-    with refuses(ValueError, match=r"has None at leaf \['w'\], where others have something"):
+    with refuses(ValueError, match=r"at leaf \['w'\] is None, where others have something"):
         average.kronecker_mean(xs, [both(jnp.eye(2))[0], {"w": None}])
     for name in ("ridge", "rtol"):
         with refuses(ValueError, match=f"{name} must be .*, got -1.0"):

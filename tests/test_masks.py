@@ -390,7 +390,7 @@ def test_bad_arguments_are_refused(refuses):
         merge.emr_model(x, merge.emr(x, [x]), 1)
     with refuses(ValueError, match="layers must be a tree like edit"):
         merge.lines(x, [0], start=1.0, rise=1.0)
-    with refuses(ValueError, match=r"the layer of leaf \['w'\] must be at least 0"):
+    with refuses(ValueError, match=r"layers at leaf \['w'\] must be at least 0"):
         merge.lines(x, {"w": -1}, start=1.0, rise=1.0)
     with refuses(ValueError, match="a leaf is of layer 3, but count is 3"):
         merge.lines(x, {"w": 3}, start=1.0, rise=1.0, count=3)

@@ -171,7 +171,7 @@ def test_bad_arguments_are_refused_and_nan_where_traced(refuses):
         average.regression_mean(xs, [{"w": jnp.eye(2, dtype=jnp.int32)}] * 2)
     with refuses(ValueError, match=r"grams\[0\] must be a tree like the points"):
         average.regression_mean(xs, [{"v": jnp.eye(2)}] * 2)
-    with refuses(ValueError, match=r"grams\[1\] has None at leaf \['w'\], where others have"):
+    with refuses(ValueError, match=r"grams\[1\] at leaf \['w'\] is None, where others have"):
         average.regression_mean(xs, [good[0], {"w": None}])
     with refuses(ValueError, match="grams has 1 trees for 2 points"):
         average.regression_mean(xs, good[:1])

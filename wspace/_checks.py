@@ -70,6 +70,36 @@ def same_layout(**trees: object) -> None:
             _refuse_layout(first, trees[first], name, trees[name])
 
 
+def entries(
+    name: str,
+    tree: Any,
+    like: Any,
+    kinds: str,
+    *,
+    of: str = "the weights",
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> list[tuple[Any, Any, str]]:
+    """Per leaf of `like` the entry of a tree of its structure, the leaf, and errors' words for it.
+
+    `kinds` says what the entries are. Each is one leaf of `tree`, as `is_leaf` tells leaves.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    try:
+        given = structure.flatten_up_to(tree)
+        for entry in given:
+            if not (len(parts := jax.tree.leaves(entry, is_leaf)) == 1 and parts[0] is entry):
+                raise ValueError("an entry is a tree itself")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be a tree like {of}, with {kinds}: "
+            f"got {jax.tree.structure(tree)} for {structure}"
+        ) from error
+    return [
+        (entry, leaf, f"{name} at leaf {path_of(path)}")
+        for entry, (path, leaf) in zip(given, leaves, strict=True)
+    ]
+
+
 def of_points(function: Function) -> Function:
     """Marks a function whose first argument is a sequence of trees, for `tree.per_leaf`."""
     setattr(function, "takes_points", True)  # noqa: B010

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -202,26 +201,20 @@ def by_leaf(
         raise ValueError(
             f"{name} has {len(entries)} trees for {len(points)} points: give one tree a point"
         )
-    structure = jax.tree.structure(points[0])
-    rows = []
-    for i, entry in enumerate(entries):
-        try:
-            rows.append(structure.flatten_up_to(entry))
-        except ValueError as error:
-            raise ValueError(
-                f"{name}[{i}] must be a tree like the points, with a matrix or None at each leaf: "
-                f"got {jax.tree.structure(entry)} for {structure}"
-            ) from error
+    kinds = "a matrix or None at each leaf"
+    rows = [
+        _checks.entries(given, x, points[0], kinds, of="the points", is_leaf=lambda _: True)
+        for given, x in _checks.each(name, entries).items()
+    ]
     columns = zip(*map(jax.tree.leaves, points), strict=True)
-    paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(points[0])]
-    for leaves, path, *given in zip(columns, paths, *rows, strict=True):
-        missing = [i for i, entry in enumerate(given) if entry is None]
+    for leaves, *row in zip(columns, *rows, strict=True):
+        given, where = [entry for entry, _, _ in row], [where for *_, where in row]
+        missing = [place for entry, _, place in row if entry is None]
         if 0 < len(missing) < len(given):
             raise ValueError(
-                f"{name}[{missing[0]}] has None at leaf {path}, where others have something: "
+                f"{missing[0]} is None, where others have something: "
                 "give something for every point, or None for all"
             )
-        where = [f"{name}[{i}] at leaf {path}" for i in range(len(given))]
         yield list(map(jnp.asarray, leaves)), None if missing else given, where
 
 

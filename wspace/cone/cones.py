@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Bool, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
@@ -187,12 +186,10 @@ class Mask:
     def project(self, edit: PyTree) -> Projection:
         """The nearest edit, zero wherever the mask is false."""
         edit = _dense(edit)
-        if jax.tree.structure(self.mask) != jax.tree.structure(edit):
-            raise ValueError(
-                "mask must be a tree like the edit, with booleans at each leaf: got "
-                f"{jax.tree.structure(self.mask)} for {jax.tree.structure(edit)}"
-            )
-        return _nearest(edit, tree_map_with_path(_allowed, self.mask, edit))
+        kinds = "booleans at each leaf"
+        places = _checks.entries("mask", self.mask, edit, kinds, of="the edit")
+        kept = [_within_mask(*place) for place in places]
+        return _nearest(edit, jax.tree.structure(edit).unflatten(kept))
 
     def holds_only_zero(self) -> Bool[Array, ""]:
         """Whether the mask is false everywhere."""
@@ -337,8 +334,7 @@ def _nearest(edit: PyTree, nearest: PyTree) -> Projection:
     return Projection(nearest, tree.norm(nearest), geometry.distance(edit, nearest))
 
 
-def _allowed(path: Any, allowed: Any, leaf: Array) -> Array:
-    where = f"leaf {_checks.path_of(path)} of mask"
+def _within_mask(allowed: Any, leaf: Array, where: str) -> Array:
     if jnp.result_type(allowed) != jnp.bool_:
         raise TypeError(f"{where} has dtype {jnp.result_type(allowed)}: give booleans")
     if jnp.shape(allowed) not in ((), leaf.shape):

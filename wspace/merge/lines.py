@@ -1,10 +1,9 @@
 r"""LiNeS: an edit scaled by depth."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
@@ -62,11 +61,11 @@ def lines(
     start, rise = _checks.scalar("start", start), _checks.scalar("rise", rise)
     _checks.same_layout(edit=edit)
     leaves, structure = jax.tree.flatten(edit)
-    paths = [keystr(path) for path, _ in tree_leaves_with_path(edit)]
-    depths = [
-        layer if layer is None else _checks.rank(layer, f"the layer of leaf {path or '(root)'}")
-        for path, layer in zip(paths, _layers(layers, paths, structure), strict=True)
-    ]
+    if callable(layers):
+        layers = tree_map_with_path(lambda path, _: layers(keystr(path)), edit)
+    kinds = "an integer or None at each leaf, or a function of paths"
+    places = _checks.entries("layers", layers, edit, kinds, of="edit", is_leaf=lambda _: True)
+    depths = [layer if layer is None else _checks.rank(layer, where) for layer, _, where in places]
     deepest = max((layer for layer in depths if layer is not None), default=0)
     last = deepest if count is None else _checks.rank(count, "count") - 1
     if deepest > last:
@@ -75,18 +74,6 @@ def lines(
         _scaled((start, rise, (layer or 0) / max(last, 1)), (leaf,))
         for layer, leaf in zip(depths, leaves, strict=True)
     )
-
-
-def _layers(layers: Any, paths: Sequence[str], structure: Any) -> list[Any]:
-    if callable(layers):
-        return [layers(path) for path in paths]
-    try:
-        return structure.flatten_up_to(layers)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "layers must be a tree like edit, with an integer or None at each leaf, or a function "
-            f"of paths: {error}"
-        ) from error
 
 
 @tree.elementwise

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, lowrank, tree
@@ -137,20 +136,10 @@ def allowances(
     known: dict[Any, Any] = {}
     found = []
     for (name, given), point in zip(entries.items(), points, strict=True):
-        structure = jax.tree.structure(point)
         if given is None:
-            given = structure.unflatten([1.0] * structure.num_leaves)
-        if jax.tree.structure(given) != structure:
-            raise ValueError(
-                f"{name} must be a tree like the weights, with 1.0, 0.0 or a matrix at each leaf: "
-                f"got {jax.tree.structure(given)} for {structure}"
-            )
-        row = []
-        leaves = zip(jax.tree.leaves(given), tree_leaves_with_path(point), strict=True)
-        for entry, (path, leaf) in leaves:
-            where = f"{name} at leaf {_checks.path_of(path)}"
-            row.append(_leaf_allowance(entry, leaf, where, wide, known))
-        found.append(row)
+            given = jax.tree.map(lambda _: 1.0, point)
+        places = _checks.entries(name, given, point, "1.0, 0.0 or a matrix at each leaf")
+        found.append([_leaf_allowance(*place, wide, known) for place in places])
     _refuse_known([fault for row in found for _, faults in row for fault in faults])
     return [[_where_sound(*leaf) for leaf in row] for row in found]
 

@@ -200,19 +200,13 @@ def _ceiling(spectra: Spectra, radius: Scalar, outside: Bool[Array, ""]) -> Int[
 
 def _inputs_of(activations: PyTree | None, weights: PyTree) -> list[Leaf | None]:
     """Per leaf the inputs of its layer, or None."""
-    leaves = tree_leaves_with_path(weights)
     if activations is None:
-        return [None] * len(leaves)
-    rows, structure = jax.tree.flatten(activations, is_leaf=lambda x: x is None)
-    entries, expected = jax.tree.flatten(weights, is_leaf=lambda x: x is None)
-    if structure != expected:
-        raise ValueError(
-            "activations must be a tree like the weights, with a matrix (n, in) or None at each "
-            f"leaf: got {structure} for {expected}"
-        )
-    rows = [x for x, leaf in zip(rows, entries, strict=True) if leaf is not None]
-    for x, (path, leaf) in zip(rows, leaves, strict=True):
-        where = f"activations at leaf {_checks.path_of(path)}"
+        return [None] * len(jax.tree.leaves(weights))
+    kinds = "a matrix (n, in) or None at each leaf"
+    places = _checks.entries(
+        "activations", activations, weights, kinds, is_leaf=lambda x: x is None
+    )
+    for x, leaf, where in places:
         if x is None:
             continue
         _checks.floating_leaves(**{where: x})
@@ -223,7 +217,7 @@ def _inputs_of(activations: PyTree | None, weights: PyTree) -> list[Leaf | None]
                 "one matrix, one a row (n, in), and None for vectors and stacks"
             )
         _checks.finite(**{where: x})
-    return rows
+    return [x for x, _, _ in places]
 
 
 def _leaf_audits(

@@ -8,12 +8,11 @@ $\alpha$ the smallest angle between what has to change and what must not.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
@@ -58,6 +57,9 @@ class Sides:
     columns: PyTree | None = None
 
 
+_KINDS = "a number or a matrix at each leaf"
+
+
 def _unit(basis: Sequence[WeightsLike]) -> float:
     """Machine epsilon of the coarsest leaf."""
     dtypes = [jnp.asarray(q).dtype for q in jax.tree.leaves(basis)]
@@ -74,18 +76,6 @@ def _orthonormal(gram: Float[Array, "... k k"], unit: float, name: str) -> Scala
             "orthonormalize it first, trees by geometry.orthonormalize, columns by jnp.linalg.qr"
         ),
     )
-
-
-def _entries(name: str, entries: PyTree, point: Weights) -> Iterator[tuple[Any, Array, str]]:
-    """Per leaf what a tree like the weights says of it, the leaf, and how errors call the place."""
-    if jax.tree.structure(entries) != jax.tree.structure(point):
-        raise ValueError(
-            f"{name} must be a tree like the weights, with a number or a matrix at each leaf: "
-            f"got {jax.tree.structure(entries)} for {jax.tree.structure(point)}"
-        )
-    leaves = tree_leaves_with_path(point)
-    for entry, (path, leaf) in zip(jax.tree.leaves(entries), leaves, strict=True):
-        yield entry, leaf, f"{name} at leaf {_checks.path_of(path)}"
 
 
 def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
@@ -224,7 +214,10 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
     leaves, structure = jax.tree.flatten(trees[0])
     every = structure.unflatten([1.0] * len(leaves))
     left, right = (
-        [_side(*entry, axis) for entry in _entries(name, every if side is None else side, trees[0])]
+        [
+            _side(*place, axis)
+            for place in _checks.entries(name, every if side is None else side, trees[0], _KINDS)
+        ]
         for axis, (name, side) in enumerate(
             [("basis.rows", sides.rows), ("basis.columns", sides.columns)]
         )
@@ -299,7 +292,7 @@ def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Arra
     r"""Per leaf the $F$ with $H^{-1} = F F^\top$, and its inverse: numbers or matrices."""
     (allowed,) = allowances({"inverse_metric": inverse_metric}, [point])
     factors = []
-    places = _entries("inverse_metric", inverse_metric, point)
+    places = _checks.entries("inverse_metric", inverse_metric, point, _KINDS)
     for (scale, root), (_, _, where) in zip(allowed, places, strict=True):
         squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
         least = scale * jnp.min(squares, initial=1)
