@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import tree_leaves_with_path
 
-from wspace import _checks
+from wspace import _checks, _numerics
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,21 @@ def test_a_path_is_named_even_where_the_tree_is_one_leaf():
     tree = {"a": [np.zeros(1), np.zeros(2)]}
     assert [_checks.path_of(p) for p, _ in tree_leaves_with_path(tree)] == ["['a'][0]", "['a'][1]"]
     assert [_checks.path_of(p) for p, _ in tree_leaves_with_path(np.zeros(1))] == ["(root)"]
+
+
+def test_what_is_undefined_raises_where_it_is_known_and_is_nan_where_it_is_traced(refuses):
+    def root(x):
+        return _checks.poisoned(jnp.sqrt(jnp.abs(x)), x < 0, lambda: f"{x} has no root")
+
+    assert root(jnp.float32(4)) == jax.jit(root)(4.0) == 2
+    assert jnp.isnan(jax.jit(root)(-4.0))
+    with refuses(ValueError, match=r"-4.0 has no root"):
+        root(jnp.float32(-4))
+
+
+def test_a_number_takes_over_nan_of_others():
+    x = jnp.arange(2.0)
+    assert np.array_equal(_numerics.with_nan_of(x, 3.0, jnp.float32(-2)), [0, 1])
+    for bad in (jnp.nan, jnp.inf):
+        assert np.isnan(_numerics.with_nan_of(x, 3.0, bad)).all()
+    assert np.array_equal(np.isnan(_numerics.with_nan_of(x, x / x)), [True, False])

@@ -422,7 +422,7 @@ def test_points_apart_by_rounding_span_nothing():
     [
         ({"radius": 0.0}, "radius must be finite and positive"),
         ({"radius": UNIT}, "radius .* is below the rounding of the points"),
-        ({"mode": "linear"}, "mode must be 'convex' or 'affine'"),
+        ({"mode": "linear"}, "mode must be one of 'convex', 'affine', got 'linear'"),
         ({"costs": (1, -1)}, "costs must be positive"),
         ({"costs": (1,)}, "costs has 1 numbers for 2 points"),
         ({"points": []}, "points is empty"),

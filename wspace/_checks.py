@@ -323,6 +323,11 @@ def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | 
     return 0.0
 
 
+def poisoned(x: Any, bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Any:
+    """`x`, but NaN where `bad` turns out to hold; raises `ValueError` if that is known."""
+    return x + refuse(bad, message)
+
+
 def finite(**trees: object) -> None:
     """Raises if a leaf with known values holds NaN or an infinity; traced leaves pass."""
     leaves = [(name, *leaf) for name, x in trees.items() for leaf in tree_leaves_with_path(x)]

@@ -65,6 +65,13 @@ def safe_sqrt(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, x)))
 
 
+def with_nan_of(x: Any, *others: Any) -> Any:
+    """`x`, but NaN where one of the others is NaN or infinite."""
+    for y in others:
+        x = x + 0 * y
+    return x
+
+
 # sin(sqrt w) / sqrt w = sum_k (-w)^k / (2k+1)!; for |w| <= 1 nine terms leave less than 1e-17.
 _SINC_SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in reversed(range(9))]
 

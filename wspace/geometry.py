@@ -338,12 +338,11 @@ def _length(
     i: int, size: Scalar, left: Scalar, dependent: Callable[[int, Scalar, Scalar], str] | None
 ) -> Scalar:
     """What to divide a direction by, of which a length is left; NaN if that is nothing."""
-    undefined = 0.0
-    if dependent is not None:
-        undefined = _checks.refuse(
-            ~(left > 64 * jnp.finfo(left.dtype).eps * size), lambda: dependent(i, size, left)
-        )
-    return jnp.where(left == 0, 1, left) + undefined
+    length = jnp.where(left == 0, 1, left)
+    if dependent is None:
+        return length
+    bad = ~(left > 64 * jnp.finfo(left.dtype).eps * size)
+    return _checks.poisoned(length, bad, lambda: dependent(i, size, left))
 
 
 def _dependent(name: str) -> Callable[[int, Scalar, Scalar], str]:

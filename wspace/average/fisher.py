@@ -10,7 +10,7 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt
+from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt, with_nan_of
 from wspace._records import Solution
 from wspace.average.regression import by_leaf, gram, normalized, semidefinite, weighted_sum
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -378,7 +378,7 @@ def _conjugate_gradients(
         p = r + jnp.where(moves, left / jnp.where(moves, rest, 1), 0) * p
         return x, r, p, left, taken + 1
 
-    x = 0 * b + 0 * rtol  # NaN stays
+    x = with_nan_of(jnp.zeros_like(b), b, rtol)
     x, *_, taken = jax.lax.while_loop(unsolved, step, (x, b, b, size, jnp.zeros((), jnp.int32)))
     rest = b - product(x)
     residual = safe_sqrt(_inner(rest, rest) / jnp.where(size == 0, 1, size))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, geometry, tree
-from wspace._numerics import safe_sqrt
+from wspace._numerics import safe_sqrt, with_nan_of
 from wspace._records import Solution
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -151,8 +151,8 @@ def _median(
         _gap, _weiszfeld, _cost, _residual, start, data, tol, max_steps
     )
     excess = jnp.where(pull > held, pull - held, 0)
-    residual = jnp.where(at_point, excess, residual) + 0 * c[0]
-    return _Median(jnp.where(at_point, exact, w) + 0 * c, residual, steps, residual <= tol)
+    residual = with_nan_of(jnp.where(at_point, excess, residual), c[0])
+    return _Median(with_nan_of(jnp.where(at_point, exact, w), c), residual, steps, residual <= tol)
 
 
 def _times(matrix: _Gram, w: _Numbers) -> _Numbers:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated
+from wspace._numerics import accumulator, matmul, placed_like, replicated, with_nan_of
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["Regression", "regression_mean"]
@@ -176,7 +176,7 @@ def _fit(
     least = jnp.min(jnp.where(zero, shifted[..., -1:], shifted), axis=-1)
     some = shifted[..., -1] > 0
     conditions = jnp.where(some, shifted[..., -1] / jnp.where(some, least, 1), 1)
-    change += 0 * share  # NaN stays
+    change = with_nan_of(change, share)
     return mean + change, eigenvalues, jnp.max(conditions), jnp.sum(zero, dtype=jnp.int32)
 
 
@@ -235,14 +235,15 @@ def gram(entry: Any, leaf: Array, where: str, axis: int = -2) -> Float[Array, ".
     wide = matrix.astype(accumulator(matrix.dtype))
     flipped = jnp.swapaxes(wide, -1, -2)
     skew, largest = jnp.max(jnp.abs(wide - flipped)), jnp.max(jnp.abs(wide))
-    undefined = _checks.refuse(
+    sound = _checks.poisoned(
+        (wide + flipped) / 2,
         ~(skew <= 64 * float(jnp.finfo(matrix.dtype).eps) * largest),
         lambda: (
             f"{where} is not symmetric or not finite, off by {skew:.3g} in entries up to "
             f"{largest:.3g}: give a Gram matrix X.T @ X"
         ),
     )
-    return jnp.broadcast_to((wide + flipped) / 2 + undefined, (*stack, size, size))
+    return jnp.broadcast_to(sound, (*stack, size, size))
 
 
 def semidefinite(

@@ -178,15 +178,16 @@ def running_mean() -> Average:
         _refuse_empty(sums.count == 0)
         total = sums.high[1] + sums.low[1]
         cancels = _checks.cancels(total, size) & (sums.count > 0)
-        undefined = _checks.refuse(
+        high, mass = sums.high
+        mass = _checks.poisoned(
+            mass,
             cancels,
             lambda: (
                 f"the coefficients of {sums.count} weights sum to {total:g}, nothing beside their "
                 f"size {size:g}: an average divides by the sum, so make it differ from zero"
             ),
         )
-        high, mass = sums.high
-        return _quotient(sums._replace(high=(high, mass + undefined)))
+        return _quotient(sums._replace(high=(high, mass)))
 
     return Average(init, update, value)
 

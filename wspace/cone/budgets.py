@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from wspace import _checks, lowrank
-from wspace._numerics import safe_sqrt
+from wspace._numerics import safe_sqrt, with_nan_of
 from wspace.cone.cones import Projection
 from wspace.cone.lemma import Move
 from wspace.cone.spectra import Spectra, finite_edit, largest, norm_and_tail, pooled, refitted
@@ -183,7 +183,7 @@ def threshold(spectra: Spectra, radius: ScalarLike) -> Scalar:
     last = jnp.maximum(j, 1) - 1
     tail = safe_sqrt(rest[last])
     t = safe_sqrt((radius - tail) * (radius + tail) / counts[last])
-    return jnp.where(j == 0, values[0], t) + 0 * radius
+    return with_nan_of(jnp.where(j == 0, values[0], t), radius)
 
 
 def _positive(x: Array) -> Array:

@@ -153,16 +153,16 @@ class Subspace:
         off = jnp.max(jnp.abs(gram - jnp.eye(len(basis), dtype=gram.dtype)))
         dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(basis)]
         unit = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-        undefined = _checks.refuse(
+        inner = [tree.vdot(q, edit) for q in basis]
+        wide = accumulator(*(x.dtype for x in inner))
+        coefficients = _checks.poisoned(
+            jnp.stack([x.astype(wide) for x in inner]),
             ~(off <= 64 * unit),
             lambda: (
                 f"basis is not orthonormal: its inner products are off by up to {off:.3g}: "
                 "orthonormalize it first, by geometry.orthonormalize"
             ),
         )
-        inner = [tree.vdot(q, edit) for q in basis]
-        wide = accumulator(*(x.dtype for x in inner))
-        coefficients = jnp.stack([x.astype(wide) for x in inner]) + undefined
         # The sum is taken in the dtype of its first tree.
         first = jax.tree.map(
             lambda q, x: jnp.asarray(q).astype(accumulator(q.dtype, x.dtype)), basis[0], edit

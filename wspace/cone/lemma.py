@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import safe_sqrt
+from wspace._numerics import safe_sqrt, with_nan_of
 from wspace.cone.cones import Cone, Projection, holds_only_zero, projected, sizes_of
 from wspace.cone.spectra import finite_edit, ratio
 from wspace.lowrank import LowRank
@@ -143,7 +143,8 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     outside, feasible = size > radius, tail <= radius
     root = safe_sqrt(jnp.where(feasible, (radius - tail) * (radius + tail), 0))
     step = ratio((size - radius) * (size + radius), norm + root)
-    step = jnp.where(outside, jnp.where(feasible, step, jnp.inf), 0) + 0 * (radius + size)
+    step = jnp.where(outside, jnp.where(feasible, step, jnp.inf), 0)
+    step = with_nan_of(step, radius, size)
     return Move(_along(nearest, step), step)
 
 
@@ -190,16 +191,16 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     size, norm = tree.norm([nearest.norm, nearest.tail]), nearest.norm
     radius = jnp.asarray(radius).astype(size.dtype)
     inside, nothing = size < radius, holds_only_zero(cone)
-    undefined = _checks.refuse(
+    gap = jnp.where(inside, (radius - size) * (radius + size), 0)
+    step = ratio(gap, norm + safe_sqrt(norm**2 + gap))
+    step = _checks.poisoned(
+        with_nan_of(jnp.where(inside & nothing, jnp.inf, step), radius, size),
         inside & ~nothing & (norm <= 64 * jnp.finfo(size.dtype).eps * size),
         lambda: (
             f"displacement, of norm {size:.3g}, has a part of norm {norm:.3g} in the cone, so no "
             "way out is distinguished: give a displacement that is not orthogonal to the cone"
         ),
     )
-    gap = jnp.where(inside, (radius - size) * (radius + size), 0)
-    step = ratio(gap, norm + safe_sqrt(norm**2 + gap))
-    step = jnp.where(inside & nothing, jnp.inf, step) + undefined + 0 * (radius + size)
     return Move(_along(nearest, step), step)
 
 

@@ -82,11 +82,12 @@ def sce(
         mask = top_mask(variance, count(density, size))
         edits = [_selected((), (x, mask, variance)) for x in edits]
     weights, infinite = _shares([tree.vdot(x, x) for x in edits])
-    undefined = _checks.refuse(
+    scale = _checks.poisoned(
+        scale,
         infinite,
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )
-    return agreed(base, edits, weights, election, scale + undefined)
+    return agreed(base, edits, weights, election, scale)
 
 
 @tree.elementwise

@@ -12,7 +12,7 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
-from wspace._numerics import safe_sqrt
+from wspace._numerics import safe_sqrt, with_nan_of
 from wspace.cone.budgets import threshold
 from wspace.cone.spectra import Spectra, pooled, ratio, spectra_of
 from wspace.lowrank.factors import matrix_shape, product
@@ -96,7 +96,7 @@ def audit(
     a, distance = _checks.unpacked(seen.a), seen.distance
     finite_length(distance, points, avoid=avoid)
     dtype = distance.dtype
-    radius = jnp.asarray(radius).astype(dtype) + 0 * distance
+    radius = with_nan_of(jnp.asarray(radius).astype(dtype), distance)
     mean = tree.combine(a, points, rounded=False)
     size, floor = tree.norm(mean), geometry.distance(mean, tree.cast_like(mean, points[0]))
     apart = tree.combine((1, -1), (mean, avoid), rounded=False)
@@ -114,7 +114,8 @@ def audit(
     tails, kept = safe_sqrt(tail_curve(values)), safe_sqrt(_heads(values))
     leafwise = curve_of(spectra).astype(dtype)
     outside = distance > radius
-    margin = jnp.where(outside, distance - radius, 0 * radius)
+    nothing = with_nan_of(jnp.zeros((), dtype), radius)
+    margin = jnp.where(outside, distance - radius, nothing)
     needed, ceiling = first_within(leafwise, radius), _ceiling(spectra, radius, outside)
     shares = jnp.abs(jnp.stack([jnp.asarray(w).astype(dtype) for w in a]))
     return Audit(
@@ -126,10 +127,10 @@ def audit(
         rank_needed=needed,
         pooled_rank_needed=first_within(tails, radius),
         frobenius_budget=_entry_budget(kept, tails, radius),
-        spectral_budget=jnp.where(outside, _cap_needed(values, radius), 0 * radius),
+        spectral_budget=jnp.where(outside, _cap_needed(values, radius), nothing),
         nuclear_budget=_nuclear_budget(spectra, radius),
         ceiling=ceiling,
-        efficiency=ratio(needed.astype(dtype), ceiling.astype(dtype)) + 0 * radius,
+        efficiency=with_nan_of(ratio(needed.astype(dtype), ceiling.astype(dtype)), radius),
         segment_distance=nearest_in(columns, rounding, "convex")[1],
         line_distance=nearest_in(columns, rounding, "affine")[1],
         source_budgets=jnp.where((shares == 0) & outside, jnp.inf, ratio(margin, shares)),
@@ -155,7 +156,8 @@ def _entry_budget(
     feasible = tails <= radius
     root = safe_sqrt(jnp.where(feasible, (radius - tails) * (radius + tails), 0))
     budget = ratio((size - radius) * (size + radius), kept + root)
-    return jnp.where(size > radius, jnp.where(feasible, budget, jnp.inf), 0) + 0 * (size + radius)
+    budget = jnp.where(size > radius, jnp.where(feasible, budget, jnp.inf), 0)
+    return with_nan_of(budget, size, radius)
 
 
 def _cap_needed(values: Float[Array, " n"], radius: Scalar) -> Scalar:
@@ -176,7 +178,7 @@ def _cap_needed(values: Float[Array, " n"], radius: Scalar) -> Scalar:
     last = jnp.maximum(jnp.sum(second < radius**2) - 1, 0)
     gap = jnp.maximum(radius**2 - second[last], 0)
     below = ratio(gap, first[last] + safe_sqrt(first[last] ** 2 + counts[last] * gap))
-    return jnp.maximum(values[last] - below, 0) + 0 * radius
+    return with_nan_of(jnp.maximum(values[last] - below, 0), radius)
 
 
 def _nuclear_budget(spectra: Spectra, radius: Scalar) -> Scalar:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import safe_sqrt
+from wspace._numerics import safe_sqrt, with_nan_of
 from wspace.cone.cones import Cone, project, sizes_of
 from wspace.cone.spectra import ratio
 from wspace.lowrank import LowRank
@@ -105,14 +105,16 @@ def linear_bound(
     """
     budget = _checks.nonnegative("budget", budget)
     nearest = project(cone, _gradient(readout, weights))
-    norm = nearest.norm + 0 * nearest.tail  # which tells of NaN that the cone leaves out
+    norm = with_nan_of(nearest.norm, nearest.tail)  # the cone may leave NaN out
     budget = jnp.asarray(budget).astype(norm.dtype)
     if curvature is None:
         remainder = jnp.full_like(norm, jnp.inf)
     else:
         remainder = _curvature(curvature, norm) / 2 * budget**2
     return OutputBound(
-        budget * norm, lowrank.scale(ratio(budget, norm), nearest.edit), remainder + 0 * norm
+        budget * norm,
+        lowrank.scale(ratio(budget, norm), nearest.edit),
+        with_nan_of(remainder, norm),
     )
 
 
@@ -166,7 +168,7 @@ def size_to_change(
     """
     margin = _checks.above_zero("margin", margin)
     norm, tail = sizes_of(cone, _gradient(readout, weights))
-    slope = norm + 0 * tail
+    slope = with_nan_of(norm, tail)
     margin = jnp.asarray(margin).astype(slope.dtype)
     root = safe_sqrt(slope**2 + 2 * _curvature(curvature, slope) * margin)
     return 2 * margin / (slope + root)
@@ -257,7 +259,7 @@ def chain_bound(
     _checks.finite(matrices=matrices, edits=edits)
     norms = tree.widened(*map(_spectral_norm, matrices), *map(_spectral_norm, edits))
     size = jnp.asarray(size).astype(norms[0].dtype)
-    change = 0 * size
+    change = with_nan_of(jnp.zeros_like(size), size)
     for w, u in zip(norms[: len(matrices)], norms[len(matrices) :], strict=True):
         change, size = change * (w + u) + size * u, size * w
     return change

@@ -13,7 +13,7 @@ sign if all $h_i$ are one number of at least $\rho$.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
-from wspace._numerics import safe_sqrt, unstacked
+from wspace._numerics import safe_sqrt, unstacked, with_nan_of
 from wspace.negative.allowance import Allowed, each_allowance, moved_by
 from wspace.negative.nearest import Mode, nearest_average, rounding_of
 from wspace.negative.sources import finite_length
@@ -65,7 +65,7 @@ def heights_of(guard: "Guard", normal: WeightsLike, inverse: Scalar | float, mod
         stiff = costs / jnp.where(reaches == 0, 1, reaches)
         middle = jnp.sum(stiff * heights) / jnp.sum(stiff)
         needs = jnp.where(middle < radius, radius, middle) - heights
-    return Heights(heights, reaches, needs + 0 * radius)
+    return Heights(heights, reaches, with_nan_of(needs, radius))
 
 
 class Guard(NamedTuple):
@@ -97,8 +97,7 @@ def checked_guard(
     allow: Allow | None,
 ) -> Guard:
     """The arguments, refused where they are bad; errors call the direction by `name`."""
-    if mode not in ("convex", "affine"):
-        raise ValueError(f"mode must be 'convex' or 'affine', got {mode!r}")
+    _checks.one_of("mode", mode, get_args(Mode))
     given = {} if normal is None else {name: normal}
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     radius = _checks.above_zero("radius", radius)

@@ -108,7 +108,8 @@ def rewrite(
     missing = jnp.linalg.norm(matmul(k, edit) - wanted, axis=1)
     lost, whole = jnp.linalg.norm(missing), jnp.linalg.norm(wanted)
     terms = jnp.linalg.norm(y) + jnp.linalg.norm(k) * jnp.linalg.norm(w)
-    undefined = _checks.refuse(
+    new = _checks.poisoned(
+        w + edit,
         (ridge == 0) & ~(lost <= jnp.finfo(w.dtype).eps ** 0.5 * whole + rounding * terms),
         lambda: (
             f"keys cannot take the values: of a change of norm {whole:.3g}, {lost:.3g} is out of "
@@ -116,5 +117,4 @@ def rewrite(
             "depends on other keys or on keep: leave it out, keep less, or give a ridge"
         ),
     )
-    new = (w + edit + undefined).astype(arrays["matrix"].dtype)
-    return placed_like(new, jnp.asarray(matrix))
+    return placed_like(new.astype(arrays["matrix"].dtype), jnp.asarray(matrix))

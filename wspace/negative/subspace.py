@@ -24,6 +24,7 @@ from wspace._numerics import (
     replicated,
     rows_within,
     unstacked,
+    with_nan_of,
 )
 from wspace.lowrank.factors import matrix_shape
 from wspace.negative.allowance import allowances
@@ -66,10 +67,11 @@ def _unit(basis: Sequence[WeightsLike]) -> float:
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
 
 
-def _orthonormal(gram: Float[Array, "... k k"], unit: float, name: str) -> Scalar | float:
+def _where_orthonormal(x: Array, gram: Float[Array, "... k k"], unit: float, name: str) -> Array:
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     off = jnp.max(jnp.abs(gram - eye), initial=0)
-    return _checks.refuse(
+    return _checks.poisoned(
+        x,
         ~(off <= 64 * unit),
         lambda: (
             f"{name} is not orthonormal: its inner products are off by up to {off:.3g}: "
@@ -103,7 +105,7 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
     given = replicated(jnp.asarray(entry))
     q = given.astype(accumulator(leaf.dtype))
     unit = max(float(jnp.finfo(x.dtype).eps) for x in (given, q))
-    return q + _orthonormal(matmul(jnp.swapaxes(q, -1, -2), q), unit, where)
+    return _where_orthonormal(q, matmul(jnp.swapaxes(q, -1, -2), q), unit, where)
 
 
 def _sided(x: Array, left: Array, right: Array) -> Array:
@@ -182,8 +184,8 @@ def attenuate(
     _checks.finite(**trees)
     if isinstance(basis, Sides):
         return _sided_away(basis, gain, list(trees.values()))
-    undefined = _orthonormal(geometry.inner_products(vectors), _unit(basis), "basis")
-    gain = _checks.floating(gain) + undefined
+    gram = geometry.inner_products(vectors)
+    gain = _where_orthonormal(_checks.floating(gain), gram, _unit(basis), "basis")
     parts = _parts(len(vectors))((), [*vectors, *trees.values()])
     return _attenuated([-gain * part for part in unstacked(parts)], [point, *vectors])
 
@@ -296,7 +298,8 @@ def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Arra
     for (scale, root), (_, _, where) in zip(allowed, places, strict=True):
         squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
         least = scale * jnp.min(squares, initial=1)
-        scale += _checks.refuse(
+        scale = _checks.poisoned(
+            scale,
             ~(least > 0),
             lambda where=where: (
                 f"{where} is not positive definite: a metric has no directions that are free: "
@@ -425,7 +428,8 @@ def erase_keeping(
     x = jnp.stack([tree.vdot(q, white) for q in basis])[None]
     cut = jnp.asarray(jnp.finfo(x.dtype).eps ** 0.5 if rtol is None else rtol).astype(x.dtype)
     removed, sine, share = _erased(x, rows[len(keep) :], rows[: len(keep)], cut, mode)
-    undefined = _checks.refuse(
+    removed = _checks.poisoned(
+        with_nan_of(removed[0], cut),
         mode == "oblique" and rtol is None and ~(sine > cut),
         lambda: (
             f"erase has a direction within the span of keep, to a sine of {sine:.3g}, which cannot "
@@ -434,8 +438,7 @@ def erase_keeping(
             'mode="orthogonal"'
         ),
     )
-    undefined += 0 * cut  # NaN where rtol is out of its domain
-    change = tree.weighted_sum(unstacked(removed[0] + undefined), basis)
+    change = tree.weighted_sum(unstacked(removed), basis)
     if factors is not None:
         change = _times([f for f, _ in factors], change)
     return tree.weighted_sum((1, -1), (point, change))

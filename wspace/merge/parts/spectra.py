@@ -15,7 +15,7 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, fetched, matmul, placed_like, replicated
+from wspace._numerics import accumulator, fetched, matmul, placed_like, replicated, with_nan_of
 from wspace.lowrank.factors import transposed
 from wspace.merge.task import added, differences, siblings
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -57,7 +57,7 @@ def by_matrices(
         least = min(float(jnp.finfo(wide).eps) ** 0.5, 1e-5)
     least = _checks.scalar("least", least, lambda x: (x >= 0) & (x < 1), "at least 0 and below 1")
     least = jnp.asarray(least).astype(wide)
-    nan_if_outside = 0 * jnp.asarray(0 if rtol is None else rtol).astype(wide)
+    cutoff = jnp.asarray(0 if rtol is None else rtol).astype(wide)
     leaves, structure = jax.tree.flatten(base)
     paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     merged, certificates, refused = [], [jnp.ones((), wide)], {}
@@ -66,14 +66,12 @@ def by_matrices(
             merged.append(tree.combine([a / len(c) for a in c], displaced))
             continue
         edit, trusted = on_matrices(path, c, [replicated(lowrank.as_matrix(x)) for x in displaced])
-        undefined: Scalar | float = 0.0
         if _checks.is_traced(bad := ~(trusted >= least)):
-            undefined = _checks.refuse(bad, str)
+            edit = _checks.poisoned(edit, bad, str)
         else:
             refused[path] = bad, trusted
-        merged.append(
-            placed_like((edit + undefined + nan_if_outside).reshape(leaf.shape), displaced[0])
-        )
+        edit = with_nan_of(edit, cutoff)
+        merged.append(placed_like(edit.reshape(leaf.shape), displaced[0]))
         certificates.append(trusted)
     # After all are asked for, as to look at one waits for it.
     flags = fetched([bad for bad, _ in refused.values()])
