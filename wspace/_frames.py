@@ -45,7 +45,7 @@ def of_differences(
     for i, x in enumerate(others[1:], 1):
         coefficients, rest = components(frame, x, start)
         left = tree.norm(rest)
-        frame.others.append(_times((inverse(i, left),), (rest,)))
+        frame.others.append(_multiple((inverse(i, left),), (rest,)))
         columns.append([*coefficients, left])
     return frame, columns
 
@@ -54,8 +54,8 @@ def components(frame: Frame, x: WeightsLike, origin: WeightsLike) -> tuple[list[
     """The coefficients of a difference in a frame, and what is orthogonal to it."""
     first = _gap_along((frame.inverse,), (x, origin, *frame.trees))
     rest = _gap_beyond([frame.inverse, *unstacked(first)], (x, origin, *frame.trees))
-    second = _along((frame.inverse,), (rest, *frame.trees))
-    rest = _beyond([frame.inverse, *unstacked(second)], (rest, *frame.trees))
+    second = _along_frame((frame.inverse,), (rest, *frame.trees))
+    rest = _beyond_frame([frame.inverse, *unstacked(second)], (rest, *frame.trees))
     return unstacked(first + second), rest
 
 
@@ -103,13 +103,13 @@ def _gap_beyond(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 @tree.reduction
-def _along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+def _along_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse,), (x, *frame) = scalars, arrays
     return [q * x for q in _vectors(inverse, frame)]
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _beyond(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _beyond_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, *c), (x, *frame) = scalars, arrays
     return _without(x, c, _vectors(inverse, frame))
 
@@ -139,7 +139,7 @@ def combination(
     frame: Frame,
 ) -> Weights:
     """A multiple of a difference, and multiples of the vectors of a frame, added up."""
-    return _combination([frame.inverse, c, *coefficients], [*gap, *frame.trees])
+    return _gap_and_frame([frame.inverse, c, *coefficients], [*gap, *frame.trees])
 
 
 @functools.partial(tree.elementwise, rounded=False)
@@ -149,13 +149,13 @@ def _gap_times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _combination(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _gap_and_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, c, *coefficients), (x, origin, *frame) = scalars, arrays
     vectors = _vectors(inverse, frame)
     return _without(c * (x - origin), [-k for k in coefficients], vectors)
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _multiple(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays
     return c * x

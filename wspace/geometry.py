@@ -86,12 +86,12 @@ def _chords(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 def half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, both with small relative error; 0, 1 at zero."""
     squares = [tree.vdot(leaf, leaf) for leaf in (x, y)]
-    ratio, undefined = _ratio(*tree.widened(*squares))
+    ratio, undefined = _norm_ratio(*tree.widened(*squares))
     return _half_of(_chords((ratio,), (x, y)), undefined)
 
 
 @jax.jit
-def _ratio(x_square: Scalar, y_square: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+def _norm_ratio(x_square: Scalar, y_square: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """How much longer one point is than another, and whether one of them is zero."""
     x_norm, y_norm = safe_sqrt(x_square), safe_sqrt(y_square)
     nothing = y_norm == 0
@@ -277,7 +277,7 @@ pair_sums_from_first = tree.reduction(pairs_from_first)
 gap_sums = tree.reduction(squared_gaps)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit(static_argnums=1)
 def symmetric(upper: Array, count: int) -> Array:
     """The symmetric matrices `(count, count, ...)` with given rows of their upper triangles."""
     places = iter(range(len(upper)))
@@ -287,13 +287,13 @@ def symmetric(upper: Array, count: int) -> Array:
 
 
 @tree.reduction
-def _along(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+def _along_basis(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     x, *basis = arrays
     return [q * x for q in basis]
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _beyond(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _beyond_basis(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, *basis = arrays
     return x - functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
 
@@ -310,10 +310,10 @@ def components(
     """The coefficients of `x` in an orthonormal basis, and what is orthogonal to the basis."""
     if not basis:
         return [], x
-    first = _along((), (x, *basis))
-    rest = _beyond(unstacked(first), (x, *basis))
-    second = _along((), (rest, *basis))
-    return first + second, _beyond(unstacked(second), (rest, *basis))
+    first = _along_basis((), (x, *basis))
+    rest = _beyond_basis(unstacked(first), (x, *basis))
+    second = _along_basis((), (rest, *basis))
+    return first + second, _beyond_basis(unstacked(second), (rest, *basis))
 
 
 def _gram_schmidt(
@@ -329,12 +329,12 @@ def _gram_schmidt(
     for i, x in enumerate(directions):
         coefficients, rest = components(x, basis)
         left = tree.norm(rest)
-        basis.append(_over((_length(i, tree.norm(x), left, dependent),), (rest,)))
+        basis.append(_over((_divisor(i, tree.norm(x), left, dependent),), (rest,)))
         columns.append([*coefficients, left])
     return basis, columns
 
 
-def _length(
+def _divisor(
     i: int, size: Scalar, left: Scalar, dependent: Callable[[int, Scalar, Scalar], str] | None
 ) -> Scalar:
     """What to divide a direction by, of which a length is left; NaN if that is nothing."""
@@ -424,7 +424,7 @@ def project(x: WeightsLike, basis: Sequence[WeightsLike]) -> Weights:
     """
     basis = _checks.listed("basis", basis)
     _checks.same_layout(x=x, **_checks.each("basis", basis))
-    return _in_span(unstacked(_along((), (x, *basis))), (x, *basis))
+    return _in_span(unstacked(_along_basis((), (x, *basis))), (x, *basis))
 
 
 @tree.elementwise
@@ -492,7 +492,7 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
                 "of those before it: leave out points that repeat, are dependent or are not finite"
             )
 
-        return _length(i, distance(others[i], start), left, dependent)
+        return _divisor(i, distance(others[i], start), left, dependent)
 
     frame, columns = frames.of_differences(start, others, lambda i, x: 1 / length_of(i, x))
     projections, residual = frames.measured(frame, point, start)

@@ -258,7 +258,7 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     points, t, last = _path(points, t)
     if isinstance(t, float):
         first = min(max(math.floor(last * t), 0), max(last - 1, 0))
-        return _between(points[0], points[first : first + 2], float(last * t - first))
+        return _on_segment(points[0], points[first : first + 2], float(last * t - first))
     first = jnp.minimum(jnp.maximum(jnp.floor(last * t), 0), last - 1)
     part = last * t - first
     return tree.combine(
@@ -271,7 +271,7 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     )
 
 
-def _between(first: WeightsLike, ends: Sequence[WeightsLike], part: float) -> Weights:
+def _on_segment(first: WeightsLike, ends: Sequence[WeightsLike], part: float) -> Weights:
     """The point of a segment, or of a point, in the dtypes of the first point of a chain."""
     c = (1 - part, part)[: len(ends)]
     dtypes = [[leaf.dtype for leaf in jax.tree.leaves(x)] for x in (first, ends[0])]

@@ -22,7 +22,7 @@ __all__ = ["filter_normalize", "gaussian", "low_rank_gaussian"]
 
 
 # The leaf says on which devices to draw, so it is kept although its values are not used.
-@functools.partial(jax.jit, static_argnums=2, keep_unused=True)
+@jax.jit(static_argnums=2, keep_unused=True)
 def _normal(key: Array, leaf: Array, shape: tuple[int, ...] | None = None) -> Array:
     """Normal numbers in the shape and sharding of a leaf, or in another shape on its devices."""
     sharding = jax.typeof(leaf).sharding
@@ -34,7 +34,7 @@ def _normal(key: Array, leaf: Array, shape: tuple[int, ...] | None = None) -> Ar
 
 
 @tree.elementwise
-def _scaled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _stretched(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (_, x) = scalars, arrays
     return c * x
 
@@ -86,7 +86,7 @@ def gaussian(key: Array, like: WeightsLike, *, norm: ScalarLike | None = None) -
     """
     _checks.same_layout(like=like)
     noise = jax.tree.map(_normal, tree.split_key_like(key, like), like)
-    return _scaled((1 if norm is None else _stretch(norm, noise),), (like, noise))
+    return _stretched((1 if norm is None else _stretch(norm, noise),), (like, noise))
 
 
 def low_rank_gaussian(

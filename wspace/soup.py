@@ -171,7 +171,7 @@ def grid(
             jnp.asarray(rows, float),
             batch_size=batch_size,
         )
-        scores = np.array([_known(x, _row(i, rows[i])) for i, x in enumerate(tried)])
+        scores = np.array([_comparable(x, _row(i, rows[i])) for i, x in enumerate(tried)])
     best = int(np.argmax(scores))
     return Grid(merge(rows[best]), best, rows, scores)
 
@@ -223,10 +223,10 @@ def _one_number(value: Any) -> Any:
 
 def _scored(score: Callable[[Weights], Any], weights: Weights, what: str) -> float:
     """The score of weights, which errors call `what`."""
-    return _known(_one_number(score(weights)), what)
+    return _comparable(_one_number(score(weights)), what)
 
 
-def _known(value: Any, what: str) -> float:
+def _comparable(value: Any, what: str) -> float:
     """A score as a Python number that can be compared."""
     if _checks.is_traced(value):
         raise TypeError("a choice by score needs its value: call it outside of transformations")

@@ -113,7 +113,7 @@ def elementwise(
     def on_trees(
         scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], each: Sequence[PyTree] = ()
     ) -> Weights:
-        scalars = [_known(c) for c in scalars]
+        scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
@@ -196,7 +196,7 @@ def reduction(
     def on_trees(
         scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], *, by_leaf: bool = False
     ) -> Any:
-        scalars = [_known(c) for c in scalars]
+        scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
@@ -231,7 +231,7 @@ def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
     return jax.jit(function, **options)
 
 
-def _known(c: Any) -> Any:
+def _as_one_dtype(c: Any) -> Any:
     """A plain number as one of one dtype, so that the programs of all numbers are the same."""
     if not isinstance(c, int | float | np.floating | np.signedinteger):
         return c
@@ -276,7 +276,7 @@ def _reduced(terms: Any, kind: str, wide: Any) -> Array:
     return (jnp.max if kind == "max" else jnp.min)(terms.astype(wide), initial=initial)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jax.jit(static_argnums=(1, 2))
 def _together(parts: Sequence[Array], kind: str, wide: Any) -> Array:
     """The numbers of all leaves made of those of each, in pairs."""
     rows = jnp.stack([part.astype(wide) for part in parts])
@@ -404,7 +404,7 @@ def lazily(leaf: Any, wide: Wide) -> Lazy:
     return _pieces.put_off(lambda given, _: _cast_array(given[0], jnp.dtype(wide)), [leaf], True)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit(static_argnums=1)
 def _cast_array(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 

@@ -49,7 +49,7 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         raise Misuse(f"{file} names no method: give method = 'linear' or another")
     name = found("merge", said["method"])
     method = TABLES["merge"][name]
-    _known(said, (*_KEYS, *method.named), f"{file}")
+    _refuse_unknown_keys(said, (*_KEYS, *method.named), f"{file}")
     models = said.get("models", [])
     if not isinstance(models, list) or not all(isinstance(x, str) for x in models):
         raise Misuse(f"models in {file} must be a list of paths, got {models!r}")
@@ -88,7 +88,7 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
     )
 
 
-def _known(said: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+def _refuse_unknown_keys(said: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key in said:
         if key not in keys:
             raise Misuse(f"{where} has an unknown key {key!r}{near(str(key), keys)}")
@@ -119,7 +119,7 @@ def _of_mergekit(file: Path, said: dict[str, Any], seed: int) -> Recipe:
                 f"{key} in {file} is not done here: leave it out, so that the models are merged "
                 "tensor by tensor with the tokenizer of the first, or run mergekit"
             )
-    _known(said, top, f"{file}")
+    _refuse_unknown_keys(said, top, f"{file}")
     theirs = str(said.get("merge_method"))
     if theirs not in _YAML:
         raise Misuse(f"merge_method {theirs!r} in {file} is not read here{near(theirs, _YAML)}")
@@ -131,7 +131,7 @@ def _of_mergekit(file: Path, said: dict[str, Any], seed: int) -> Recipe:
     base = said.get("base_model")
     own: list[tuple[str, dict[str, Any]]] = []
     for model in models:
-        _known(model, ("model", "parameters"), f"model {model['model']} in {file}")
+        _refuse_unknown_keys(model, ("model", "parameters"), f"model {model['model']} in {file}")
         if theirs in _WITHOUT or model["model"] != base:
             own.append((model["model"], _parameters(file, model)))
     if theirs == "slerp":

@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt, with_nan_of
 from wspace._records import Solution
-from wspace.average.regression import by_leaf, gram, normalized, semidefinite, weighted_sum
+from wspace.average.regression import (
+    by_leaf,
+    checked_gram,
+    positive_shares,
+    semidefinite,
+    weighted_arrays,
+)
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Kronecker", "fisher_mean", "kronecker_mean"]
@@ -47,7 +53,7 @@ def _fisher_mean(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         jnp.where(nothing, k, p / jnp.where(nothing, 1, largest))
         for k, p in zip(c, precisions, strict=True)
     ]
-    return weighted_sum([s / sum(shares) for s in shares], points)
+    return weighted_arrays([s / sum(shares) for s in shares], points)
 
 
 @_checks.of_points
@@ -111,7 +117,7 @@ def fisher_mean(
         raise ValueError(
             f"fishers has {len(fishers)} trees for {len(points)} points: give one tree a point"
         )
-    c = normalized(coefficients, len(points))
+    c = positive_shares(coefficients, len(points))
     ridge = _checks.nonnegative("ridge", ridge)
     _refuse_negative(fishers)
     level: Any = 0.0
@@ -141,13 +147,13 @@ def _refuse_negative(fishers: Sequence[WeightsLike]) -> None:
 
 
 @tree.reduction
-def _entries(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _weighted_entries(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, [c * x for c, x in zip(scalars, arrays, strict=True)])
 
 
 def _mean_entry(c: Sequence[Any], fishers: Sequence[WeightsLike]) -> Scalar:
     count = sum(leaf.size for leaf in jax.tree.leaves(fishers[0]))
-    return _entries(c, fishers) / max(count, 1)
+    return _weighted_entries(c, fishers) / max(count, 1)
 
 
 @_checks.of_points
@@ -227,7 +233,7 @@ def kronecker_mean(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    c = normalized(coefficients, len(points))
+    c = positive_shares(coefficients, len(points))
     ridge = _checks.nonnegative("ridge", ridge)
     if rtol is not None:
         rtol = _checks.above_zero("rtol", rtol)
@@ -260,12 +266,12 @@ def _sides(
             raise TypeError(f"{at} is a {type(entry)}: give an average.Kronecker, or None")
     pairs = list(zip(entries, where, strict=True))
     return (
-        [gram(entry.inputs, leaf, f"inputs of {at}") for entry, at in pairs],
-        [gram(entry.outputs, leaf, f"outputs of {at}", axis=-1) for entry, at in pairs],
+        [checked_gram(entry.inputs, leaf, f"inputs of {at}") for entry, at in pairs],
+        [checked_gram(entry.outputs, leaf, f"outputs of {at}", axis=-1) for entry, at in pairs],
     )
 
 
-@functools.partial(jax.jit, static_argnames="steps")
+@jax.jit(static_argnames="steps")
 def _solve(
     c: Sequence[Any],
     xs: Sequence[Array],
@@ -280,12 +286,12 @@ def _solve(
     xs, inputs, outputs = ([x.astype(wide) for x in each] for each in (xs, inputs, outputs))
     inputs, outputs = _rescaled(inputs), _rescaled(outputs)
     m, n = xs[0].shape[-2:]
-    mean = weighted_sum(c, xs)
+    mean = weighted_arrays(c, xs)
     spectra, (left, right) = zip(
         *(
             jnp.linalg.eigh(
                 jax.lax.stop_gradient(
-                    weighted_sum(c, [_trace(b) * a for a, b in zip(ours, others, strict=True)])
+                    weighted_arrays(c, [_trace(b) * a for a, b in zip(ours, others, strict=True)])
                 )
             )
             for ours, others in ((inputs, outputs), (outputs, inputs))
@@ -293,20 +299,20 @@ def _solve(
         strict=True,
     )
     # The bases are fixed, so that no derivative is taken of eigenvectors.
-    gaps = [_turned(left, x - mean, right) for x in xs]
-    inputs = [_turned(left, a, left) for a in inputs]
-    outputs = [_turned(right, b, right) for b in outputs]
+    gaps = [_in_eigenbases(left, x - mean, right) for x in xs]
+    inputs = [_in_eigenbases(left, a, left) for a in inputs]
+    outputs = [_in_eigenbases(right, b, right) for b in outputs]
     traces = [_trace(a) * _trace(b) for a, b in zip(inputs, outputs, strict=True)]
-    level = ridge * weighted_sum(c, traces) / (m * n)
+    level = ridge * weighted_arrays(c, traces) / (m * n)
 
     def image(ys: Sequence[Array]) -> Array:
         """The images of one matrix a point under its Fisher, summed."""
         triples = zip(inputs, ys, outputs, strict=True)
-        return weighted_sum(c, [matmul(matmul(a, y), b) for a, y, b in triples])
+        return weighted_arrays(c, [matmul(matmul(a, y), b) for a, y, b in triples])
 
     diagonals = zip(map(_diagonal, inputs), map(_diagonal, outputs), strict=True)
     products = [a[..., :, None] * b[..., None, :] for a, b in diagonals]
-    diagonal = jax.lax.stop_gradient(weighted_sum(c, products) + level)
+    diagonal = jax.lax.stop_gradient(weighted_arrays(c, products) + level)
     share = max(m, n) * jnp.finfo(wide).eps
     zero = diagonal <= share * jnp.max(diagonal, axis=(-2, -1), keepdims=True)
     scale = jnp.where(zero, 0, 1 / jnp.sqrt(jnp.where(zero, 1, diagonal)))
@@ -345,13 +351,15 @@ def _diagonal(x: Float[Array, "... n n"]) -> Float[Array, "... n"]:
     return jnp.diagonal(x, axis1=-2, axis2=-1)
 
 
-def _turned(
+def _in_eigenbases(
     left: Float[Array, "... m m"], x: Float[Array, "... m n"], right: Float[Array, "... n n"]
 ) -> Float[Array, "... m n"]:
     return matmul(matmul(jnp.swapaxes(left, -1, -2), x), right)
 
 
-def _inner(x: Float[Array, "... m n"], y: Float[Array, "... m n"]) -> Float[Array, "... 1 1"]:
+def _matrix_inner(
+    x: Float[Array, "... m n"], y: Float[Array, "... m n"]
+) -> Float[Array, "... 1 1"]:
     return jnp.sum(x * y, axis=(-2, -1), keepdims=True)
 
 
@@ -359,7 +367,7 @@ def _conjugate_gradients(
     product: Callable[[Array], Array], b: Float[Array, "... m n"], rtol: Scalar, steps: int
 ) -> tuple[Array, tuple[Scalar, Array]]:
     """The solutions for a stack of right sides, the largest residual and the steps taken."""
-    size = _inner(b, b)
+    size = _matrix_inner(b, b)
     # Half of what is asked for, since the residual that is updated drifts from the true one.
     enough = (rtol / 2) ** 2 * size
 
@@ -370,16 +378,16 @@ def _conjugate_gradients(
     def step(state: Any) -> Any:
         x, r, p, rest, taken = state
         q = product(p)
-        curvature = _inner(p, q)
+        curvature = _matrix_inner(p, q)
         moves = (rest > enough) & (curvature > 0)
         length = jnp.where(moves, rest / jnp.where(moves, curvature, 1), 0)
         x, r = x + length * p, r - length * q
-        left = _inner(r, r)
+        left = _matrix_inner(r, r)
         p = r + jnp.where(moves, left / jnp.where(moves, rest, 1), 0) * p
         return x, r, p, left, taken + 1
 
     x = with_nan_of(jnp.zeros_like(b), b, rtol)
     x, *_, taken = jax.lax.while_loop(unsolved, step, (x, b, b, size, jnp.zeros((), jnp.int32)))
     rest = b - product(x)
-    residual = safe_sqrt(_inner(rest, rest) / jnp.where(size == 0, 1, size))
+    residual = safe_sqrt(_matrix_inner(rest, rest) / jnp.where(size == 0, 1, size))
     return x, (jnp.max(residual), taken)

@@ -1,6 +1,5 @@
 r"""The geometric median: an average that a minority of the points cannot move far."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -114,7 +113,7 @@ def _center(gaps: _Gram, c: _Numbers) -> Int[Array, ""]:
     return jnp.argmin(jnp.sum(jnp.sqrt(gaps) * c[None, :], axis=1))
 
 
-@functools.partial(jax.jit, static_argnames="max_steps")
+@jax.jit(static_argnames="max_steps")
 def _median(
     gram: _Gram, gaps: _Gram, center: Int[Array, ""], c: _Numbers, tol: Scalar, max_steps: int
 ) -> _Median:
@@ -126,7 +125,7 @@ def _median(
     squares = jnp.diagonal(frozen[0])
     away = squares > 0
     pulls = jnp.where(away, shares / jnp.sqrt(jnp.where(away, squares, 1)), 0)
-    pull = safe_sqrt(jnp.sum(pulls * _times(frozen[0], pulls)))
+    pull = safe_sqrt(jnp.sum(pulls * _gram_times(frozen[0], pulls)))
     held = jnp.sum(jnp.where(away, 0, shares))
     at_point = ~(pull > held * (1 + 8 * eps))
 
@@ -155,12 +154,12 @@ def _median(
     return _Median(with_nan_of(jnp.where(at_point, exact, w), c), residual, steps, residual <= tol)
 
 
-def _times(matrix: _Gram, w: _Numbers) -> _Numbers:
+def _gram_times(matrix: _Gram, w: _Numbers) -> _Numbers:
     return jnp.sum(matrix * w[None, :], axis=1)
 
 
 def _distances(w: _Numbers, gram: _Gram, lift: Scalar) -> _Numbers:
-    along = _times(gram, w)
+    along = _gram_times(gram, w)
     squares = jnp.sum(w * along) - 2 * along + jnp.diagonal(gram) + lift
     return jnp.sqrt(jnp.where(squares > 0, squares, jnp.nan))
 
@@ -182,4 +181,4 @@ def _gap(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> _Numbers:
 
 def _residual(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> Scalar:
     t = _gap(w, gram, c, lift)
-    return safe_sqrt(jnp.sum(t * _times(gram, t)))
+    return safe_sqrt(jnp.sum(t * _gram_times(gram, t)))

@@ -95,7 +95,7 @@ def width_of(exponent: ScalarLike) -> float:
         T. Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models*, CVPR
         2024, section 3.1, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696).
     """
-    g = _known("exponent", exponent, lambda g: g >= 0, "finite and at least 0")
+    g = _on_host("exponent", exponent, lambda g: g >= 0, "finite and at least 0")
     return math.sqrt((g + 1) / (g + 3)) / (g + 2)
 
 
@@ -130,7 +130,7 @@ def exponent_of(width: ScalarLike) -> float:
     """
     widest = math.sqrt(1 / 12) * (1 + 4 * np.finfo(float).eps)  # its rounding, either way
     words = "above 0 and at most 1/sqrt(12), that of the mean of the whole run"
-    sigma = _known("width", width, lambda s: 0 < s <= widest, words)
+    sigma = _on_host("width", width, lambda s: 0 < s <= widest, words)
     r = math.sqrt(1 + 3 / sigma**2) / 3
     q = (2 + 36 / sigma**2) / 27
     return max(2 * r * math.cos(math.acos(-q / (2 * r**3)) / 3) - 7 / 3, 0.0)
@@ -199,11 +199,11 @@ def reconstruct(
     wanted = _profile("target", target)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(points)]
     rounding = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-    found = _nearest(known, wanted, rounding)
+    found = _reconstructed(known, wanted, rounding)
     return Reconstruction(tree.combine(found[0], points), *found)
 
 
-def _nearest(
+def _reconstructed(
     profiles: list[Profile | np.ndarray], target: Profile | np.ndarray, rounding: float
 ) -> tuple[np.ndarray, float, float]:
     """The coefficients, the residual and the condition of `reconstruct`."""
@@ -261,7 +261,7 @@ def _masses(p: Profile, steps: int) -> np.ndarray:
     return grown / _growth(p, p.start / p.stop)
 
 
-def _known(name: str, value: ScalarLike, domain: Callable[[float], bool], words: str) -> float:
+def _on_host(name: str, value: ScalarLike, domain: Callable[[float], bool], words: str) -> float:
     """A number that the host computes with."""
     if _checks.is_traced(value):
         raise TypeError(f"{name} is computed with on the host, so it must be known, not traced")
@@ -286,10 +286,10 @@ def _profile(name: str, profile: AnyProfile) -> Profile | np.ndarray:
                 "an average divides by the sum, so make it differ from zero"
             )
         return steps / total
-    start = _known(f"{name}.start", profile.start, lambda s: s >= 0, "finite and at least 0")
-    exponent = _known(
+    start = _on_host(f"{name}.start", profile.start, lambda s: s >= 0, "finite and at least 0")
+    exponent = _on_host(
         f"{name}.exponent", profile.exponent, lambda g: g >= 0, "finite and at least 0"
     )
     words = f"finite and above the start {start:g}"
-    stop = _known(f"{name}.stop", profile.stop, lambda t: t > start, words)
+    stop = _on_host(f"{name}.stop", profile.stop, lambda t: t > start, words)
     return Profile(stop, exponent, start)

@@ -117,7 +117,7 @@ def regression_mean(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    c = normalized(coefficients, len(points))
+    c = positive_shares(coefficients, len(points))
     ridge = _checks.nonnegative("ridge", ridge)
     shrink = _checks.scalar("shrink", shrink, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
     if rtol is not None:
@@ -127,7 +127,9 @@ def regression_mean(
         if entries is None or not leaves[0].size:
             weights.append(tree.combine(c, leaves))
             continue
-        given = [gram(entry, leaves[0], at) for entry, at in zip(entries, where, strict=True)]
+        given = [
+            checked_gram(entry, leaves[0], at) for entry, at in zip(entries, where, strict=True)
+        ]
         xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
         x, eigenvalues, condition, zeros = _fit(c, xs, given, ridge, shrink, rtol)
         x = x + semidefinite(eigenvalues, entries, f"the sum of {where[0]} and the others")
@@ -154,9 +156,9 @@ def _fit(
     xs = [x.astype(wide) for x in xs]
     eye = jnp.broadcast_to(jnp.eye(xs[0].shape[-2], dtype=wide), grams[0].shape)
     grams = [g.astype(wide) * (shrink + (1 - shrink) * eye) for g in grams]
-    mean = weighted_sum(c, xs)
-    total = weighted_sum(c, grams)
-    pull = weighted_sum(c, [matmul(g, x - mean) for g, x in zip(grams, xs, strict=True)])
+    mean = weighted_arrays(c, xs)
+    total = weighted_arrays(c, grams)
+    pull = weighted_arrays(c, [matmul(g, x - mean) for g, x in zip(grams, xs, strict=True)])
     size = total.shape[-1]
     level = ridge * jnp.trace(total, axis1=-2, axis2=-1)[..., None, None] / size
     eigenvalues, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(total))
@@ -180,13 +182,13 @@ def _fit(
     return mean + change, eigenvalues, jnp.max(conditions), jnp.sum(zero, dtype=jnp.int32)
 
 
-def weighted_sum(c: Sequence[Any], xs: Sequence[Array]) -> Array:
+def weighted_arrays(c: Sequence[Any], xs: Sequence[Array]) -> Array:
     """The sum of arrays with one number for each, in the dtype of the arrays."""
     terms = [k * x for k, x in zip(c, xs, strict=True)]
     return sum(terms[1:], start=terms[0])
 
 
-def normalized(coefficients: Coefficients | None, count: int) -> list[Any]:
+def positive_shares(coefficients: Coefficients | None, count: int) -> list[Any]:
     """Positive coefficients divided by their sum."""
     c = _checks.positive("coefficients", coefficients, count)
     return _checks.unpacked(c / c.sum())
@@ -218,7 +220,7 @@ def by_leaf(
         yield list(map(jnp.asarray, leaves)), None if missing else given, where
 
 
-def gram(entry: Any, leaf: Array, where: str, axis: int = -2) -> Float[Array, "... n n"]:
+def checked_gram(entry: Any, leaf: Array, where: str, axis: int = -2) -> Float[Array, "... n n"]:
     """A symmetric matrix for one axis of a leaf's matrix, one for each of a stack of them."""
     if not _checks.is_weight(entry):
         dtype = getattr(entry, "dtype", None)

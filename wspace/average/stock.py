@@ -93,7 +93,7 @@ def model_stock(
         return _drawn_by_entry((), [*trees, ratios])
     by_leaf = scope == "leaf"
     sums = geometry.pair_sums_from_first((), trees, by_leaf=by_leaf)
-    ratios = [_ratio(x, floor, statistic) for x in (sums if by_leaf else [sums])]
+    ratios = [_t_of(x, floor, statistic) for x in (sums if by_leaf else [sums])]
     # After all sums are asked for, as to look at one waits for it.
     _refuse_pole(_any_pole(ratios))
     if not by_leaf:
@@ -118,8 +118,8 @@ def _has_pole(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.isinf(ratios)
 
 
-@functools.partial(jax.jit, static_argnames="statistic")
-def _ratio(sums: Array, floor: ScalarLike, statistic: str) -> Array:
+@jax.jit(static_argnames="statistic")
+def _t_of(sums: Array, floor: ScalarLike, statistic: str) -> Array:
     """The `t` of a scope, from inner products of task vectors; at its pole infinite."""
     floor = jnp.asarray(floor).astype(sums.dtype)
     count = next(n for n in range(len(sums) + 1) if n * (n + 1) // 2 == len(sums))
@@ -150,7 +150,7 @@ def _ratios_of_rows(statistic: str) -> Callable[..., Weights]:
         (floor,) = scalars
         rows = row_sums(geometry.pairs_from_first((), arrays))
         sums = jnp.stack([jnp.expand_dims(x, -1) if arrays[0].ndim else x for x in rows])
-        return jnp.broadcast_to(_ratio(sums, floor, statistic), arrays[0].shape)
+        return jnp.broadcast_to(_t_of(sums, floor, statistic), arrays[0].shape)
 
     return ratios_of_rows
 

@@ -92,7 +92,9 @@ def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
     return total, (x - (total - part)) + (y - part)
 
 
-def _added(increment: Increment, coefficient: ScalarLike, sums: _Sums, x: WeightsLike) -> _Sums:
+def _with_increment(
+    increment: Increment, coefficient: ScalarLike, sums: _Sums, x: WeightsLike
+) -> _Sums:
     """The sums after one more increment."""
     weights, mass = sums.high
     _checks.same_layout(state=weights, weights=x)
@@ -169,7 +171,7 @@ def running_mean() -> Average:
         state: _SignedSums, weights: WeightsLike, coefficient: ScalarLike = 1.0
     ) -> _SignedSums:
         coefficient = _checks.scalar("coefficient", coefficient)
-        sums = _added(_term, coefficient, state.sums, weights)
+        sums = _with_increment(_term, coefficient, state.sums, weights)
         size = state.size + jnp.abs(jnp.asarray(coefficient).astype(state.size.dtype))
         return _SignedSums(sums, size)
 
@@ -299,7 +301,7 @@ def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
         return sums._replace(high=(tree.upcast(weights), jnp.ones_like(sums.high[1])))
 
     def update(state: _Sums, weights: WeightsLike) -> _Sums:
-        return _added(_approach, rate(state.count), state, weights)
+        return _with_increment(_approach, rate(state.count), state, weights)
 
     def value(state: _Sums) -> PyTree:
         _refuse_empty((state.high[1] == 0) & (state.low[1] == 0))

@@ -110,7 +110,9 @@ def load_adapter(
     edit = {name: _zero(leaf.shape) for name, leaf in base.items()}
     for layer, is_embedding, a, b in _layers(file):
         name = f"{layer}.weight"
-        _known(name, base, f"{file} has factors of layer {layer!r}, whose {name!r} base lacks")
+        _refuse_unknown_name(
+            name, base, f"{file} has factors of layer {layer!r}, whose {name!r} base lacks"
+        )
         rank = _setting(config, layer, "r", "rank_pattern")
         if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
             raise ValueError(
@@ -187,7 +189,7 @@ def save_adapter(
     """
     leaves = named("edit", edit)
     for name in embeddings:
-        _known(name, leaves, f"embeddings has a name {name!r} that edit lacks")
+        _refuse_unknown_name(name, leaves, f"embeddings has a name {name!r} that edit lacks")
     tensors: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     for name, leaf in leaves.items():
@@ -302,7 +304,7 @@ def _zero(shape: tuple[int, ...]) -> LowRank:
     return LowRank(*(jnp.zeros((*stack, size, 0), jnp.float32) for size in (m, n)))
 
 
-def _known(name: str, names: Iterable[str], message: str) -> None:
+def _refuse_unknown_name(name: str, names: Iterable[str], message: str) -> None:
     """Raises with this message, and the nearest of the names, unless the name is one of them."""
     names = list(names)
     if name not in names:

@@ -146,7 +146,7 @@ class Subspace:
 
     def project(self, edit: PyTree) -> Projection:
         """The nearest edit, by its inner products with the basis."""
-        edit = _dense(edit)
+        edit = _multiplied_out(edit)
         basis = _checks.listed("basis", self.basis)
         _checks.same_layout(edit=edit, **_checks.each("basis", basis))
         gram = geometry.gram(basis)
@@ -185,7 +185,7 @@ class Mask:
 
     def project(self, edit: PyTree) -> Projection:
         """The nearest edit, zero wherever the mask is false."""
-        edit = _dense(edit)
+        edit = _multiplied_out(edit)
         kinds = "booleans at each leaf"
         places = _checks.entries("mask", self.mask, edit, kinds, of="the edit")
         kept = [_within_mask(*place) for place in places]
@@ -213,7 +213,7 @@ class Sparse:
 
     def project(self, edit: PyTree) -> Projection:
         """The nearest edit, of the entries of largest magnitude."""
-        edit = _dense(edit)
+        edit = _multiplied_out(edit)
         count = min(_checks.rank(self.count, "count"), sum(x.size for x in jax.tree.leaves(edit)))
         return _nearest(edit, keep_top(edit, count))
 
@@ -322,7 +322,7 @@ def _sizes_by_spectra(
     return norm_and_tail(spectra, keep(spectra, _checks.rank(rank)))
 
 
-def _dense(edit: PyTree) -> PyTree:
+def _multiplied_out(edit: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: lowrank.materialize(x) if isinstance(x, LowRank) else tree.upcast(x),
         edit,

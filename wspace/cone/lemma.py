@@ -145,7 +145,7 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     step = ratio((size - radius) * (size + radius), norm + root)
     step = jnp.where(outside, jnp.where(feasible, step, jnp.inf), 0)
     step = with_nan_of(step, radius, size)
-    return Move(_along(nearest, step), step)
+    return Move(_of_length(nearest, step), step)
 
 
 def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
@@ -201,10 +201,10 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
             "way out is distinguished: give a displacement that is not orthogonal to the cone"
         ),
     )
-    return Move(_along(nearest, step), step)
+    return Move(_of_length(nearest, step), step)
 
 
-def _along(nearest: Projection, step: Scalar) -> PyTree:
+def _of_length(nearest: Projection, step: Scalar) -> PyTree:
     """The edit of length `step` along a projection; NaN where that is infinite."""
     factor = jnp.where(jnp.isinf(step), jnp.nan, ratio(step, nearest.norm))
     return jax.tree.map(

@@ -69,11 +69,11 @@ class _Merge:
 
     def weights(self, chosen: PyTree, base: PyTree, tuned: Sequence[PyTree]) -> PyTree:
         each = jax.tree.map(lambda _: chosen, base) if self.per == "tree" else chosen
-        return jax.tree.map(_merged, each, base, *tuned)
+        return jax.tree.map(_merged_leaf, each, base, *tuned)
 
 
 @jax.jit
-def _merged(c: Float[Array, "k ..."], base: Array, *tuned: Array) -> Array:
+def _merged_leaf(c: Float[Array, "k ..."], base: Array, *tuned: Array) -> Array:
     """One leaf in the dtype of arithmetic, a coefficient for all of it or one a row."""
     wide = accumulator(base.dtype, *(x.dtype for x in tuned))
     shares = [x[..., None] if x.ndim else x for x in c.astype(wide)]

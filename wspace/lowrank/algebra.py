@@ -87,20 +87,22 @@ def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
     edits = _checks.listed("edits", edits)
     rows, structure = side_by_side(**_checks.each("edits", edits))
     scalars = _checks.scalars("coefficients", coefficients, len(edits))
-    return structure.unflatten(_combination(scalars, leaves) for leaves in rows)
+    return structure.unflatten(_combined_leaf(scalars, leaves) for leaves in rows)
 
 
-def _combination(scalars: Sequence[ScalarLike], leaves: Sequence[Leaf | LowRank]) -> Leaf | LowRank:
+def _combined_leaf(
+    scalars: Sequence[ScalarLike], leaves: Sequence[Leaf | LowRank]
+) -> Leaf | LowRank:
     like = next((leaf for leaf in leaves if not isinstance(leaf, LowRank)), None)
     if like is not None:
-        return tree.combine(scalars, [_dense(leaf, like) for leaf in leaves])
+        return tree.combine(scalars, [_dense_like(leaf, like) for leaf in leaves])
     lefts, rights = zip(*(factors_of(x) for x in leaves if isinstance(x, LowRank)), strict=True)
     lefts, rights = (tree.widened(*factors) for factors in (lefts, rights))
     lefts = [tree.combine((c,), (left,)) for c, left in zip(scalars, lefts, strict=True)]
     return LowRank(jnp.concatenate(lefts, axis=-1), jnp.concatenate(rights, axis=-1))
 
 
-def _dense(edit: Leaf | LowRank, like: Leaf) -> Leaf:
+def _dense_like(edit: Leaf | LowRank, like: Leaf) -> Leaf:
     """An edit multiplied out in the layout of a dense leaf."""
     if not isinstance(edit, LowRank):
         return edit
@@ -297,4 +299,4 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
 def _edited(leaf: Any, edit: Leaf | LowRank) -> Array:
     if isinstance(edit, LowRank) and not edit.rank:
         return jnp.asarray(leaf)
-    return tree.combine((1, 1), (leaf, _dense(edit, leaf)))
+    return tree.combine((1, 1), (leaf, _dense_like(edit, leaf)))

@@ -1,6 +1,5 @@
 r"""The nearest edit of given rank, and how far it is from what it was cut from."""
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -182,7 +181,7 @@ def _decomposed(core: Array, frames: tuple[Array | None, Array | None]) -> Decom
     return Decomposition(u, s, transposed(vt), frames)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@jax.jit(static_argnums=(2, 3, 4))
 def _randomized(key: Array, x: Array, rank: int, block: int, steps: int) -> Truncation:
     r"""Cut to the block Krylov spaces of $x x^\top$ and $x^\top x$, by Golub and Kahan.
 

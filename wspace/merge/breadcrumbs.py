@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from wspace.merge.parts.band import band
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import each
+from wspace.merge.parts.numbers import share_of_each
 from wspace.merge.parts.trim import Scope
 from wspace.merge.task import differences, moved, siblings
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
@@ -131,7 +131,7 @@ def _banded(
     outliers: float,
     scope: Scope,
 ) -> list[Weights]:
-    densities = each("density", density, len(tuned))
+    densities = share_of_each("density", density, len(tuned))
     return [
         band(x, share, outliers, scope=scope)
         for x, share in zip(differences(base, tuned), densities, strict=True)

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from wspace.merge.parts.drop import Rescale, drop
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import each
+from wspace.merge.parts.numbers import share_of_each
 from wspace.merge.task import differences, moved, siblings
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
 
@@ -134,7 +134,7 @@ def _dropped(
     rescale: Rescale,
 ) -> list[Weights]:
     """Task vectors of which random entries stay, each model with a key of its own."""
-    densities = each("density", density, len(tuned))
+    densities = share_of_each("density", density, len(tuned))
     edits = zip(differences(base, tuned), densities, strict=True)
     return [
         drop(jax.random.fold_in(key, i), x, share, rescale=rescale)

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from wspace.merge.parts.drop import Rescale
 from wspace.merge.parts.elect import Election, agreed
 from wspace.merge.parts.magprune import RankScope, magprune
-from wspace.merge.parts.numbers import each
+from wspace.merge.parts.numbers import share_of_each
 from wspace.merge.task import differences, siblings
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
 
@@ -78,7 +78,7 @@ def della(
         [arXiv:2406.11617](https://arxiv.org/abs/2406.11617).
     """
     tuned, known = siblings(base, tuned, coefficients)
-    densities = each("density", density, len(tuned))
+    densities = share_of_each("density", density, len(tuned))
     pairs = zip(differences(base, tuned), densities, strict=True)
     edits = [
         magprune(jax.random.fold_in(key, i), x, share, width=width, scope=scope, rescale=rescale)

@@ -75,7 +75,9 @@ def emr(base: WeightsLike, tuned: Sequence[WeightsLike]) -> Unified:
     edit = disjoint_merge(edits, elect(edits), divide="largest")
     masks = [_same_sign((), (x, edit)) for x in edits]
     kept = [_under(edit, mask) for mask in masks]
-    return Unified(edit, masks, jnp.stack([_ratio(x, y) for x, y in zip(edits, kept, strict=True)]))
+    return Unified(
+        edit, masks, jnp.stack([_rescaling(x, y) for x, y in zip(edits, kept, strict=True)])
+    )
 
 
 def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
@@ -125,7 +127,7 @@ def _under(edit: WeightsLike, mask: PyTree) -> Weights:
     return _masked((), (edit, mask))
 
 
-def _ratio(whole: WeightsLike, part: WeightsLike) -> Scalar:
+def _rescaling(whole: WeightsLike, part: WeightsLike) -> Scalar:
     left = _sum_of_sizes((), (part,))
     return jnp.where(left == 0, 0, _sum_of_sizes((), (whole,)) / jnp.where(left == 0, 1, left))
 

@@ -70,9 +70,9 @@ def sign_conflict(edits: Sequence[WeightsLike]) -> Float[Array, "k k"]:
         P. Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023,
         section 3, [arXiv:2306.01708](https://arxiv.org/abs/2306.01708).
     """
-    edits = _dense(edits)
-    net, both = (_pairs(functools.partial(_total, f), edits) for f in (_net_sign, _both))
-    return _share(both - net, 2 * both)
+    edits = _listed_edits(edits)
+    net, both = (_pair_matrix(functools.partial(_total, f), edits) for f in (_net_sign, _both))
+    return _fraction(both - net, 2 * both)
 
 
 def overlap(edits: Sequence[WeightsLike]) -> Float[Array, "k k"]:
@@ -106,9 +106,9 @@ def overlap(edits: Sequence[WeightsLike]) -> Float[Array, "k k"]:
         Array([[1. , 0.5],
                [0.5, 1. ]], dtype=float32)
     """
-    both = _pairs(functools.partial(_total, _both), _dense(edits))
+    both = _pair_matrix(functools.partial(_total, _both), _listed_edits(edits))
     own = jnp.diagonal(both)
-    return _share(both, own[:, None] + own[None, :] - both)
+    return _fraction(both, own[:, None] + own[None, :] - both)
 
 
 def sign_disagreement(edits: Sequence[WeightsLike]) -> Scalar:
@@ -140,8 +140,8 @@ def sign_disagreement(edits: Sequence[WeightsLike]) -> Scalar:
         >>> merge.sign_disagreement(edits)
         Array(0.33333334, dtype=float32)
     """
-    edits = _dense(edits)
-    return _share(_total(_disputed, edits), _total(_changed, edits))
+    edits = _listed_edits(edits)
+    return _fraction(_total(_disputed, edits), _total(_changed, edits))
 
 
 def cancellation(edits: Sequence[WeightsLike]) -> Scalar:
@@ -171,8 +171,8 @@ def cancellation(edits: Sequence[WeightsLike]) -> Scalar:
         >>> merge.cancellation([jnp.array([3.0, 1.0]), jnp.array([-1.0, 3.0])])
         Array(0.25, dtype=float32)
     """
-    edits = _dense(edits)
-    return _share(_total(_lost, edits), _total(_mass, edits))
+    edits = _listed_edits(edits)
+    return _fraction(_total(_lost, edits), _total(_mass, edits))
 
 
 def gram(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
@@ -208,7 +208,7 @@ def gram(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
         Array([[ 25., -25.],
                [-25.,  25.]], dtype=float32)
     """
-    return _pairs(lambda pair: lowrank.vdot(*pair), _edits(edits))
+    return _pair_matrix(lambda pair: lowrank.vdot(*pair), _widened_edits(edits))
 
 
 def cosines(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
@@ -244,7 +244,7 @@ def cosines(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
         Array([[ 1., -1.],
                [-1.,  1.]], dtype=float32)
     """
-    return _pairs(_cosine, _edits(edits))
+    return _pair_matrix(_edit_cosine, _widened_edits(edits))
 
 
 def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -> Scalar:
@@ -297,27 +297,27 @@ def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -
     """
     if rank is not None:
         rank = _checks.rank(rank)
-    edits = _edits(edits)
+    edits = _widened_edits(edits)
     rows, _ = side_by_side(**_checks.each("edits", edits))
     parts = [_interference(row, rank) for row in rows if all(len(x.shape) > 1 for x in row)]
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(edits)))
     return jax.tree.reduce_associative(jnp.add, parts) if parts else jnp.zeros((), wide)
 
 
-def _dense(edits: Sequence[WeightsLike]) -> list[Any]:
+def _listed_edits(edits: Sequence[WeightsLike]) -> list[Any]:
     edits = _checks.listed("edits", edits)
     _checks.same_layout(**_checks.each("edits", edits))
     return edits
 
 
-def _edits(edits: Sequence[PyTree]) -> list[Any]:
+def _widened_edits(edits: Sequence[PyTree]) -> list[Any]:
     """Edits, dense or in factors, in one dtype."""
     edits = _checks.listed("edits", edits)
     side_by_side(**_checks.each("edits", edits))
     return tree.widened(*edits)
 
 
-def _pairs(measure: Callable[[Sequence[Any]], Scalar], edits: Sequence[Any]) -> Array:
+def _pair_matrix(measure: Callable[[Sequence[Any]], Scalar], edits: Sequence[Any]) -> Array:
     """The symmetric matrix of a measure of two edits."""
     count = range(len(edits))
     upper = {(i, j): measure((edits[i], edits[j])) for i in count for j in count if i <= j}
@@ -326,7 +326,7 @@ def _pairs(measure: Callable[[Sequence[Any]], Scalar], edits: Sequence[Any]) -> 
     return jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in count]) for i in count])
 
 
-def _share(part: Array, whole: Array) -> Array:
+def _fraction(part: Array, whole: Array) -> Array:
     """A quotient in which nothing is a share of zero of nothing."""
     return part / jnp.where(whole == 0, 1, whole)
 
@@ -339,7 +339,7 @@ def _total(term: Callable[..., Array], edits: Sequence[WeightsLike]) -> Scalar:
     return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros((), wide)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1))
 def _sum(term: Callable[..., Array], wide: type, *leaves: Array) -> Scalar:
     return jnp.sum(term(*(leaf.astype(wide) for leaf in leaves)))
 
@@ -370,7 +370,7 @@ def _lost(*xs: Array) -> Array:
     return _mass(*xs) - jnp.abs(functools.reduce(jnp.add, xs))
 
 
-def _cosine(pair: Sequence[PyTree]) -> Scalar:
+def _edit_cosine(pair: Sequence[PyTree]) -> Scalar:
     if not any(map(_checks.is_factored, jax.tree.leaves(pair, is_leaf=_checks.is_factored))):
         return geometry.cosine(*pair)
     sizes = [lowrank.norm(x) for x in pair]

@@ -1,6 +1,5 @@
 r"""Iso-C and Iso-CTS: merges whose matrices have a flat spectrum."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -171,7 +170,7 @@ def iso_cts(
     return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol, least)
 
 
-@functools.partial(jax.jit, static_argnames="own")
+@jax.jit(static_argnames="own")
 def _shared_and_own(
     terms: list[Array], total: Array, cut: Scalar, own: int
 ) -> tuple[Array, Scalar]:

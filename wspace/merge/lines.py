@@ -71,12 +71,12 @@ def lines(
     if deepest > last:
         raise ValueError(f"a leaf is of layer {deepest}, but count is {count}: layers begin at 0")
     return structure.unflatten(
-        _scaled((start, rise, (layer or 0) / max(last, 1)), (leaf,))
+        _by_depth((start, rise, (layer or 0) / max(last, 1)), (leaf,))
         for layer, leaf in zip(depths, leaves, strict=True)
     )
 
 
 @tree.elementwise
-def _scaled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _by_depth(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (start, rise, depth), (edit,) = scalars, arrays
     return (start + rise * depth) * edit

@@ -156,16 +156,16 @@ def report(
         raise ValueError("base has no leaves, so there is nothing to report")
     signs = np.sign(c).astype(np.int8)
     trees = (base, merged, *tuned, *(edits or []))
-    found = [f(signs, trees, by_leaf=True) for f in (_counts, _squares)]
+    found = [f(signs, trees, by_leaf=True) for f in (_count_sums, _square_sums)]
     sizes = [leaf.size for leaf in jax.tree.leaves(base)]
     sums = [_sums(*leaf) for leaf in zip(sizes, *jax.device_get(found), strict=True)]
     total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
     seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
-    leaves = tuple(_tally(path, x) for path, x in zip(paths, sums, strict=True))
-    return Report(np.asarray(c, np.float64), _tally("(all)", total), leaves, seed)
+    leaves = tuple(_leaf_tally(path, x) for path, x in zip(paths, sums, strict=True))
+    return Report(np.asarray(c, np.float64), _leaf_tally("(all)", total), leaves, seed)
 
 
-class _Sums(NamedTuple):
+class _LeafSums(NamedTuple):
     """Counts, squares and products of one leaf; over several leaves they add."""
 
     entries: Any
@@ -182,7 +182,7 @@ class _Sums(NamedTuple):
     products: Any
 
 
-def _edits(
+def _compared(
     signs: Sequence[Scalar], arrays: Sequence[Array]
 ) -> tuple[Array, list[Array], list[Array], list[Array], list[Array]]:
     """The displacement, the task vectors, the edits, and who agrees or is flipped.
@@ -201,8 +201,8 @@ def _edits(
 
 
 @tree.reduction
-def _counts(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    _, taus, edits, agreed, flipped = _edits(signs, arrays)
+def _count_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    _, taus, edits, agreed, flipped = _compared(signs, arrays)
     votes = [jnp.sign(x) * sign for x, sign in zip(edits, signs, strict=True)]
     plus, minus = (functools.reduce(jnp.logical_or, [s * v > 0 for v in votes]) for s in (1, -1))
     overruled = [f & a for f in flipped for a in agreed]
@@ -211,21 +211,21 @@ def _counts(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 
 
 @tree.reduction
-def _squares(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    move, taus, edits, agreed, _ = _edits(signs, arrays)
+def _square_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    move, taus, edits, agreed, _ = _compared(signs, arrays)
     trimmed = [jnp.where(e == 0, x, 0) for x, e in zip(taus, edits, strict=True)]
     outvoted = [jnp.where(a, 0, e) for a, e in zip(agreed, edits, strict=True)]
     products = [move * x for x in taus]
     return [*(x * x for x in (*taus, *trimmed, *outvoted, move)), *products]
 
 
-def _sums(size: int, counts: np.ndarray, squares: np.ndarray) -> _Sums:
+def _sums(size: int, counts: np.ndarray, squares: np.ndarray) -> _LeafSums:
     """The figures of a leaf by name, in types that hold those of many leaves."""
     k = len(squares) // 4
     counts, squares = counts.astype(np.int64), squares.astype(np.float64)
     moved, kept, agreed, flipped = counts[: 4 * k].reshape(4, k)
     norms, trimmed, outvoted = squares[: 3 * k].reshape(3, k)
-    return _Sums(
+    return _LeafSums(
         entries=np.int64(size),
         moved=moved,
         kept=kept,
@@ -241,7 +241,7 @@ def _sums(size: int, counts: np.ndarray, squares: np.ndarray) -> _Sums:
     )
 
 
-def _tally(path: str, sums: _Sums) -> Tally:
+def _leaf_tally(path: str, sums: _LeafSums) -> Tally:
     roots = {
         name: np.sqrt(getattr(sums, name))
         for name in ("norms", "trimmed", "outvoted", "displacement")
@@ -279,7 +279,7 @@ def _text(report: Report) -> str:
                 flips,
                 f"{total.trimmed[i]:.4g}",
                 f"{total.outvoted[i]:.4g}",
-                _cosine(total.cosines[i]),
+                _shown_cosine(total.cosines[i]),
             )
         )
     leaves = [("leaf", "entries", "displacement", "disputed", "kept", "flipped", "cosine")]
@@ -289,10 +289,10 @@ def _text(report: Report) -> str:
                 leaf.path,
                 str(leaf.entries),
                 f"{leaf.displacement:.4g}",
-                _share(leaf.disputed, leaf.entries),
-                " ".join(_share(x, leaf.entries) for x in leaf.kept),
-                " ".join(_share(x, y) for x, y in zip(leaf.flipped, leaf.kept, strict=True)),
-                " ".join(map(_cosine, leaf.cosines)),
+                _percent(leaf.disputed, leaf.entries),
+                " ".join(_percent(x, leaf.entries) for x in leaf.kept),
+                " ".join(_percent(x, y) for x, y in zip(leaf.flipped, leaf.kept, strict=True)),
+                " ".join(map(_shown_cosine, leaf.cosines)),
             )
         )
     return "\n".join([*lines, "", _columns(models), "", _columns(leaves)])
@@ -302,15 +302,15 @@ def _counted(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
 
-def _share(part: Any, whole: Any) -> str:
+def _percent(part: Any, whole: Any) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
 def _part(part: Any, whole: Any) -> str:
-    return f"{part} ({_share(part, whole)})"
+    return f"{part} ({_percent(part, whole)})"
 
 
-def _cosine(x: Any) -> str:
+def _shown_cosine(x: Any) -> str:
     return "-" if np.isnan(x) else f"{x:.3f}"
 
 

@@ -80,8 +80,8 @@ def sce(
         variance = _variance((), edits)
         size = sum(leaf.size for leaf in jax.tree.leaves(variance))
         mask = top_mask(variance, count(density, size))
-        edits = [_selected((), (x, mask, variance)) for x in edits]
-    weights, infinite = _shares([tree.vdot(x, x) for x in edits])
+        edits = [_varying((), (x, mask, variance)) for x in edits]
+    weights, infinite = _energy_shares([tree.vdot(x, x) for x in edits])
     scale = _checks.poisoned(
         scale,
         infinite,
@@ -98,13 +98,13 @@ def _variance(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 @jax.jit
-def _shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array, ""]]:
+def _energy_shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array, ""]]:
     """Energies divided by their sum, and whether that is not finite."""
     total = functools.reduce(jnp.add, energies)
     return [x / jnp.where(total == 0, 1, total) for x in energies], ~jnp.isfinite(total)
 
 
 @tree.elementwise
-def _selected(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _varying(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, mask, variance = arrays
     return jnp.where(mask & (variance > 0), x, 0)

@@ -3,7 +3,7 @@ r"""TIES: the largest entries of task vectors, merged where they have the sign e
 from collections.abc import Sequence
 
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import each
+from wspace.merge.parts.numbers import share_of_each
 from wspace.merge.parts.trim import Kept, Scope, trim
 from wspace.merge.task import differences, siblings
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
@@ -75,7 +75,7 @@ def ties(
         [arXiv:2306.01708](https://arxiv.org/abs/2306.01708).
     """
     tuned, known = siblings(base, tuned, coefficients)
-    densities = each("density", density, len(tuned))
+    densities = share_of_each("density", density, len(tuned))
     edits = [
         trim(x, share, scope=scope, kept=kept)
         for x, share in zip(differences(base, tuned), densities, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import Wide, accumulator, matmul, placed_like, replicated
+from wspace._numerics import Wide, accumulator, fetched, matmul, placed_like, replicated
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Allow, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -149,14 +149,9 @@ def _refuse_known(faults: Sequence[Fault]) -> None:
     faults = [fault for fault in faults if not _checks.is_traced(fault.found)]
     if not faults:
         return
-    bad = np.asarray(_stacked([fault.found for fault in faults]))
+    bad = np.array(fetched([fault.found for fault in faults]))
     if bad.any():
         raise ValueError(faults[int(bad.argmax())].message())
-
-
-@jax.jit
-def _stacked(flags: Sequence[Array]) -> Array:
-    return jnp.stack(flags)
 
 
 def _where_sound(allowed: Allowed, faults: Sequence[Fault]) -> Allowed:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from wspace import _checks, tree
 from wspace._numerics import safe_sqrt, unstacked, with_nan_of
 from wspace.negative.allowance import Allowed, each_allowance, moved_by
-from wspace.negative.nearest import Mode, nearest_average, rounding_of
+from wspace.negative.nearest import HullMode, nearest_average, rounding_of
 from wspace.negative.sources import finite_length
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -48,7 +48,9 @@ def _heights(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     return [(x - center) * (inverse * normal) for x in points]
 
 
-def heights_of(guard: "Guard", normal: WeightsLike, inverse: Scalar | float, mode: Mode) -> Heights:
+def heights_of(
+    guard: "Guard", normal: WeightsLike, inverse: Scalar | float, mode: HullMode
+) -> Heights:
     """The heights of points along `inverse` times a normal, and what a guard asks of them."""
     radius, costs = guard.radius, guard.costs
     heights = _heights((inverse,), [*guard.points, guard.center, normal])
@@ -92,12 +94,12 @@ def checked_guard(
     radius: ScalarLike,
     name: str,
     normal: WeightsLike | None,
-    mode: Mode,
+    mode: HullMode,
     costs: Coefficients | None,
     allow: Allow | None,
 ) -> Guard:
     """The arguments, refused where they are bad; errors call the direction by `name`."""
-    _checks.one_of("mode", mode, get_args(Mode))
+    _checks.one_of("mode", mode, get_args(HullMode))
     given = {} if normal is None else {name: normal}
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     radius = _checks.above_zero("radius", radius)
@@ -145,7 +147,7 @@ def guard_hull(
     radius: ScalarLike,
     *,
     normal: WeightsLike | None = None,
-    mode: Mode = "convex",
+    mode: HullMode = "convex",
     costs: Coefficients | None = None,
     allow: Allow | None = None,
 ) -> list[Weights]:
@@ -247,7 +249,7 @@ def _raised(steps: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 
 
 def is_blocked(
-    asked: Heights, allowed: list[list[Allowed]] | None, mode: Mode
+    asked: Heights, allowed: list[list[Allowed]] | None, mode: HullMode
 ) -> Bool[Array, " k"]:
     """Which points would have to move along a normal of which their allowance leaves nothing."""
     if allowed is None:

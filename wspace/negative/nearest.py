@@ -14,7 +14,7 @@ from wspace._numerics import unstacked
 from wspace.cone.spectra import ratio
 from wspace.typing import Scalar, Weights, WeightsLike
 
-Mode: TypeAlias = Literal["convex", "affine"]
+HullMode: TypeAlias = Literal["convex", "affine"]
 
 
 class Nearest(NamedTuple):
@@ -30,13 +30,13 @@ class Nearest(NamedTuple):
 
 
 def nearest_average(
-    points: Sequence[WeightsLike], center: WeightsLike, mode: Mode, rounding: Scalar
+    points: Sequence[WeightsLike], center: WeightsLike, mode: HullMode, rounding: Scalar
 ) -> Nearest:
     """The nearest of all convex or of all affine averages of points."""
     seen = seen_from(points, center, rounding)
     foot, distance = nearest_in(seen.columns, rounding, mode)
     unit = ratio(foot, distance)
-    bound = jnp.min(_times(seen.columns.T, unit))
+    bound = jnp.min(_matvec(seen.columns.T, unit))
     *along, last = unstacked(unit)
     gap = last * seen.inverse
     coefficients = [c - gap * k for c, k in zip(along, seen.along, strict=True)]
@@ -69,7 +69,7 @@ class Seen(NamedTuple):
 
 
 def nearest_in(
-    columns: Float[Array, "k k"], rounding: Scalar, mode: Mode
+    columns: Float[Array, "k k"], rounding: Scalar, mode: HullMode
 ) -> tuple[Float[Array, " k"], Scalar]:
     """The average nearest to zero of points that are columns, and its norm; 0 up to `rounding`."""
     if mode == "affine":
@@ -77,7 +77,7 @@ def nearest_in(
         foot = jnp.where(is_last, columns[:, 0], 0)
     else:
         active = _active_set(jax.lax.stop_gradient(columns))
-        foot = _times(columns, _foot(columns, active))
+        foot = _matvec(columns, _foot(columns, active))
     distance = tree.norm(foot)
     within = distance <= rounding
     return jnp.where(within, 0, foot), jnp.where(within, 0, distance)
@@ -114,7 +114,7 @@ def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scal
     return Seen(jnp.stack(columns, axis=-1), frame, (start, center), along, inverse(0, left))
 
 
-def _times(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
+def _matvec(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -123,12 +123,12 @@ def _foot(columns: Float[Array, "k k"], active: Bool[Array, " k"]) -> Float[Arra
     count = columns.shape[-1]
     is_first = jnp.arange(count) == jnp.argmax(active)
     others = active & ~is_first
-    first = _times(columns, jnp.where(is_first, 1, 0).astype(columns.dtype))
+    first = _matvec(columns, jnp.where(is_first, 1, 0).astype(columns.dtype))
     edges = jnp.where(others, columns - first[:, None], 0)
     # A unit row for every column that takes no part makes the least squares problem regular.
     system = jnp.concatenate([edges, jnp.diag(jnp.where(others, 0, 1).astype(columns.dtype))])
     q, r = jnp.linalg.qr(system)
-    right = -_times(q[:count].T, first)
+    right = -_matvec(q[:count].T, first)
     solution = jax.scipy.linalg.solve_triangular(r, right[:, None])[:, 0]
     return jnp.where(is_first, 1 - jnp.sum(jnp.where(is_first, 0, solution)), solution)
 
@@ -150,8 +150,8 @@ def _active_set(columns: Float[Array, "k k"]) -> Bool[Array, " k"]:
         foot = _foot(columns, active)
         inside = jnp.all(~active | (foot > 0))
         # Inside, the column that points back the most comes in; else the first to vanish goes.
-        nearest = _times(columns, foot)
-        heights = _times(columns.T, nearest)
+        nearest = _matvec(columns, foot)
+        heights = _matvec(columns.T, nearest)
         lowest = jnp.argmin(jnp.where(active, jnp.inf, heights))
         size = jnp.sum(nearest**2)
         better = ~active[lowest] & (size - heights[lowest] > unit * jnp.sqrt(size))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from wspace import _checks, geometry, tree
 from wspace._records import Solution
 from wspace.negative.hull import checked_guard, heights_of, is_blocked
-from wspace.negative.nearest import Mode
+from wspace.negative.nearest import HullMode
 from wspace.typing import Allow, Coefficients, ScalarLike, WeightsLike
 
 __all__ = ["guard_normal"]
@@ -21,7 +21,7 @@ def guard_normal(
     avoid: WeightsLike,
     radius: ScalarLike,
     *,
-    mode: Mode = "convex",
+    mode: HullMode = "convex",
     costs: Coefficients | None = None,
     allow: Allow | None = None,
     start: WeightsLike | None = None,
@@ -96,7 +96,7 @@ def guard_normal(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "steps"))
+@jax.jit(static_argnames=("mode", "steps"))
 def _descend(guard, rtol, mode, steps):
     radius, costs = guard.radius, guard.costs
     start = tree.combine((guard.inverse,), (guard.normal,), rounded=False)

@@ -34,7 +34,7 @@ from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, Weig
 __all__ = ["exit_ball", "retarget"]
 
 
-def _edits(a: Numbers, c: Numbers, allowed: Sequence[Allowed], d: Array) -> list[Array]:
+def _least_edits(a: Numbers, c: Numbers, allowed: Sequence[Allowed], d: Array) -> list[Array]:
     r"""The edits of one leaf that shift the average by `d` at least cost.
 
     With $P_i = F_i F_i^\top$ they are $F_i y_i / \sqrt{c_i}$ for the $y$ of least norm with
@@ -132,8 +132,8 @@ def retarget(
     moves, left = [], []
     for row, goal, column in zip(rows, leaves, zip(*allowed, strict=True), strict=True):
         shift = _shift(a, [*row, goal])
-        edits = _edits(seen.a, seen.c, column, shift)
-        left.append(tree.norm(_beyond(a, [shift, *edits])))
+        edits = _least_edits(seen.a, seen.c, column, shift)
+        left.append(tree.norm(_unreached(a, [shift, *edits])))
         moves.append(edits)
     missing = tree.norm(left)
     eps = jnp.finfo(seen.distance.dtype).eps
@@ -170,7 +170,7 @@ def _shift(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _beyond(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _unreached(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     shift, *edits = arrays
     return shift - average_of(a, edits)
 
@@ -311,7 +311,7 @@ def exit_ball(
         shares = _checks.unpacked(seen.a**2 / seen.c)
         moved = _average(shares, moves)
         step = tree.norm(moved)
-        along = _along(a, [*points, avoid, moved])
+        along = _shift_along(a, [*points, avoid, moved])
         zero = jnp.zeros((), step.dtype)
         sizes = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
         largest = sum(w * p for w, p in zip(shares, sizes, strict=True))
@@ -363,6 +363,6 @@ def _average(shares: Sequence[Scalar], moves: Sequence[Array]) -> Array:
 
 
 @tree.reduction
-def _along(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _shift_along(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     *points, avoid, moved = arrays
     return (average_of(a, points) - avoid) * moved

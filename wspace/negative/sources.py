@@ -48,7 +48,7 @@ def average_of(a: Sequence[Scalar], points: Sequence[Array]) -> Array:
 
 
 @tree.reduction
-def _squares(a: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+def _squares_and_products(a: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     points, (center, *ways) = arrays[: len(a)], arrays[len(a) :]
     apart = average_of(a, points) - center
     products = [x * x for x in (apart, center, *points)]
@@ -66,7 +66,7 @@ def sources(
     a = _checks.affine(coefficients, len(points))
     c = _checks.positive("costs", costs, len(points))
     ways = [] if direction is None else [direction]
-    squares = _squares(_checks.unpacked(a), [*points, center, *ways])
+    squares = _squares_and_products(_checks.unpacked(a), [*points, center, *ways])
     a, c = (x if isinstance(x, np.ndarray) else x.astype(squares.dtype) for x in (a, c))
     count = len(points) + 2
     distance, norm, *norms = unstacked(safe_sqrt(squares[:count]))

@@ -32,7 +32,7 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Sides", "attenuate", "erase_keeping"]
 
-Mode: TypeAlias = Literal["orthogonal", "oblique"]
+ErasureMode: TypeAlias = Literal["orthogonal", "oblique"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +61,7 @@ class Sides:
 _KINDS = "a number or a matrix at each leaf"
 
 
-def _unit(basis: Sequence[WeightsLike]) -> float:
+def _coarsest_eps(basis: Sequence[WeightsLike]) -> float:
     """Machine epsilon of the coarsest leaf."""
     dtypes = [jnp.asarray(q).dtype for q in jax.tree.leaves(basis)]
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
@@ -185,7 +185,7 @@ def attenuate(
     if isinstance(basis, Sides):
         return _sided_away(basis, gain, list(trees.values()))
     gram = geometry.inner_products(vectors)
-    gain = _where_orthonormal(_checks.floating(gain), gram, _unit(basis), "basis")
+    gain = _where_orthonormal(_checks.floating(gain), gram, _coarsest_eps(basis), "basis")
     parts = _parts(len(vectors))((), [*vectors, *trees.values()])
     return _attenuated([-gain * part for part in unstacked(parts)], [point, *vectors])
 
@@ -264,13 +264,13 @@ def _coordinates(
     return basis, jnp.stack(rows)
 
 
-@functools.partial(jax.jit, static_argnames="mode")
+@jax.jit(static_argnames="mode")
 def _erased(
     x: Float[Array, "1 m"],
     erase: Float[Array, "p m"],
     keep: Float[Array, "q m"],
     cut: Scalar,
-    mode: Mode,
+    mode: ErasureMode,
 ) -> tuple[Float[Array, "1 m"], Scalar, Scalar]:
     """What to take away, the least sine of erase against keep, and the share that stays."""
     rounding = 64 * jnp.finfo(x.dtype).eps  # of directions, which have unit length
@@ -316,7 +316,7 @@ def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Arra
     return factors
 
 
-def _times(factors: Sequence[Array], x: Weights) -> Weights:
+def _each_times(factors: Sequence[Array], x: Weights) -> Weights:
     leaves, structure = jax.tree.flatten(x)
     return structure.unflatten(
         f * leaf
@@ -331,7 +331,7 @@ def erase_keeping(
     erase: Sequence[WeightsLike],
     keep: Sequence[WeightsLike],
     *,
-    mode: Mode = "orthogonal",
+    mode: ErasureMode = "orthogonal",
     inverse_metric: PyTree | None = None,
     rtol: ScalarLike | None = None,
 ) -> Weights:
@@ -410,7 +410,7 @@ def erase_keeping(
         equation XAX = X, and relations between oblique and orthogonal projectors*, SIAM Journal
         on Applied Mathematics 26, 1974.
     """
-    _checks.one_of("mode", mode, get_args(Mode))
+    _checks.one_of("mode", mode, get_args(ErasureMode))
     if rtol is not None:
         rtol = _checks.between("rtol", rtol, 0, 1)
     erase = _checks.listed("erase", erase)
@@ -421,9 +421,9 @@ def erase_keeping(
     white, directions = point, [*keep, *erase]
     factors = None if inverse_metric is None else _whitening(inverse_metric, point)
     if factors is not None:
-        white = _times([inverse for _, inverse in factors], tree.upcast(point))
+        white = _each_times([inverse for _, inverse in factors], tree.upcast(point))
         across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
-        directions = [_times(across, tree.upcast(x)) for x in directions]
+        directions = [_each_times(across, tree.upcast(x)) for x in directions]
     basis, rows = _coordinates(directions)
     x = jnp.stack([tree.vdot(q, white) for q in basis])[None]
     cut = jnp.asarray(jnp.finfo(x.dtype).eps ** 0.5 if rtol is None else rtol).astype(x.dtype)
@@ -440,5 +440,5 @@ def erase_keeping(
     )
     change = tree.weighted_sum(unstacked(removed), basis)
     if factors is not None:
-        change = _times([f for f, _ in factors], change)
+        change = _each_times([f for f, _ in factors], change)
     return tree.weighted_sum((1, -1), (point, change))

@@ -3,7 +3,6 @@
 A pass over the entries counts for seven pivots at once; the key is then between two of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -94,14 +93,14 @@ def inside(found: Bracket, need: Count) -> tuple[Count, Count]:
     return less(need, found.high_count), less(found.low_count, found.high_count)
 
 
-@functools.partial(jax.jit, static_argnames="exact")
+@jax.jit(static_argnames="exact")
 def begun(height: Any, total: Count, need: Count, pivots: Array | None, exact: bool) -> State:
     """The state before any pass: all keys below a height, and first pivots if there are any."""
     whole = Bracket(jnp.zeros_like(height), jnp.asarray(height), total, jnp.zeros_like(total))
     return _aimed(whole, need, exact, pivots)
 
 
-@functools.partial(jax.jit, static_argnames="exact")
+@jax.jit(static_argnames="exact")
 def step(state: State, counts: Count, need: Count, exact: bool) -> State:
     """The state after a pass that counted how many entries reach each pivot."""
     low, high, low_count, high_count = state.bracket

@@ -66,7 +66,7 @@ def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
     return bracket.picked(parts[0], need, np.float32(size))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jax.jit(static_argnums=(1, 2))
 def _sample(x: Array, stride: int, wide: Wide) -> UInt[Array, " sample"]:
     return code(x.reshape(-1)[::stride], wide)
 
@@ -85,7 +85,7 @@ def _counts(
     return jnp.asarray(total)
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@jax.jit(static_argnums=6)
 def _leaf_counts(
     others: Count,
     x: Array,

@@ -52,7 +52,9 @@ def last_by_sifting(leaves: Sequence[Any], need: Count) -> Keys:
     wide, size = accumulator(*(leaf.dtype for leaf in leaves)), sum(leaf.size for leaf in leaves)
     if not size:
         return Keys(np.asarray(0).astype(codes_of(wide).dtype), np.uint32(0), np.uint32(0))
-    code, leaf, place = _last([tree.lazily(leaf, wide) for leaf in leaves], bracket.known(need))
+    code, leaf, place = _last_sifted(
+        [tree.lazily(leaf, wide) for leaf in leaves], bracket.known(need)
+    )
     return Keys(
         np.asarray(code).astype(codes_of(wide).dtype),
         np.uint32(len(leaves) - 1 - leaf),
@@ -60,7 +62,7 @@ def last_by_sifting(leaves: Sequence[Any], need: Count) -> Keys:
     )
 
 
-def _last(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
+def _last_sifted(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
     """The code of the last of the `need` largest entries, its leaf by index, its place there."""
     size = sum(leaf.size for leaf in leaves)
     parts = [
@@ -75,7 +77,7 @@ def _last(leaves: Sequence[Lazy], need: int) -> tuple[int, int, int]:
             sample = np.concatenate([codes[:: max(size // SAMPLE, 1)] for codes in held])
             read, independent = held.__getitem__, len(sample)
         else:
-            sample, independent = _runs(leaves)
+            sample, independent = _sampled_runs(leaves)
 
             def read(k: int) -> np.ndarray:
                 return _codes(parts[k].read())
@@ -117,7 +119,7 @@ def _bounds(
     return int(state.bracket.low), int(state.bracket.high)
 
 
-def _runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
+def _sampled_runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
     """The codes of runs of entries from everywhere, and how many of them count as independent."""
     samples, count = [], 0
     for x in leaves:

@@ -54,7 +54,7 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
         >>> selection.kth_magnitude({"w": jnp.array([3.0, -5.0]), "b": jnp.array([4.0])}, 2)
         Array(4., dtype=float32)
     """
-    leaves, size = _entries(x)
+    leaves, size = _counted_leaves(x)
     need, below, above = _asked(k, 1, size)
     kth = _kth_value if any(isinstance(leaf, Lazy) for leaf in leaves) else _kth
     magnitude = kth(leaves, need)
@@ -65,7 +65,7 @@ def _kth_value(leaves: Sequence[Any], need: Count) -> Scalar:
     return _magnitude(_last(leaves, need, exact=True).code, _wide(leaves))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit(static_argnums=1)
 def _magnitude(key: Array, wide: Wide) -> Scalar:
     magnitude = lax.bitcast_convert_type(key, wide)
     return jnp.where(jnp.isnan(magnitude), jnp.nan, magnitude)  # the quiet one
@@ -139,7 +139,7 @@ def _kept(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) -> Arra
 
 def _compared(x: WeightsLike, k: Any) -> tuple[Keys, tuple[WeightsLike], list[PyTree]]:
     """What entries are compared with to tell whether they are among the k of largest magnitude."""
-    leaves, size = _entries(x)
+    leaves, size = _counted_leaves(x)
     need, nothing, _ = _asked(k, 0, size)
     above = np.asarray(-1).astype(codes_of(_wide(leaves)).dtype)  # all codes
     if _checks.is_traced(nothing):
@@ -205,7 +205,7 @@ def _is_sorted(leaf: Any) -> bool:
     return not isinstance(leaf, Lazy) and leaf.size <= FEW and not axes(jnp.asarray(leaf))
 
 
-def _entries(x: WeightsLike) -> tuple[list[Any], int]:
+def _counted_leaves(x: WeightsLike) -> tuple[list[Any], int]:
     _checks.same_layout(x=x)
     leaves = jax.tree.leaves(x)
     for leaf in leaves:
@@ -251,7 +251,7 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
             size = leaves[0].size
             return last_by_sorting(_joined(leaves, wide, size), first_place(size), need)
         return _in_one_program(leaves, tuple(leaf.size for leaf in leaves), need, exact)
-    runs = _runs(leaves)
+    runs = _neighbors(leaves)
     sizes = [sum(leaves[i].size for i in run) for run in runs]
     blocks = [
         _joined([leaves[i] for i in run], wide, 1 << (size - 1).bit_length() if size else 1)
@@ -265,10 +265,10 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
         last = _in_one_program(blocks, tuple(sizes), need, exact)
     else:
         last = last_by_counting(blocks, sizes, need, exact)
-    return last if exact or len(runs) == len(leaves) else _apart(last, leaves, runs)
+    return last if exact or len(runs) == len(leaves) else _unjoined(last, leaves, runs)
 
 
-def _runs(leaves: Sequence[Array]) -> list[list[int]]:
+def _neighbors(leaves: Sequence[Array]) -> list[list[int]]:
     """The indices of leaves that are joined: of neighbours that are small, or of one."""
 
     def key(i: int) -> Any:
@@ -278,7 +278,7 @@ def _runs(leaves: Sequence[Array]) -> list[list[int]]:
     return [list(run) for _, run in itertools.groupby(range(len(leaves)), key)]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jax.jit(static_argnums=(1, 2))
 def _joined(leaves: Sequence[Array], wide: Wide, length: int) -> Array:
     """The codes of leaves as one flat array, with zeros behind it."""
     codes = [code(leaf.reshape(-1), wide) for leaf in leaves]
@@ -286,14 +286,14 @@ def _joined(leaves: Sequence[Array], wide: Wide, length: int) -> Array:
     return jnp.concatenate([*codes, jnp.zeros(missing, codes[0].dtype)])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@jax.jit(static_argnums=(1, 3))
 def _in_one_program(
     leaves: Sequence[Array], sizes: tuple[int, ...], need: Count, exact: bool
 ) -> Keys:
     return last_by_counting(leaves, sizes, need, exact)
 
 
-def _apart(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]) -> Keys:
+def _unjoined(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]) -> Keys:
     """The keys of an entry of leaves, by those of the same entry of joined ones."""
     run = runs[len(runs) - 1 - int(last.number)] if len(runs) > 1 else runs[0]
     ends = np.cumsum([leaves[i].size for i in run], dtype=np.uint32)

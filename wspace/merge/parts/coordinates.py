@@ -59,13 +59,13 @@ def in_coordinates(
 def of_outputs(row: Sequence[Leaf | LowRank]) -> Coordinates:
     """The outputs of all edits in a basis that they share."""
     if any(not isinstance(x, LowRank) and jnp.ndim(x) < 2 for x in row):
-        return _dense(row)
+        return _all_dense(row)
     matrices = [x if isinstance(x, LowRank) else lowrank.as_matrix(x) for x in row]
     basis = _span([_turned(x) for x in matrices])
     seen = [product(_whole(x), basis) for x in matrices]
     if all(isinstance(x, LowRank) for x in row):
         return seen, lambda merged: LowRank(merged, basis)
-    _, back = _dense(row)
+    _, back = _all_dense(row)
     return seen, lambda merged: back(matmul(merged, transposed(basis)))
 
 
@@ -73,13 +73,13 @@ def of_cores(row: Sequence[Leaf | LowRank]) -> Coordinates:
     """The cores of adapters between two bases that they share."""
     edits = [x for x in row if isinstance(x, LowRank)]
     if len(edits) < len(row):
-        return _dense(row)
+        return _all_dense(row)
     left, right = _span(edits), _span([_turned(x) for x in edits])
     seen = [product(product(transposed(left), x), right) for x in map(_whole, edits)]
     return seen, lambda merged: LowRank(matmul(left, merged), right)
 
 
-def _dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
+def _all_dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
     """A leaf that is dense in one of the edits, in all of them."""
     like = jnp.asarray(next(x for x in row if not isinstance(x, LowRank)))
 

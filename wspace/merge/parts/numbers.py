@@ -26,7 +26,7 @@ def part(name: str, value: Any) -> float:
     return float(value)
 
 
-def each(name: str, value: Any, models: int) -> list[float]:
+def share_of_each(name: str, value: Any, models: int) -> list[float]:
     """A share above 0 and up to 1 for each model, given as one number for all or one a model."""
     if not hasattr(value, "__len__") or np.shape(value) == ():
         return [_checks.share(name, value)] * models
