@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: The words after `wspace`; those of this process if not given.
+        arguments: The words after `wspace`; the arguments of this process if not given.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 misused.

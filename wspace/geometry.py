@@ -257,7 +257,7 @@ def _crossed(count: int, others: int) -> Callable[..., Array]:
 
 
 def pairs(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    """The products of all pairs, those of an array with itself included, by `symmetric`'s rows."""
+    """The products of all pairs, squares included, in the order that `symmetric` takes."""
     return [x * y for i, x in enumerate(arrays) for y in arrays[i:]]
 
 

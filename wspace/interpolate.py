@@ -233,7 +233,7 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
 
     Args:
         points: The $\theta_i$, trees of one layout, at least one.
-        t: Position along the chain. The derivative in it at a bend is that of the segment which
+        t: Position along the chain. The derivative at a bend is the slope of the segment which
             begins there.
 
     Returns:

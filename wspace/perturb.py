@@ -179,7 +179,7 @@ def filter_normalize(direction: WeightsLike, like: WeightsLike) -> Weights:
     are set to zero, as by Li et al.
 
     Rescaling a filter of the weights, which changes no output where a normalization follows,
-    rescales that of the direction, so that pictures of a loss along such directions can be
+    rescales the filter of the direction, so that pictures of a loss along such directions can be
     compared between models. The length of the direction does not matter, and matrices of
     weights are their own normalization.
 

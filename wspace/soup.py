@@ -27,7 +27,7 @@ class Soup(NamedTuple):
     Attributes:
         weights: The mean of the members.
         members: Their positions among the points, in the order in which they were added.
-        scores: The score of the mean after each was added, which rises; the last is that of
+        scores: The score of the mean after each was added, which rises; the last is the score of
             `weights`.
         alone: The score of each point by itself, in the order of the points.
     """
@@ -64,9 +64,9 @@ def greedy_soup(score: Callable[[Weights], Any], points: Sequence[WeightsLike]) 
     $$
 
     for $i$ in the order of falling score, the first of equal points first, from the best point
-    alone. The score of the result is at least that of every point, which that of the mean of all
-    points need not be. Takes $2n - 1$ evaluations for $n$ points, and beside them holds two more
-    in memory, in float32 at least.
+    alone. The result scores at least as well as every point, which the mean of all points need not.
+    Takes $2n - 1$ evaluations for $n$ points, and beside them holds two more in memory, in float32
+    at least.
 
     Args:
         score: The $f$, a function of weights that returns one number, higher for better weights.

@@ -278,7 +278,7 @@ def _reduced(terms: Any, kind: str, wide: Any) -> Array:
 
 @jax.jit(static_argnums=(1, 2))
 def _together(parts: Sequence[Array], kind: str, wide: Any) -> Array:
-    """The numbers of all leaves made of those of each, in pairs."""
+    """The numbers of each leaf, combined in pairs into the numbers of all."""
     rows = jnp.stack([part.astype(wide) for part in parts])
     while len(rows) > 1:
         even = len(rows) // 2 * 2
@@ -358,7 +358,7 @@ def upcast(x: WeightsLike) -> Weights:
 
 
 def widened(*trees: PyTree) -> list[Any]:
-    """Small arrays of any layouts in one dtype, that of arithmetic on all of them together."""
+    """Small arrays of any layouts in one dtype, in which arithmetic on all of them runs."""
     leaves = jax.tree.leaves(trees)
     wide = accumulator(*(leaf.dtype for leaf in leaves))
     return [jax.tree.map(lambda leaf: _cast(leaf, wide), x) for x in trees]
@@ -459,7 +459,7 @@ def norm(x: WeightsLike) -> Scalar:
 
     Returns:
         A scalar in at least float32, $0$ for a tree without entries; its gradient at the zero
-        tree is zero. The range is that of [`vdot`][wspace.tree.vdot].
+        tree is zero. The range is the same as for [`vdot`][wspace.tree.vdot].
 
     Raises:
         TypeError: If a leaf is not floating-point.
@@ -569,7 +569,7 @@ def _finished(steps: Generator[Any, Any, Any], solved: Any) -> Any:
 
 
 def _run_together(several: Sequence[Generator[Any, Any, Any]]) -> list[Any]:
-    """The results of several runs of one function, those of numbers of one dtype solved at once."""
+    """The results of several runs of one function, solved at once where numbers share a dtype."""
     asked = [next(steps) for steps in several]
     alike: dict[Any, list[int]] = {}
     for i, (_, numbers) in enumerate(asked):

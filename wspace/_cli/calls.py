@@ -78,7 +78,7 @@ class Recipe:
         return entry.whole or taken.get("scope") == "tree" or election.zero == "majority"
 
     def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options as the function takes them: those of a preset, with what is given in place."""
+        """Options as the function takes them: what is given, and for the rest the preset's."""
         given = dict(options)
         preset = given.pop("preset", None)
         if self.table.entry.per_tensor:

@@ -118,7 +118,7 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
 def _angles(norms: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Angles from norms and distances, by half angles, in which no small one is lost.
 
-    Zero where a norm is, as that of `geometry.angle`.
+    Zero where a norm is zero, like `geometry.angle`.
     """
     sums, differences = norms[:, None] + norms, norms[:, None] - norms
     sine = np.sqrt(np.maximum(squares - differences**2, 0))

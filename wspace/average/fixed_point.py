@@ -31,8 +31,8 @@ def solved(
 
     Returns it with its residual, the steps taken and whether the residual is below `tol`.
 
-    Every function takes `w` and the data; `gap` vanishes at the solution. The derivatives are
-    those of two more steps of Newton's method there, the true ones up to third order.
+    Every function takes `w` and the data; `gap` vanishes at the solution. The derivatives are taken
+    through two more steps of Newton's method there, the true ones up to third order.
     """
     frozen = jax.lax.stop_gradient(data)
     slack = 8 * jnp.finfo(start.dtype).eps

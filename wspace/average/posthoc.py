@@ -248,7 +248,7 @@ def _inner(p: Profile | np.ndarray, q: Profile | np.ndarray) -> float:
 
 
 def _growth(p: Profile, ratio: float) -> float:
-    """How much of a power on all of [0, stop] lies above the given share of it."""
+    """The share of the integral of a power over [0, stop] that lies above `ratio * stop`."""
     return -math.expm1((p.exponent + 1) * math.log(ratio)) if ratio > 0 else 1.0
 
 

@@ -265,7 +265,7 @@ def _layers(file: Path) -> Iterator[tuple[str, bool, Array, Array]]:
 
 
 def _setting(config: Mapping[str, Any], layer: str, field: str, patterns: str) -> Any:
-    """A number of a layer: that of the first pattern that matches it, else that of all layers."""
+    """A number of a layer, by the first pattern that matches its name, else the one for all."""
     given = config.get(patterns) or {}
     if not isinstance(given, dict):
         raise ValueError(f"{patterns} of {_CONFIG} must map from patterns to numbers, got {given}")

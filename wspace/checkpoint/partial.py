@@ -147,7 +147,7 @@ class Journal:
 
 @contextlib.contextmanager
 def flushing(target: Path, numbers: Collection[int]) -> Generator[Callable[[int], None]]:
-    """Has open files written to disk while they grow, lest all of it wait for the end.
+    """Has open files written to disk while they grow, so that little is left to write at the end.
 
     What it gives is to be told how many bytes were written. An error of the disk is raised when
     the block ends: the system says it only once.
@@ -239,7 +239,7 @@ def refuse_existing(target: Path, force: bool, is_file: bool) -> None:
 
 
 def place(partial: Path, target: Path, is_file: bool) -> None:
-    """Puts what was written in place of the output at once, all of it being on disk."""
+    """Puts what was written, all on disk by now, in place of the output in one step."""
     data, old = partial / "data", partial / "old"
     for file in sorted(data.iterdir()):
         synced(file)

@@ -94,7 +94,7 @@ def joined(parts: Iterable[tuple[int, int, int]]) -> list[list[int]]:
 
 
 def is_whole(shares: list[Share], nbytes: int) -> bool:
-    """Whether what the processes wrote of a tensor is all of it, once."""
+    """Whether the processes together wrote every entry of a tensor exactly once."""
     shared = [share for share in shares if isinstance(share, int)]
     ranges = sorted(x for share in shares if not isinstance(share, int) for x in share)
     if shared:

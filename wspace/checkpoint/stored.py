@@ -52,7 +52,7 @@ class Stored:
 
     Attributes:
         name: Its name.
-        dtype: Its dtype in NumPy; one that NumPy lacks, such as bfloat16, is that of JAX.
+        dtype: Its dtype in NumPy; one that NumPy lacks, such as bfloat16, is JAX's.
         shape: Its shape.
         file: The file that it is in.
         offset: Its first byte in the file.
@@ -394,7 +394,7 @@ def _only(folder: Path, names: list[str]) -> str:
 
 
 def _index(file: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says it; every name is that of a file beside it."""
+    """The file of each tensor, as an index says it; every name is of a file beside the index."""
     with header.opened(file) as stream:
         text = stream.read(_LONGEST + 1)
     try:

@@ -86,7 +86,7 @@ class Rank:
     matrix a slice. The nearest edit cuts every matrix to its $r$ largest singular values.
 
     Args:
-        rank: The rank $r \ge 0$; above that of a matrix it leaves nothing.
+        rank: The rank $r \ge 0$; above the rank of a matrix nothing is left.
     """
 
     rank: int

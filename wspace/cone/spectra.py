@@ -80,7 +80,7 @@ def pooled(spectra: Spectra) -> Float[Array, " n"]:
 
 
 def norm_and_tail(spectra: Spectra, kept: Spectra) -> tuple[Scalar, Scalar]:
-    """The norm of an edit with the singular values kept, and that of what it leaves."""
+    """The norm of the singular values kept, and the norm of the rest."""
     left = [s - k for s, k in zip(spectra, kept, strict=True)]
     return tree.norm(kept), tree.norm(left)
 

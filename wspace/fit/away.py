@@ -126,8 +126,8 @@ def clipped(loss: KeyedLoss, most: ScalarLike, *, keyed: bool = False) -> Away:
     Args:
         loss: The loss $L$ that is to be high, a function of the weights, or of the weights and a
             key.
-        most: The loss $\gamma$ above which there is nothing more to gain; for a cross-entropy
-            over $n$ classes, that of chance is $\log n$.
+        most: The loss $\gamma$ above which there is nothing more to gain; a cross-entropy over $n$
+            classes is $\log n$ at chance.
         keyed: Whether the loss takes a key.
 
     Returns:
@@ -213,9 +213,9 @@ def npo(
     -\beta \log \frac{p_j(\theta)}{p_j(\theta_{\mathrm{ref}})} \right) \ge 0
     $$
 
-    Negative preference optimization. At the reference its gradient is that of ascent on the mean
-    loss, and it fades as the examples become unlikely; as $\beta \to 0$ it is ascent everywhere,
-    up to a constant.
+    Negative preference optimization. At the reference it has the gradient of ascent on the mean
+    loss, and it fades as the examples become unlikely; as $\beta \to 0$ it is ascent everywhere, up
+    to a constant.
 
     Args:
         losses: The negative log-likelihoods $-\log p_j$ `(n,)`, one an example, a function of the

@@ -94,8 +94,8 @@ def invert(
         key: A random key, from which the loss gets one a step.
         loss: The loss $L$, a function of the embedding, or of the table if there is one; or of
             that and a key.
-        start: The embedding $e_0$ to start at, such as that of a coarse word: `(d,)`, or `(k, d)`
-            for several rows of a table, or any tree if there is no table.
+        start: The embedding $e_0$ to start at, such as the embedding of a coarse word: `(d,)`, or
+            `(k, d)` for several rows of a table, or any tree if there is no table.
         keyed: Whether the loss takes a key, which decides the batch.
         table: The embeddings of the model, one a row.
         rows: Which row or rows of the table to replace; given with a table, and only then.

@@ -74,7 +74,7 @@ class _Merge:
 
 @jax.jit
 def _merged_leaf(c: Float[Array, "k ..."], base: Array, *tuned: Array) -> Array:
-    """One leaf in the dtype of arithmetic, a coefficient for all of it or one a row."""
+    """One leaf in the dtype of arithmetic, with one coefficient a model, or one a model and row."""
     wide = accumulator(base.dtype, *(x.dtype for x in tuned))
     shares = [x[..., None] if x.ndim else x for x in c.astype(wide)]
     origin = base.astype(wide)

@@ -15,7 +15,7 @@ __all__ = ["Unified", "emr", "emr_model"]
 
 
 class Unified(NamedTuple):
-    """One edit for several tasks, and what takes each of them out of it.
+    """One edit for several tasks, with the masks and scales that recover each task's own edit.
 
     Attributes:
         edit: The unified task vector, in at least float32.

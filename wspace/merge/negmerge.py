@@ -24,7 +24,7 @@ def negmerge(
     $$
 
     The models are trained on what is to be forgotten, each with other settings; an entry in which
-    one of them does not move, or moves the other way, stays that of the base. One model is
+    one of them does not move, or moves the other way, keeps the value of the base. One model is
     [`task_arithmetic`][wspace.merge.task_arithmetic] with coefficient $-\lambda$. Permuting the
     models changes rounding alone, negating all task vectors negates the displacement exactly.
 

@@ -220,7 +220,7 @@ def _square_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array
 
 
 def _sums(size: int, counts: np.ndarray, squares: np.ndarray) -> _LeafSums:
-    """The figures of a leaf by name, in types that hold those of many leaves."""
+    """The figures of a leaf by name, in types wide enough for sums over many leaves."""
     k = len(squares) // 4
     counts, squares = counts.astype(np.int64), squares.astype(np.float64)
     moved, kept, agreed, flipped = counts[: 4 * k].reshape(4, k)

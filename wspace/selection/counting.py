@@ -22,7 +22,7 @@ SAMPLE = 2**14  # entries whose quantiles are the first pivots
 
 
 def wide_of(leaves: Sequence[Array]) -> Wide:
-    """The dtype of arithmetic on leaves, or that of which they are codes."""
+    """The dtype of arithmetic on leaves, or the dtype whose codes the leaves hold."""
     double = [jnp.float64 if x.dtype == np.uint64 else x.dtype for x in leaves]
     return accumulator(*double)
 
@@ -95,7 +95,7 @@ def _leaf_counts(
     pivots: Array,
     wide: Wide,
 ) -> Count:
-    """The counts of other leaves, and those of this one added."""
+    """The counts of other leaves plus the counts of this one."""
 
     def local(
         x: Array, starts: Sequence[Array], first: Array, number: Array, keys: Any, pivots: Array

@@ -40,7 +40,7 @@ class _Range(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What reads some entries of a leaf, the index of the leaf, and that of the first entry."""
+    """A leaf by index, the place of a run's first entry in it, and what reads the run."""
 
     leaf: int
     start: int
@@ -100,7 +100,7 @@ def _bounds(
     need: int,
     size: int,
 ) -> tuple[int, int]:
-    """Two codes that are sure to have that of the entry between them, and few others."""
+    """Two codes with the code of the entry for sure between them, and few other codes."""
     dtype = read(0).dtype.type
     asked, total = bracket.count_of(need), bracket.count_of(size)
     state = bracket.begun(
@@ -136,7 +136,7 @@ def _sampled_runs(leaves: Sequence[Any]) -> tuple[np.ndarray, int]:
 
 
 def _guess(sample: np.ndarray, share: float, independent: int, top: int) -> _Range:
-    """The codes among which that of the k-th largest most likely is, for k as a share of all."""
+    """Two codes that most likely enclose the k-th largest, for k as a share of all."""
     sample = np.sort(sample)
     spread = DEVIATIONS * np.sqrt(share * (1 - share) / independent)
     below, above = ((1 - share + x) * len(sample) for x in (-spread, spread))

@@ -40,8 +40,8 @@ def kth_magnitude(x: WeightsLike, k: Any) -> Scalar:
         k: Which one, from 1 to $n$. It may be traced; a new one compiles nothing.
 
     Returns:
-        The magnitude, in at least float32; NaN if $k$ entries or more are NaN. Its derivative is
-            that of the entry, or the mean of those of several equal ones.
+        The magnitude, in at least float32; NaN if $k$ entries or more are NaN. It has the
+            derivative of that entry, or the mean of the derivatives of several equal ones.
 
     Raises:
         ValueError: If `k` is known and not from 1 to $n$ (NaN if traced), or a leaf has $2^{32}$
@@ -294,7 +294,7 @@ def _in_one_program(
 
 
 def _unjoined(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]) -> Keys:
-    """The keys of an entry of leaves, by those of the same entry of joined ones."""
+    """The keys of an entry among the leaves, from its keys among the joined runs."""
     run = runs[len(runs) - 1 - int(last.number)] if len(runs) > 1 else runs[0]
     ends = np.cumsum([leaves[i].size for i in run], dtype=np.uint32)
     number, place = _in_run(last.place, ends)
@@ -303,7 +303,7 @@ def _unjoined(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]
 
 @jax.jit
 def _in_run(place: Array, ends: Array) -> tuple[Array, Array]:
-    """How many leaves of a run come after that of an entry, and how many entries in it."""
+    """How many leaves of a run come after an entry's leaf, and how many entries after it there."""
     position = ends[-1] - 1 - place
     leaf = jnp.searchsorted(ends, position, side="right")
     number = jnp.uint32(len(ends) - 1) - leaf.astype(jnp.uint32)

@@ -113,7 +113,7 @@ def largest(tree: PyTree) -> float:
 
 
 def norm(weights: PyTree) -> float:
-    """The norm of all finite entries, as those of one vector."""
+    """The norm of all finite entries taken as one vector."""
     entries = vector(weights).astype(np.float64)
     return float(np.linalg.norm(entries[np.isfinite(entries)]))
 

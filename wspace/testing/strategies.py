@@ -293,7 +293,7 @@ def keys() -> SearchStrategy[jax.Array]:
 
 
 def _combined(near: Any, x: PyTree, far: Any, y: PyTree) -> PyTree:
-    """`near * x + far * y`, by NumPy, each leaf of the dtype and kind of that of `y`."""
+    """`near * x + far * y`, by NumPy, each leaf of the dtype and kind of `y`'s."""
 
     def combined(a: Any, b: Any) -> Any:
         entries = near * np.asarray(a, np.float64) + far * np.asarray(b, np.float64)
@@ -332,6 +332,6 @@ def _wide() -> bool:
 
 
 def canonical(dtype: Any, own: Any) -> np.dtype:
-    """The dtype asked for, or that of the layout, as far as JAX has it on."""
+    """The dtype asked for, or else the layout's, as far as JAX has it on."""
     chosen = float if dtype is None and own is None else own if dtype is None else dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(chosen))

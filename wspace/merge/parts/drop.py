@@ -84,6 +84,6 @@ def uniform(key: Array, leaf: Array) -> Float[Array, "*s"]:
 
 
 def norm_ratio(whole: Array, part: Array) -> Scalar:
-    """By how much the 1-norm of an array is larger than that of a part of it; 1 for nothing."""
+    """The 1-norm of an array divided by the 1-norm of a part of the array; 1 for nothing."""
     left = jnp.sum(jnp.abs(part))
     return jnp.where(left == 0, 1, jnp.sum(jnp.abs(whole)) / jnp.where(left == 0, 1, left))

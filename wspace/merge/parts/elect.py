@@ -37,9 +37,9 @@ class Election:
             for more, or `"count"`, their signs.
         weighted: Whether coefficients vote. If not, $v_i = 1$, and a negative coefficient does not
             turn the sign by which its model agrees.
-        zero: The sign where votes cancel or all are zero: `"zero"`, by which the entry is that of
-            the base; `"plus"`; or `"majority"`, the sign of $\sum_j \gamma_j$ over the whole tree,
-            minus if that is 0.
+        zero: The sign where votes cancel or all are zero: `"zero"`, by which the entry keeps the
+            value of the base; `"plus"`; or `"majority"`, the sign of $\sum_j \gamma_j$ over the
+            whole tree, minus if that is 0.
         divide: The number $N_j$: `"count"`, how many agree; `"weight"`, the sum of their
             coefficients, or 1 if that is 0; `"one"`, 1. With `"largest"` the largest of the terms
             that agree is taken alone.
