@@ -187,7 +187,8 @@ def reduction(
     def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
         """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
         like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
-        exact = jnp.issubdtype(jax.eval_shape(on_leaf, scalars, like, wide).dtype, jnp.integer)
+        terms = jax.eval_shape(lambda c, leaves: on_leaf(c, leaves, wide), scalars, like)
+        exact = jnp.issubdtype(terms.dtype, jnp.integer)
         if not exact and kind == "sum":
             return kernel(scalars, [_pieces.whole(row)], wide)[0]
         parts = [kernel(scalars, [part], wide)[0] for part in _pieces.entries(row)]
