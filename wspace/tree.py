@@ -93,6 +93,11 @@ def elementwise(
         places = [_places(leaves[0], start)] if placed else []
         result = formula([_number(c, wide) for c in scalars], _widened(leaves, wide), *places)
         if isinstance(result, list | tuple):
+            if len(result) > len(leaves):
+                raise ValueError(
+                    f"the formula returns {len(result)} arrays for {len(leaves)} trees, and each "
+                    "is rounded to the dtype of a tree: give as many trees, or take fewer"
+                )
             return [cast(x, like, wide) for x, like in zip(result, leaves, strict=False)]
         return cast(result, leaves[0], wide)
 
