@@ -41,7 +41,8 @@ def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
     """Which rows, of leaves of one shape in several trees, share a program: their indices.
 
     Large leaves have one of their own, and so have those of a shape that occurs often, that are
-    spread over devices, or that are traced. The others share programs, those on one device each.
+    spread over devices, or that are traced. The others share programs, those on one device each,
+    and lazy ones no program with those in memory.
     """
     if len(rows) == 1:
         return [[0]]
