@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.dtypes import canonicalize_dtype
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
@@ -81,7 +82,7 @@ def _nothing(x: WeightsLike) -> _Sums:
     """The sums before the first update."""
     zero = jax.tree.map(jnp.zeros_like, tree.upcast(x))
     mass = jnp.zeros((), accumulator(*(leaf.dtype for leaf in jax.tree.leaves(x))))
-    like = jax.tree.map(lambda leaf: jnp.zeros((0,), leaf.dtype), x)
+    like = jax.tree.map(lambda leaf: jnp.zeros(0, canonicalize_dtype(leaf.dtype)), x)
     return _Sums(jnp.zeros((), jnp.int32), (zero, mass), (zero, mass), like)
 
 
@@ -358,7 +359,7 @@ def window(length: int) -> Average:
         _checks.same_layout(weights=weights)
 
         def room(leaf: Any) -> Array:
-            zero = jnp.zeros_like(leaf, leaf.dtype)
+            zero = jnp.zeros_like(leaf, canonicalize_dtype(leaf.dtype))
             return jnp.broadcast_to(zero[None], (length, *zero.shape))
 
         return _Ring(jnp.zeros((), jnp.int32), jax.tree.map(room, weights))
