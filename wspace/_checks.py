@@ -185,6 +185,8 @@ def scalar(
         )
     if not is_traced(value):
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             known = float(value)
         except (OverflowError, TypeError, ValueError) as error:
             inside = "" if domain is None else f" {words}"
