@@ -27,13 +27,13 @@ from wspace import (
     lowrank,
     merge,
     negative,
-    selection,
     tree,
 )
 from wspace.__main__ import main
 from wspace._cli import methods, signatures
 from wspace._cli.words import Parser, size
 from wspace.checkpoint.writer import Writer
+from wspace.selection import top
 
 LAYOUT = {
     "steps": ((2,), np.int64),
@@ -169,8 +169,8 @@ def is_lazy(words):
 @pytest.mark.parametrize("words", [words for words in MERGES if is_lazy(words)])
 def test_a_merge_in_pieces_is_the_same(words, points, monkeypatch):
     monkeypatch.setattr(_lazy, "_LARGEST", 5)
-    monkeypatch.setattr(selection, "SMALL", 0)
-    monkeypatch.setattr(selection, "FEW", 0)
+    monkeypatch.setattr(top, "SMALL", 0)
+    monkeypatch.setattr(top, "FEW", 0)
     assert run("merge", words, "-o", "OUT") == 0
     assert_same("OUT", MERGES[words](SimpleNamespace(**points)))
 

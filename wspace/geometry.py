@@ -390,7 +390,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     """
     directions = _checks.listed("directions", directions)
     _checks.same_layout(**_checks.each("directions", directions))
-    basis, _ = _gram_schmidt(directions, _dependent("directions"))
+    basis, _ = _gram_schmidt(tree.in_one_dtype(*directions), _dependent("directions"))
     return [tree.cast_like(q, x) for q, x in zip(basis, directions, strict=True)]
 
 
@@ -550,8 +550,9 @@ def principal_angles(
     """
     left, right = _checks.listed("left", left), _checks.listed("right", right)
     _checks.same_layout(**_checks.each("left", left), **_checks.each("right", right))
-    p, _ = _gram_schmidt(left, _dependent("left"))
-    q, _ = _gram_schmidt(right, _dependent("right"))
+    directions = tree.in_one_dtype(*left, *right)
+    p, _ = _gram_schmidt(directions[: len(left)], _dependent("left"))
+    q, _ = _gram_schmidt(directions[len(left) :], _dependent("right"))
     if len(p) < len(q):
         p, q = q, p
     products, rests = zip(*(components(x, p) for x in q), strict=True)

@@ -364,10 +364,16 @@ def upcast(x: WeightsLike) -> Weights:
 
 
 def widened(*trees: PyTree) -> list[Any]:
-    """Small arrays of any layouts in one dtype, in which arithmetic on all of them runs."""
+    """Trees of any layouts in one dtype, in which arithmetic on all of them runs."""
     leaves = jax.tree.leaves(trees)
     wide = accumulator(*(leaf.dtype for leaf in leaves))
     return [jax.tree.map(lambda leaf: _cast(leaf, wide), x) for x in trees]
+
+
+def in_one_dtype(*trees: WeightsLike) -> list[Any]:
+    """Trees for several passes: as they are, or widened if arithmetic on them is in two dtypes."""
+    dtypes = {accumulator(leaf.dtype) for leaf in jax.tree.leaves(trees)}
+    return widened(*trees) if len(dtypes) > 1 else list(trees)
 
 
 def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:

@@ -129,10 +129,13 @@ def _leaf_allowance(
 
 
 def allowances(
-    entries: dict[str, PyTree | None], points: Sequence[WeightsLike]
+    entries: dict[str, PyTree | None], points: Sequence[WeightsLike], *others: WeightsLike
 ) -> list[list[Allowed]]:
-    """Per point and leaf where it may move, by trees of entries named as errors call them."""
-    wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(points)))
+    """Per point and leaf where it may move, by trees of entries named as errors call them.
+
+    In the dtype of arithmetic on the points and the other trees that are computed with.
+    """
+    wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves((points, others))))
     known: dict[Any, Any] = {}
     found = []
     for (name, given), point in zip(entries.items(), points, strict=True):
@@ -163,20 +166,28 @@ def _where_sound(allowed: Allowed, faults: Sequence[Fault]) -> Allowed:
     return allowed._replace(scale=scale)
 
 
-def each_allowance(allow: Allow, points: Sequence[WeightsLike]) -> list[list[Allowed]]:
+def each_allowance(
+    allow: Allow, points: Sequence[WeightsLike], *others: WeightsLike
+) -> list[list[Allowed]]:
     """`allowances` of an argument `allow` that has one entry a point."""
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
             f"weights or None, got {jax.tree.structure(allow)}"
         )
-    return allowances({f"allow[{i}]": entries for i, entries in enumerate(allow)}, points)
+    named = {f"allow[{i}]": entries for i, entries in enumerate(allow)}
+    return allowances(named, points, *others)
 
 
-def moved_by(allowed: Sequence[Allowed], x: Weights) -> Weights:
-    """$P x$, leaf by leaf."""
+def moved_by(allowed: Sequence[Allowed], x: WeightsLike) -> Weights:
+    """$P x$, leaf by leaf, in the dtype of the allowances."""
     leaves, structure = jax.tree.flatten(x)
-    return structure.unflatten([p @ leaf for p, leaf in zip(allowed, leaves, strict=True)])
+    return structure.unflatten(
+        [
+            p @ jnp.asarray(leaf).astype(p.scale.dtype)
+            for p, leaf in zip(allowed, leaves, strict=True)
+        ]
+    )
 
 
 def free_inputs(

@@ -89,7 +89,7 @@ def repel(
     strength = _checks.scalar("strength", strength)
     if allow is None:
         return _extrapolated((strength,), (point, point, avoid))
-    (allowed,) = allowances({"allow": allow}, [point])
+    (allowed,) = allowances({"allow": allow}, [point], avoid)
     away = tree.combine((1, -1), (point, avoid), rounded=False)
     return tree.weighted_sum((1, strength), (point, moved_by(allowed, away)))
 

@@ -57,7 +57,7 @@ def heights_of(
     if guard.allowed is None:
         reaches = jnp.ones_like(heights)
     else:
-        leaves = jax.tree.leaves(tree.upcast(normal))
+        leaves = [jnp.asarray(x).astype(heights.dtype) for x in jax.tree.leaves(normal)]
         squares = [[p.square(x) for p, x in zip(row, leaves, strict=True)] for row in guard.allowed]
         zero = jnp.zeros((), heights.dtype)
         reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares]) * inverse**2
@@ -135,7 +135,7 @@ def checked_guard(
             ~(length > 0), lambda: f"{name} is zero: give a direction to keep the points on"
         )
         inverse = 1 / jnp.where(length == 0, 1, length)
-    allowed = None if allow is None else each_allowance(allow, points)
+    allowed = None if allow is None else each_allowance(allow, points, avoid, normal)
     weights = jnp.asarray(c).astype(rounding.dtype)
     return Guard(list(points), avoid, radius, weights, allowed, normal, inverse, undefined)
 
@@ -235,7 +235,7 @@ def guard_hull(
     steps = unstacked(steps * guard.inverse)
     if allowed is None:
         return _raised(steps, [*points, normal])
-    moves = [moved_by(row, tree.upcast(normal)) for row in allowed]
+    moves = [moved_by(row, normal) for row in allowed]
     return [
         tree.weighted_sum((1, step), (x, move))
         for step, x, move in zip(steps, points, moves, strict=True)

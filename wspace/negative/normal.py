@@ -99,7 +99,8 @@ def guard_normal(
 @jax.jit(static_argnames=("mode", "steps"))
 def _descend(guard, rtol, mode, steps):
     radius, costs = guard.radius, guard.costs
-    start = tree.combine((guard.inverse,), (guard.normal,), rounded=False)
+    wide = jax.tree.map(lambda x: x.astype(radius.dtype), guard.normal)
+    start = tree.weighted_sum((guard.inverse,), (wide,))
 
     def cost(normal):
         return heights_of(guard, normal, 1.0, mode).cost(costs)

@@ -126,12 +126,12 @@ def retarget(
     if allow is None:
         pulls = _checks.unpacked(seen.a / seen.c / (seen.a**2 / seen.c).sum())
         return _shifted([*a, *pulls], [*points, target])
-    allowed = each_allowance(allow, points)
+    allowed = each_allowance(allow, points, target)
     leaves, structure = jax.tree.flatten(target)
     rows = list(zip(*map(jax.tree.leaves, points), strict=True))
     moves, left = [], []
     for row, goal, column in zip(rows, leaves, zip(*allowed, strict=True), strict=True):
-        shift = _shift(a, [*row, goal])
+        shift = _shift(a, [*row, goal]).astype(seen.distance.dtype)
         edits = _least_edits(seen.a, seen.c, column, shift)
         left.append(tree.norm(_unreached(a, [shift, *edits])))
         moves.append(edits)
@@ -306,8 +306,8 @@ def exit_ball(
     if allow is None:
         moves, step, along, largest = [way] * len(points), share * speed, share * along, share
     else:
-        allowed = each_allowance(allow, points)
-        moves = [moved_by(row, tree.upcast(way)) for row in allowed]
+        allowed = each_allowance(allow, points, avoid, way)
+        moves = [moved_by(row, way) for row in allowed]
         shares = _checks.unpacked(seen.a**2 / seen.c)
         moved = _average(shares, moves)
         step = tree.norm(moved)

@@ -213,8 +213,9 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
     """The point, first of the trees, less a gain times its part in the subspace, leaf by leaf."""
     if sides.rows is None and sides.columns is None:
         raise ValueError("basis has neither rows nor columns: give at least one of them")
-    leaves, structure = jax.tree.flatten(trees[0])
-    every = structure.unflatten([1.0] * len(leaves))
+    points, structure = jax.tree.flatten(trees[0])
+    trees = tree.in_one_dtype(*trees)
+    every = structure.unflatten([1.0] * len(points))
     left, right = (
         [
             _side(*place, axis)
@@ -224,14 +225,11 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
             [("basis.rows", sides.rows), ("basis.columns", sides.columns)]
         )
     )
+    gain = _checks.floating(gain)
     moved = []
-    for sides_of_leaf, row in zip(
-        zip(left, right, strict=True), zip(*map(jax.tree.leaves, trees), strict=True), strict=True
-    ):
+    for x, *row, q, r in zip(points, *map(jax.tree.leaves, trees), left, right, strict=True):
         away = tree.combine((1, -1)[: len(row)], row, rounded=False)
-        moved.append(
-            tree.weighted_sum((1, -_checks.floating(gain)), (row[0], _sided(away, *sides_of_leaf)))
-        )
+        moved.append(tree.weighted_sum((1, -gain), (x, _sided(away, q, r))))
     return structure.unflatten(moved)
 
 
@@ -418,10 +416,10 @@ def erase_keeping(
     trees = {"point": point, **_checks.each("erase", erase), **_checks.each("keep", keep)}
     _checks.same_layout(**trees)
     _checks.finite(**trees)
-    white, directions = point, [*keep, *erase]
-    factors = None if inverse_metric is None else _whitening(inverse_metric, point)
+    white, *directions = tree.in_one_dtype(point, *keep, *erase)
+    factors = None if inverse_metric is None else _whitening(inverse_metric, white)
     if factors is not None:
-        white = _each_times([inverse for _, inverse in factors], tree.upcast(point))
+        white = _each_times([inverse for _, inverse in factors], tree.upcast(white))
         across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
         directions = [_each_times(across, tree.upcast(x)) for x in directions]
     basis, rows = _coordinates(directions)

@@ -193,7 +193,8 @@ def _each_alone(
     is_sorted = [length(leaf) < leaf.size or _is_sorted(leaf) for leaf in leaves]
     together = [leaf for leaf, yes in zip(leaves, is_sorted, strict=True) if yes]
     bands = [list(map(np.uint32, band(length(leaf)))) for leaf in together]
-    found = iter(kept((), (together,), list(map(list, zip(*bands, strict=True)))))
+    each = [[start for start, _ in bands], [stop for _, stop in bands]]
+    found = iter(kept((), (together,), each))
     return structure.unflatten(
         next(found) if yes else keep_between(leaf, *band(leaf.size))
         for leaf, yes in zip(leaves, is_sorted, strict=True)
