@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wspace import average, interpolate, lowrank, negative, selection
-from wspace.selection import keep_top
+from wspace.selection.top import keep_top
 
 try:
     import torch

@@ -759,7 +759,7 @@ def test_values_are_read_as_seldom_with_many_leaves_as_with_one(reads):
         cone.Rank(1): 1,
         cone.PooledRank(3): 1,
         # The search for the smallest entry that is kept decides by values how long it is.
-        cone.Sparse(10): 1 + reads(lambda: selection.keep_top(x, 10)),
+        cone.Sparse(10): 1 + reads(lambda: selection.top.keep_top(x, 10)),
     }
     others = ((cone.Mask(dict.fromkeys(x, True)), 1), (cone.Subspace(basis), 3), (Even(), 1))
     for k, wanted in (*cones.items(), *others):

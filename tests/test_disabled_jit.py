@@ -33,7 +33,7 @@ FUNCTIONS = {
     "mask": lambda: selection.top_mask(X, 3),
     "mask of a leaf": lambda: selection.top_mask(X["w"], 2),
     "empty mask": lambda: selection.top_mask(X, 0),
-    "kept": lambda: selection.keep_top(X, 3),
+    "kept": lambda: selection.top.keep_top(X, 3),
     "magnitude": lambda: selection.kth_magnitude(X, 3),
     "sparse": lambda: cone.project(cone.Sparse(3), X),
     "rank": lambda: cone.project(cone.Rank(1), X).norm,
