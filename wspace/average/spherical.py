@@ -21,6 +21,7 @@ from wspace._numerics import (
     sinc_of_square,
     unstacked,
 )
+from wspace._per_leaf import in_passes, run_steps
 from wspace._records import Solution
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -59,7 +60,7 @@ def _steps(
 
 
 @_checks.of_points
-@tree.in_passes(_steps)
+@in_passes(_steps)
 def karcher_mean(
     points: Sequence[WeightsLike],
     coefficients: Coefficients | None = None,
@@ -127,7 +128,7 @@ def karcher_mean(
         applications to spherical splines and interpolation*, ACM Transactions on Graphics 20,
         2001.
     """
-    return tree.run(_steps(points, coefficients, tol=tol, max_steps=max_steps))
+    return run_steps(_steps(points, coefficients, tol=tol, max_steps=max_steps))
 
 
 def _tolerance(tol: ScalarLike) -> ScalarLike:
