@@ -653,6 +653,7 @@ NOT_ON_TREES = {
     "soup.grid": "chooses by a score; laws in test_soup.py",
     "soup.simplex": "returns coefficients; laws in test_soup.py",
     "tree.elementwise": "acts on a formula; tree.combine is one",
+    "tree.reduction": "acts on a formula; tree.vdot is one",
     "tree.join": "moves leaves; laws in test_tree.py",
     "tree.partition": "moves leaves; laws in test_tree.py",
     "tree.split_key_like": "returns keys; laws in test_tree.py",
