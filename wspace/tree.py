@@ -223,7 +223,13 @@ def reduction(
         if not results:
             empty = [jnp.zeros(0, wide)] * len(trees)
             return kernel(scalars, [empty], wide)[0].astype(wide)
-        return _together(results, kind, wide)
+        try:
+            return _together(results, kind, wide)
+        except ValueError:  # leaves lie on several devices: their numbers meet on the first
+            if _checks.is_traced(results):
+                raise
+            home = results[0].sharding
+            return _together([jax.device_put(x, home) for x in results], kind, wide)
 
     return on_trees
 
