@@ -261,7 +261,7 @@ def test_trim_by_row_trims_what_differs_in_the_last_index(data, density):
 
 
 def test_trim_of_small_leaves_empties_them_by_leaf_and_not_by_tree():
-    x = {"b": jnp.asarray([9.0]), "s": jnp.asarray(8.0), "w": jnp.ones(8), "e": jnp.zeros((0, 2))}
+    x = {"b": jnp.asarray([9.0]), "s": jnp.float32(8.0), "w": jnp.ones(8), "e": jnp.zeros((0, 2))}
     by_leaf, by_tree = merge.trim(x, 0.5, scope="leaf"), merge.trim(x, 0.5)
     assert (by_leaf["b"], by_leaf["s"]) == (0, 0)
     assert (by_tree["b"], by_tree["s"]) == (9, 8)
