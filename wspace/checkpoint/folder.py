@@ -1,0 +1,162 @@
+"""Which files of a folder hold the tensors of a checkpoint, and which are carried over."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from wspace.checkpoint import header
+
+_TENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
+_USUAL = f"model{_TENSORS}"
+_SMALL = 2**26
+_LONGEST = 100_000_000
+
+_PICKLE = (
+    "a pickle, which can run code and is never read: convert it where you trust it, by "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+)
+_FOREIGN = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    ".gguf": "GGUF, made from other weights: give the safetensors files it was made from, or "
+    "convert it by AutoModel.from_pretrained(folder, gguf_file=name).save_pretrained(out)",
+    ".h5": "HDF5: convert it, by safetensors.numpy.save_file({name: numpy.asarray(dataset)}, "
+    "'model.safetensors') over the datasets that h5py finds in it",
+    ".msgpack": "a file of Flax: convert it, by checkpoint.save('model.safetensors', tensors) of "
+    "what flax.serialization.msgpack_restore reads, flattened to names",
+}
+_OTHERS = frozenset(
+    {*_FOREIGN, _TENSORS, ".npz", ".npy", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".keras"}
+)
+"""The suffixes of files that hold weights, and so are not carried over."""
+
+
+def headers_of(path: Path) -> dict[Path, header.Header]:
+    """The headers of the files with tensors: of one file, or of those that a folder's index names.
+
+    Raises as `open` does.
+    """
+    if not path.is_dir():
+        if path.suffix.lower() in _FOREIGN and path.is_file():
+            raise ValueError(f"{path} is {_FOREIGN[path.suffix.lower()]}")
+        return {path: header.read(path)}
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): check its permissions"
+        ) from error
+    indices = [name for name in names if name.endswith(_INDEX)]
+    if not indices:
+        file = path / _only(path, names)
+        return {file: header.read(file)}
+    if len(indices) > 1:
+        raise ValueError(
+            f"{path} has several indices, {', '.join(indices)}: leave one of them, or give one file"
+        )
+    shards = _index(path / indices[0])
+    if _USUAL in names and _USUAL not in shards.values():
+        raise ValueError(
+            f"{path} has both {_USUAL} and {indices[0]}, which names other files: remove what is "
+            f"not meant, or give {path / _USUAL}"
+        )
+    return _sharded(path, indices[0], shards)
+
+
+def others_of(folder: Path) -> tuple[Path, ...]:
+    """The small files of a folder that hold no weights, as `Checkpoint.others` tells."""
+    others = []
+    for file in sorted(folder.iterdir()):
+        hidden, indexes = file.name.startswith("."), file.name.endswith(".index.json")
+        if hidden or indexes or file.suffix.lower() in _OTHERS or not file.is_file():
+            continue
+        _stays(folder, file)
+        if file.stat().st_size <= _SMALL:
+            others.append(file)
+    return tuple(others)
+
+
+def _only(folder: Path, names: list[str]) -> str:
+    """The one file with tensors of a folder that has no index."""
+    files = [name for name in names if name.endswith(_TENSORS) and not name.startswith(".")]
+    if _USUAL in files:
+        return _USUAL
+    if len(files) > 1:
+        raise ValueError(
+            f"{folder} has {len(files)} {_TENSORS} files and no index: give one of "
+            f"{', '.join(files[:8])}, or restore the *{_INDEX} that belongs to them"
+        )
+    if files:
+        return files[0]
+    for name in names:
+        if foreign := _FOREIGN.get(Path(name).suffix.lower()):
+            raise ValueError(f"{folder} has no {_TENSORS} file, and {name} is {foreign}")
+    raise FileNotFoundError(f"{folder} has no {_TENSORS} file: check the path")
+
+
+def _index(file: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says it; every name is of a file beside the index."""
+    with header.opened(file) as stream:
+        text = stream.read(_LONGEST + 1)
+    try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"it is longer than {_LONGEST} bytes")
+        shards = header.mapping(text).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError("it has no weight_map")
+        for name, shard in shards.items():
+            if not _is_plain(shard):
+                raise ValueError(f"{name!r} is in {shard!r}, which names no {_TENSORS} file there")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no index of the files beside it ({error}): copy or download it again"
+        ) from error
+    return shards
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a value is the name of a file with tensors, and of nothing outside of its folder."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.endswith(_TENSORS)
+        and not {"/", "\\", ":"} & set(name)
+    )
+
+
+def _sharded(folder: Path, index: str, shards: dict[str, str]) -> dict[Path, header.Header]:
+    """The headers of the files of an index, if they hold what it says."""
+    files = {shard: folder / shard for shard in sorted(set(shards.values()))}
+    missing = [shard for shard, file in files.items() if not os.path.lexists(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {index} names: "
+            f"download {', '.join(missing[:8])}"
+        )
+    headers = {}
+    for shard, file in files.items():
+        _stays(folder, file)
+        headers[file] = header.read(file)
+        for name in headers[file].entries:
+            if shards.get(name) != shard:
+                where = f"is in {shards[name]}" if name in shards else "does not exist"
+                raise ValueError(
+                    f"{file} has a tensor {name!r}, which {where} as {index} says: restore the "
+                    "files and the index as they were saved together"
+                )
+    for name, shard in shards.items():
+        if name not in headers[files[shard]].entries:
+            raise ValueError(
+                f"{files[shard]} lacks the tensor {name!r} that {index} says it has: restore the "
+                "files and the index as they were saved together"
+            )
+    return headers
+
+
+def _stays(folder: Path, file: Path) -> None:
+    """Raises if a file is a link out of its folder, and not into the blobs of a hub's snapshot."""
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if target.parent not in homes:
+        raise ValueError(f"{file} is a link that leaves its folder: put a copy of {target} there")
