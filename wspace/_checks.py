@@ -79,7 +79,7 @@ def entries(
     of: str = "the weights",
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> list[tuple[Any, Any, str]]:
-    """Per leaf of `like` the entry of a tree of its structure, the leaf, and errors' words for it.
+    """For each leaf of `like`: the entry that `tree` has there, the leaf, and its name in errors.
 
     `kinds` says what the entries are. Each is one leaf of `tree`, as `is_leaf` tells leaves.
     """
@@ -309,7 +309,7 @@ def positive(name: str, values: Coefficients | None, count: int) -> Numbers:
 
 
 def unpacked(numbers: Numbers) -> list[Any]:
-    """The numbers one by one, those that are known as Python floats, which widen nothing."""
+    """The numbers one by one; known ones as Python floats, which widen nothing."""
     return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
 
 

@@ -25,7 +25,7 @@ class Frame(NamedTuple):
 
     @property
     def trees(self) -> list[WeightsLike]:
-        """All that is read of it."""
+        """The trees that are read."""
         return [self.start, self.first, *self.others]
 
 

@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Entries of a sample: as many from each of some flat indices on, as one flat array."""
+    """A sample: the same number of entries from each of some flat indices on, as one array."""
 
     starts: tuple[int, ...]
     length: int
@@ -104,7 +104,7 @@ class Lazy:
         return entries[: span.stop - span.start] if isinstance(span, Piece) else entries
 
     def sample(self, starts: Sequence[int], length: int) -> np.ndarray:
-        """As many entries from each of some flat indices on, as one flat array."""
+        """`length` entries from each flat index in `starts` on, as one flat array."""
         return self.read(Runs(tuple(starts), length))
 
     @staticmethod
@@ -159,7 +159,7 @@ def computed(leaves: Sequence[Any], span: Span = None) -> list[Any]:
 
 
 def _inputs_first(leaves: Sequence[Any]) -> list[Lazy]:
-    """The lazy leaves and all that they depend on, in an order to compute them in."""
+    """Lazy leaves and their inputs, every input before the leaves that need it."""
     order: dict[Lazy, None] = {}
     stack = [(leaf, False) for leaf in reversed(leaves) if isinstance(leaf, Lazy)]
     while stack:

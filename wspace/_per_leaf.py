@@ -135,7 +135,7 @@ def per_leaf(function: Callable[..., Any], *, many: int | None = None) -> Callab
 
 
 def _unwrapped(function: Any, name: str) -> Any:
-    """An attribute of a function, or of the one that a partial one is made of."""
+    """An attribute of a function, or of the function inside a partial one."""
     while not hasattr(function, name) and isinstance(function, functools.partial):
         function = function.func
     return getattr(function, name, None)

@@ -38,7 +38,7 @@ def is_lazy(leaves: Sequence[Any]) -> bool:
 
 
 def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
-    """Which rows, of leaves of one shape in several trees, share a program: their indices.
+    """Indices of rows that share a program; a row holds the leaves of several trees at one place.
 
     Large leaves have one of their own, and so have those of a shape that occurs often, that are
     spread over devices, or that are traced. The others share programs, those on one device each,
@@ -91,7 +91,7 @@ def _place(row: Sequence[Any]) -> Any:
 def put_off(
     kernel: Callable[[Sequence[Any], Any], Any], row: Sequence[Any], in_pieces: bool
 ) -> Any:
-    """What a kernel of entries, and of the flat index of the first one, makes of lazy leaves."""
+    """Lazy results of a kernel, which takes leaves' entries and the flat index of the first."""
     shape = row[0].shape
     alike = [jax.ShapeDtypeStruct(shape, leaf.dtype) for leaf in row]
     like = jax.eval_shape(kernel, alike, np.uint32(0))

@@ -337,7 +337,7 @@ def _gram_schmidt(
 def _divisor(
     i: int, size: Scalar, left: Scalar, dependent: Callable[[int, Scalar, Scalar], str] | None
 ) -> Scalar:
-    """What to divide a direction by, of which a length is left; NaN if that is nothing."""
+    """The length left of a direction, to divide by; NaN where it is no more than rounding."""
     length = jnp.where(left == 0, 1, left)
     if dependent is None:
         return length

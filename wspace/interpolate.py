@@ -272,7 +272,7 @@ def polygonal_chain(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
 
 
 def _on_segment(first: WeightsLike, ends: Sequence[WeightsLike], part: float) -> Weights:
-    """The point of a segment, or of a point, in the dtypes of the first point of a chain."""
+    """A point of a segment, or its one end, in the dtypes of the first point of a chain."""
     c = (1 - part, part)[: len(ends)]
     dtypes = [[leaf.dtype for leaf in jax.tree.leaves(x)] for x in (first, ends[0])]
     # Where dtypes are the same, the first point is not read.

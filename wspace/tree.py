@@ -245,7 +245,7 @@ def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
 
 
 def _as_one_dtype(c: Any) -> Any:
-    """A plain number as one of one dtype, so that the programs of all numbers are the same."""
+    """A plain number in a fixed dtype, so that all plain numbers share one program."""
     if not isinstance(c, int | float | np.floating | np.signedinteger):
         return c
     with np.errstate(over="ignore"):

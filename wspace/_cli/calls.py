@@ -63,13 +63,13 @@ class Recipe:
         return len(self.models) if self.table.returns == "list" else 1
 
     def settings(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """The options of every pattern with those of the recipe, and then these alone."""
+        """Each pattern with the recipe's options and its own; last the recipe's for the rest."""
         return [(glob, {**self.options, **own}) for glob, own in self.patterns] + [
             ("*", self.options)
         ]
 
     def is_whole(self, options: Mapping[str, Any]) -> bool:
-        """Whether with these options what becomes of a tensor depends on the others."""
+        """Whether, with these options, the result for a tensor depends on other tensors."""
         entry = self.table.entry
         if entry.per_tensor:
             return options.get("scope") != "leaf" and not options.get("preset")

@@ -110,7 +110,7 @@ def _refuse_patterns(recipe: Recipe) -> None:
 
 
 def _in_common(recipe: Recipe, layouts: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The models with those rows of every tensor that all of them have."""
+    """The models, each tensor cut to the rows that all models have."""
     counts = {}
     for name, tensor in layouts[0].items():
         shapes = [x[name].shape for x in layouts if name in x]
@@ -162,7 +162,7 @@ def _refuse(target: Path, output: Output) -> None:
 
 
 def _is_done(target: Path, record: Mapping[str, Any]) -> bool:
-    """Whether an output of several is there from a run of this recipe that was interrupted."""
+    """Whether an interrupted run of this recipe finished this output, one of several."""
     try:
         return json.loads((target / records.NAME).read_text())["plan"] == record["plan"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -203,7 +203,7 @@ class _Parameters:
         return values[0] if values else default
 
     def options(self) -> dict[str, Any]:
-        """The options of our method; raises if a parameter is left that it does not have."""
+        """The options of our method; raises for a parameter that the method lacks."""
         options = self._mapped()
         for name, values in [("parameters", self._shared), *self._own]:
             for key in values:

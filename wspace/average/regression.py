@@ -197,7 +197,7 @@ def positive_shares(coefficients: Coefficients | None, count: int) -> list[Any]:
 def by_leaf(
     name: str, entries: Sequence[PyTree], points: Sequence[WeightsLike]
 ) -> Iterator[tuple[list[Array], list[Any] | None, list[str]]]:
-    """Per leaf the points' arrays, what each entry says there, and how errors call the places."""
+    """Per leaf: the points' arrays, the points' entries, and the entries' names in errors."""
     entries = _checks.listed(name, entries)
     if len(entries) != len(points):
         raise ValueError(

@@ -200,7 +200,7 @@ def _pull(d: _Numbers) -> _Numbers:
 
 
 def _gap(w: _Numbers, cosines: _Gram, a: _Numbers) -> _Numbers:
-    """How far w is from being in proportion to the pulls, as it is where the logarithms cancel."""
+    """How far w is from proportional to the pulls: zero at the mean, where logarithms cancel."""
     return w - _unit(a * _pull(_dot(cosines, _unit(w, cosines))), cosines)
 
 
@@ -345,7 +345,7 @@ def _mean_on(
 
 
 def _solved(linear: Callable[[Any], Any], rates: Any) -> Any:
-    """Where a linear function of tangents has a value, in the span of its powers on that value.
+    """The tangent that a linear function maps to a value, from the Krylov space of the value.
 
     Normal directions, in which it may be singular, are not in that span.
     """

@@ -143,7 +143,7 @@ def _t_of(sums: Array, floor: ScalarLike, statistic: str) -> Array:
 
 @functools.cache
 def _ratios_of_rows(statistic: str) -> Callable[..., Weights]:
-    """The `t` of its row, for every entry."""
+    """For every entry the `t` of its row."""
 
     @functools.partial(tree.elementwise, rounded=False, scope="leaf")
     def ratios_of_rows(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:

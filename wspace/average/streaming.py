@@ -293,7 +293,7 @@ def power_ema(exponent: ScalarLike) -> Average:
 
 
 def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
-    """The average that goes from where it is to the next weights by a rate, one minus the decay."""
+    """The average that moves toward the next weights by a rate, which is one minus the decay."""
 
     def init(weights: WeightsLike) -> _Sums:
         sums = _nothing(weights)

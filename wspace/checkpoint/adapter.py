@@ -282,7 +282,7 @@ def _setting(config: Mapping[str, Any], layer: str, field: str, patterns: str) -
 
 
 def _matches(key: str, layer: str) -> bool:
-    """Whether PEFT takes a pattern to speak of a layer: at its end, from a dot or the start."""
+    """Whether PEFT matches a pattern to a layer: to its name's end, from a dot or the start."""
     try:
         return re.match(rf"(.*\.)?({key})$", layer) is not None
     except re.error as error:

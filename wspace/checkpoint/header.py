@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file holds, in the order of its bytes, the text that says so, and the state then."""
+    """A file's tensors in the order of their bytes, the header's text, and the file's state."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]

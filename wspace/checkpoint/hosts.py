@@ -22,7 +22,7 @@ _failed: list[str] = []
 
 
 def leads() -> bool:
-    """Whether this process does what one of a run has to do."""
+    """Whether this process of a run is the one that does what only one has to do."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 

@@ -61,7 +61,7 @@ def output(
 
 
 def _make(files: Files, copies: Mapping[str, Path], data: Path) -> None:
-    """Makes the files, or those that an earlier run left, as long as they will be."""
+    """Gives the files, new or left by an earlier run, their full length."""
     data.mkdir(parents=True, exist_ok=True)
     for file in data.iterdir():
         if file.name not in files.starts:
@@ -187,7 +187,7 @@ def flushing(target: Path, numbers: Collection[int]) -> Generator[Callable[[int]
 
 
 def verified(number: int, offset: int, nbytes: int, parts: list[Part]) -> bool:
-    """Whether the bytes of a tensor in an open file are those that the parts were made of."""
+    """Whether a tensor's bytes in an open file still have the checksums of its parts."""
     end = 0
     for start, stop, checksum in sorted(parts):
         if start != end or not start < stop <= nbytes:

@@ -13,7 +13,7 @@ Share: TypeAlias = int | list[list[int]]
 
 
 def runs(array: jax.Array | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """What this process is to write of an array: consecutive elements, and the index of the first.
+    """Runs of consecutive elements that this process writes, each with the index of its first.
 
     Of an array that is not spread over devices it is all. Else it is the rows, along the last axis
     that is cut, of those shards that no device before has, in this process or another.
@@ -30,8 +30,8 @@ def runs(array: jax.Array | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         for shard in array.addressable_shards
         if shard.replica_id == 0 and shard.data.size
     ]
-    for starts, neighbours in _adjacent(shards, cut):
-        blocks = [np.asarray(shard) for shard in neighbours]
+    for starts, neighbors in _adjacent(shards, cut):
+        blocks = [np.asarray(shard) for shard in neighbors]
         block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=cut)
         yield from _rows(block, starts, array.shape)
 
@@ -83,7 +83,7 @@ def pieces(array: np.ndarray) -> Iterator[memoryview]:
 
 
 def joined(parts: Iterable[tuple[int, int, int]]) -> list[list[int]]:
-    """The ranges of parts in order, neighbours as one."""
+    """The ranges of parts in order, neighbors as one."""
     ranges: list[list[int]] = []
     for start, stop, _ in sorted(parts):
         if ranges and ranges[-1][1] == start:

@@ -279,7 +279,7 @@ def projected(cone: Cone, edit: PyTree) -> Projection:
 
 
 def sizes_of(cone: Cone, displacement: PyTree) -> tuple[Scalar, Scalar]:
-    """Norm and tail of the projection, without the edit where the cone can tell them so."""
+    """Norm and tail of the projection; a cone with `sizes` tells them without the edit."""
     refuse_other(cone)
     finite_edit(displacement=displacement)
     sizes = getattr(cone, "sizes", None)

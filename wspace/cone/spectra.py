@@ -38,7 +38,7 @@ def spectra_of(edit: PyTree) -> Spectra:
 def refitted(
     edit: PyTree, fit: Callable[[Spectra], Spectra], rank: int | None = None
 ) -> tuple[PyTree, Spectra, Spectra]:
-    """An edit with other singular values in the same singular vectors, the old ones and the new.
+    """An edit with its singular values replaced, the old values, and the new ones.
 
     The factors have as many columns as `rank`, if the new values are zero from there on.
     """

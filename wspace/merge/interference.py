@@ -327,7 +327,7 @@ def _pair_matrix(measure: Callable[[Sequence[Any]], Scalar], edits: Sequence[Any
 
 
 def _fraction(part: Array, whole: Array) -> Array:
-    """A quotient in which nothing is a share of zero of nothing."""
+    """`part / whole`, and 0 for 0 / 0."""
     return part / jnp.where(whole == 0, 1, whole)
 
 

@@ -131,7 +131,7 @@ def _leaf_allowance(
 def allowances(
     entries: dict[str, PyTree | None], points: Sequence[WeightsLike], *others: WeightsLike
 ) -> list[list[Allowed]]:
-    """Per point and leaf where it may move, by trees of entries named as errors call them.
+    """Where each leaf of each point may move, from trees of entries by their names in errors.
 
     In the dtype of arithmetic on the points and the other trees that are computed with.
     """

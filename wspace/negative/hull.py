@@ -251,7 +251,7 @@ def _raised(steps: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 def is_blocked(
     asked: Heights, allowed: list[list[Allowed]] | None, mode: HullMode
 ) -> Bool[Array, " k"]:
-    """Which points would have to move along a normal of which their allowance leaves nothing."""
+    """Which points have to move although their allowance leaves nothing of the normal."""
     if allowed is None:
         return jnp.zeros(asked.needs.shape, bool)
     zero = jnp.zeros((), asked.reaches.dtype)

@@ -81,7 +81,7 @@ def _where_orthonormal(x: Array, gram: Float[Array, "... k k"], unit: float, nam
 
 
 def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
-    """What of one side of a leaf is in the subspace: 1, 0 or an orthonormal matrix."""
+    """The part of one side of a leaf in the subspace: 1, 0 or an orthonormal matrix."""
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
         raise TypeError(

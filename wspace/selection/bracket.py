@@ -89,7 +89,7 @@ def search(counted: Callable[[Array], Count], state: State, need: Count, exact: 
 
 @jax.jit
 def inside(found: Bracket, need: Count) -> tuple[Count, Count]:
-    """How many entries are needed of those that have the key found, and how many have it."""
+    """How many entries with the key found are needed, and how many there are."""
     return less(need, found.high_count), less(found.low_count, found.high_count)
 
 

@@ -74,7 +74,7 @@ def _sample(x: Array, stride: int, wide: Wide) -> UInt[Array, " sample"]:
 def _counts(
     leaves: Sequence[Array], sizes: Sequence[int], keys: tuple[Array, ...], pivots: Array
 ) -> Count:
-    """How many entries that have the given keys reach each pivot with their next one."""
+    """For each pivot, how many entries with the given keys have a next key that reaches it."""
     wide, last = wide_of(leaves), len(leaves) - 1
     total: Any = np.zeros((PIVOTS, 2), np.uint32)
     only = None if len(keys) < 2 or _checks.is_traced(leaves, keys) else int(keys[1])

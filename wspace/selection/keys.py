@@ -11,7 +11,7 @@ from wspace._numerics import Wide
 
 
 class Codes(NamedTuple):
-    """The integers that magnitudes of a dtype are: an unsigned dtype, and the largest, of NaN."""
+    """The unsigned dtype whose integers stand for magnitudes, and the largest of them, for NaN."""
 
     dtype: type
     nan: int
@@ -25,7 +25,7 @@ def codes_of(wide: DTypeLike) -> Codes:
 
 
 def code(x: Array, wide: Wide) -> UInt[Array, "*s"]:
-    """An integer of the order of the magnitudes, in which all NaN are one; codes are kept."""
+    """Magnitudes as integers of the same order, all NaN as one; codes stay as they are."""
     dtype, nan = codes_of(wide)
     if x.dtype == dtype:
         return x

@@ -32,7 +32,7 @@ COMMON = 1 / 64  # share of the sample from which a magnitude is counted and not
 
 
 class _Range(NamedTuple):
-    """Codes from `low` and below `high`, and those of them that are common."""
+    """Codes from `low` to below `high`, and which of these are common."""
 
     low: int
     high: int

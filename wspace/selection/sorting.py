@@ -47,7 +47,7 @@ def _band_of_rows(x: Array, start: Array, stop: Array) -> Bool[Array, "*s n"]:
 
 @functools.partial(tree.elementwise, scope="leaf")
 def kept_in_rows(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
-    """What is in a band of places of every row, the last axis; of a leaf without one, of it."""
+    """Entries in a band of places of their row, the last axis; a leaf without axes is one row."""
     (start, stop), (x,) = scalars, arrays
     if not x.size:
         return x
@@ -57,7 +57,7 @@ def kept_in_rows(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
 
 @functools.partial(tree.elementwise, scope="leaf")
 def kept_in_leaf(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
-    """What is in a band of places of a whole leaf."""
+    """Entries in a band of places of a whole leaf."""
     (start, stop), (x,) = scalars, arrays
     if not x.size:
         return x

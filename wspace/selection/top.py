@@ -158,7 +158,7 @@ def keep_top(x: WeightsLike, k: Any) -> Weights:
 
 
 def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
-    """The k entries of largest magnitude, k the stop, without those for k the start; zero else."""
+    """The `stop` entries of largest magnitude without the `start` largest; zero elsewhere."""
     if not start:
         return keep_top(x, stop)
     return _between((), (x, top_mask(x, stop), top_mask(x, start)))
@@ -242,7 +242,7 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
     """The last entry selected; if `exact`, its magnitude alone is right.
 
     Where values are known every pass over a large leaf is a program of its own, compiled once per
-    shape, and the number of passes is decided here. Small neighbours are joined before.
+    shape, and the number of passes is decided here. Small neighbors are joined before.
     """
     if any(isinstance(leaf, Lazy) for leaf in leaves):
         return last_by_sifting(leaves, need)
@@ -270,7 +270,7 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
 
 
 def _neighbors(leaves: Sequence[Array]) -> list[list[int]]:
-    """The indices of leaves that are joined: of neighbours that are small, or of one."""
+    """The indices of leaves that are joined: small neighbors, or one leaf alone."""
 
     def key(i: int) -> Any:
         devices = leaves[i].sharding.device_set

@@ -38,7 +38,7 @@ def in_coordinates(
     edits: Sequence[PyTree],
     coefficients: Coefficients | None,
 ) -> PyTree:
-    """What a rule makes of edits in coordinates, in weights again."""
+    """The result of a rule on edits in coordinates, brought back to weights."""
     edits = _checks.listed("edits", edits)
     rows, structure = side_by_side(**_checks.each("edits", edits))
     _checks.finite(**_checks.each("edits", edits))
@@ -80,7 +80,7 @@ def of_cores(row: Sequence[Leaf | LowRank]) -> Coordinates:
 
 
 def _all_dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
-    """A leaf that is dense in one of the edits, in all of them."""
+    """A leaf that is dense in some edit, multiplied out in every edit."""
     like = jnp.asarray(next(x for x in row if not isinstance(x, LowRank)))
 
     def shaped(matrix: Array) -> Array:

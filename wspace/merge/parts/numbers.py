@@ -14,7 +14,7 @@ from wspace.typing import Scalar, WeightsLike
 
 
 def count(share: float, size: int) -> int:
-    """How many of some entries a share of them is, rounded down."""
+    """A share of `size` entries as a number of entries, rounded down."""
     return math.floor(share * size)
 
 
