@@ -12,6 +12,7 @@ A margin certifies a distance, not safety.
 from wspace.negative.allowance import damped_inputs, free_inputs
 from wspace.negative.audit import audit
 from wspace.negative.bounds import OutputBound, chain_bound, linear_bound, size_to_change
+from wspace.negative.erasing import erase_keeping
 from wspace.negative.homothety import guide, guide_perpendicular, remove_member, repel, strength_of
 from wspace.negative.hull import guard_hull
 from wspace.negative.normal import guard_normal
@@ -20,7 +21,7 @@ from wspace.negative.report import Audit, LeafAudit
 from wspace.negative.retarget import exit_ball, retarget
 from wspace.negative.rewriting import rewrite
 from wspace.negative.spread import harden, split_rank
-from wspace.negative.subspace import Sides, attenuate, erase_keeping
+from wspace.negative.subspace import Sides, attenuate
 
 __all__ = [
     "Audit",
