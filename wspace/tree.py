@@ -104,7 +104,7 @@ def elementwise(
 
     def on_leaves(
         scalars: Sequence[Any], own: Sequence[Any], rows: Sequence[Any], start: Any
-    ) -> list[Array]:
+    ) -> list[Any]:
         several = zip(own, rows, strict=True)
         return [on_leaf([*scalars, *numbers], leaves, start) for numbers, leaves in several]
 
@@ -118,7 +118,7 @@ def elementwise(
 
     def on_trees(
         scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], each: Sequence[PyTree] = ()
-    ) -> Weights:
+    ) -> Any:
         scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)

@@ -282,7 +282,7 @@ def exit_ball(
         )
     outside = distance >= radius
     a, pulls = _checks.unpacked(seen.a), _checks.unpacked(seen.a / seen.c)
-    share = (seen.a**2 / seen.c).sum()
+    share = jnp.asarray((seen.a**2 / seen.c).sum()).astype(distance.dtype)
     if direction is None and cone is None:
         # S g = share E, so that the way is never written.
         step = share * distance
