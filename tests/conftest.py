@@ -76,6 +76,19 @@ def refuses(pytestconfig):
     return expect
 
 
+@pytest.fixture
+def programs():
+    """The number of programs compiled so far."""
+    count = [0]
+
+    def listen(event, *_, **__):
+        count[0] += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count[0]
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 MAPS = pathlib.Path("/proc/self/maps")
 ROOM = 25_000  # of the 65,530 memory maps that Linux gives a process by default
 ended = itertools.count(1)

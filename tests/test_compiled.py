@@ -17,19 +17,6 @@ SGD = optax.sgd(0.1)
 SIZE = 12_345  # of an array that nothing else in the tests is as large as
 
 
-@pytest.fixture
-def programs():
-    """The number of programs compiled so far."""
-    count = [0]
-
-    def listen(event, *_, **__):
-        count[0] += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield lambda: count[0]
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def held():
     """How many of the large arrays are alive."""
     gc.collect()
