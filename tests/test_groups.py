@@ -48,11 +48,11 @@ def same_bits(found, wanted):
 
 
 FUNCTIONS = {
-    "lerp": (lambda x, y, z: interpolate.lerp(x, y, 0.3), 4),
+    "lerp": (lambda x, y, _: interpolate.lerp(x, y, 0.3), 4),
     "ties": (lambda x, y, z: merge.ties(x, [y, z], density=0.4), 24),
     "ties of leaves": (lambda x, y, z: merge.ties(x, [y, z], density=0.4, scope="leaf"), 24),
     "dare": (lambda x, y, z: merge.dare(jax.random.key(3), x, [y, z]), 24),
-    "slerp": (lambda x, y, z: interpolate.slerp(x, y, 0.3), 24),
+    "slerp": (lambda x, y, _: interpolate.slerp(x, y, 0.3), 24),
 }
 
 
@@ -90,7 +90,7 @@ def test_which_leaves_share_a_program():
     assert sorted(_pieces.groups([[x] for x in often[1:]])) == [list(range(len(often) - 1))]
     many = [[np.zeros(i, np.float32)] for i in range(2 * _pieces._TOGETHER + 1)]
     assert [len(group) for group in _pieces.groups(many)] == [128, 128, 1]
-    assert sorted(sum(_pieces.groups(many), [])) == list(range(len(many)))
+    assert sorted(i for group in _pieces.groups(many) for i in group) == list(range(len(many)))
 
 
 @pytest.mark.parametrize("function", [FUNCTIONS["lerp"][0], FUNCTIONS["ties"][0]])

@@ -143,7 +143,7 @@ def test_what_is_no_real_number_is_refused_by_name(number, refuses):
 
 
 @functools.partial(tree.elementwise, placed=True, rounded=False)
-def numbered(scalars, arrays, index):
+def numbered(_, arrays, index):
     assert index.dtype == jnp.uint32
     return [index.astype(jnp.float32), index % 3 == 0][: len(arrays)]
 
