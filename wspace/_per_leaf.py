@@ -88,7 +88,7 @@ def per_leaf(function: Callable[..., Any], *, many: int | None = None) -> Callab
         >>> tree.per_leaf(average.mean)([{"w": jnp.zeros(1)}, {"w": jnp.ones(1)}])
         {'w': Array([0.5], dtype=float32)}
     """
-    name = getattr(function, "__name__", "the function")
+    name = _unwrapped(function, "__name__") or "the function"
 
     @functools.wraps(function)
     def leafwise(first: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +135,8 @@ def per_leaf(function: Callable[..., Any], *, many: int | None = None) -> Callab
 
 
 def _unwrapped(function: Any, name: str) -> Any:
-    """An attribute of a function, or of the function inside a partial one."""
-    while not hasattr(function, name) and isinstance(function, functools.partial):
+    """An attribute of a function, or for a partial one of the function it is made of."""
+    while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, name, None)
 
