@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Sequence  # noqa: TC003
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ def test_a_model_in_place_of_several_is_refused_by_averages(refuses):
     ):
         with refuses(TypeError, match=f"points must be a sequence of trees, got {what}"):
             average.mean(model)
-    same(average.mean(list(np.float32([[1, 2], [3, 6]]))), [2, 4])
+    same(average.mean(list(np.float32([[1, 2], [3, 6]]))), np.array([2, 4]))
 
 
 def test_lists_of_numbers_that_may_be_one_a_leaf_are_refused(refuses):
@@ -118,7 +118,7 @@ def test_one_scalar_a_leaf_is_a_tree_of_arrays():
     same(tree.per_leaf(interpolate.lerp)(A, B, t=ts), wanted)
 
 
-def test_partial_and_wrapped_functions_are_what_they_are_made_of():
+def test_partial_and_wrapped_functions_are_what_they_are_made_of(refuses):
     @functools.wraps(average.mean)
     def wrapped(*args, **kwargs):
         return average.mean(*args, **kwargs)
@@ -127,6 +127,8 @@ def test_partial_and_wrapped_functions_are_what_they_are_made_of():
     for function in (wrapped, half, functools.partial(half)):
         same(tree.per_leaf(function)([A, B]), between(0.5))
     same(tree.per_leaf(functools.partial(interpolate.lerp, t=0.25))(A, B), between(0.25))
+    with refuses(ValueError, match="the first argument of bare is 2 trees of one layout"):
+        tree.per_leaf(functools.partial(bare, t=0.25))([A, B])
     solved = tree.per_leaf(functools.partial(average.karcher_mean, tol=1e-6))
     eager, compiled = solved([A, B]), jax.jit(lambda a, b: solved([a, b]))(A, B)
     same(compiled.weights, eager.weights)

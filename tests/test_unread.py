@@ -1,5 +1,6 @@
 """Lazy leaves of files: what is computed of them in few programs, and what is refused."""
 
+import functools
 import inspect
 
 import jax
@@ -173,9 +174,11 @@ def test_pieces_are_of_few_lengths_and_say_their_own_entries(monkeypatch):
 
 def test_indices_of_lazy_entries_are_those_of_the_leaf(monkeypatch):
     monkeypatch.setattr(_lazy, "_LARGEST", 7)
-    both = tree.elementwise(
-        lambda _, arrays, index: [index.astype(jnp.float32), index % 3 == 0], placed=True
-    )
+
+    @functools.partial(tree.elementwise, placed=True)
+    def both(_, arrays, index):
+        return [index.astype(arrays[0].dtype), index % 3 == 0]
+
     x = lazily(np.zeros((4, 5), np.float32))
     places, thirds = both((), (x, x))
     for leaf, wanted in ((places, np.arange(20)), (thirds, np.arange(20) % 3 == 0)):
