@@ -96,10 +96,10 @@ def test_components_and_what_is_left(distance):
     exact = vector(x) - vectors @ np.linalg.lstsq(vectors, vector(x), rcond=None)[0]
     np.testing.assert_allclose(left, np.linalg.norm(exact), atol=32 * EPS)
     np.testing.assert_allclose(vector(rest), exact, atol=32 * EPS)
-    again = frames.combination(2.0, (x, points[0]), [3.0, 4.0, 5.0], frame)
+    again = frames.combination(jnp.float32(2), (x, points[0]), list(jnp.float32([3, 4, 5])), frame)
     wanted = 2 * (vector(x) - vector(points[0])) + vectors @ [3.0, 4.0, 5.0]
     np.testing.assert_allclose(vector(again), wanted, atol=64 * EPS * np.abs(wanted).max())
-    once = frames.gap_times(-2.0, (x, points[0]))
+    once = frames.gap_times(jnp.float32(-2), (x, points[0]))
     np.testing.assert_allclose(vector(once), -2 * (vector(x) - vector(points[0])), rtol=4 * EPS)
     apart = np.linalg.norm(vector(x) - vector(points[0]))
     np.testing.assert_allclose(frames.distance(x, points[0]), apart, rtol=8 * EPS)

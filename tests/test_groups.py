@@ -19,7 +19,7 @@ DEVICE = 3  # of eight
 
 def drawn(shapes, seed=0, dtype=np.float32):
     random = np.random.default_rng(seed)
-    return {f"{i}": random.normal(size=s).astype(dtype) for i, s in enumerate(shapes)}
+    return {f"{i}": np.asarray(random.normal(size=s), dtype) for i, s in enumerate(shapes)}
 
 
 def in_memory(x):

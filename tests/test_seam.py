@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.strategies import FLOAT
-from wspace import average, interpolate, merge, negative, tree
+from wspace import _checks, average, interpolate, merge, negative, tree
 from wspace.testing.comparison import eps
 
 EXACT = np.longdouble
@@ -26,7 +26,7 @@ SPECS = {
 
 def drawn(shapes, seed=0, dtype=np.float32):
     random = np.random.default_rng(seed)
-    return {f"{i}": (random.normal(size=s) + 1).astype(dtype) for i, s in enumerate(shapes)}
+    return {f"{i}": np.asarray(random.normal(size=s) + 1, dtype) for i, s in enumerate(shapes)}
 
 
 def spread(x):
@@ -92,14 +92,16 @@ def test_keys_and_unsigned_scalars_are_untouched_and_numbers_are_in_the_dtype_of
     def noted(scalars, arrays):
         seen.extend(c.dtype for c in scalars)
         least = (scalars[1] - jnp.uint32(2**31)).astype(arrays[0].dtype)
-        return arrays[0] + least + jax.random.uniform(scalars[3], arrays[0].shape)
+        return arrays[0] + least + jax.random.uniform(scalars[3], arrays[0].shape, jnp.float32)
 
     key = jax.random.key(3)
     scalars = (0.5, np.uint32(2**31 + 1), np.uint8(255), key, 3, jnp.float16(2), np.int8(1))
     found = noted(scalars, ({"w": jnp.zeros(4, jnp.bfloat16)},))["w"]
     wide = jnp.float32
     assert seen == [wide, jnp.uint32, jnp.uint8, key.dtype, wide, wide, wide]
-    np.testing.assert_array_equal(found, (1 + jax.random.uniform(key, (4,))).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        found, (1 + jax.random.uniform(key, (4,), jnp.float32)).astype(jnp.bfloat16)
+    )
 
 
 @tree.elementwise
@@ -132,12 +134,15 @@ def test_every_spelling_of_a_number_is_one_program(programs):
 
 @pytest.mark.parametrize("number", [10**12, fractions.Fraction(1, 3), Decimal("0.1"), True])
 def test_real_numbers_of_any_kind_are_taken(number):
-    found = tree.combine((number,), ({"w": jnp.ones(2)},))["w"]
-    np.testing.assert_array_equal(found, np.full(2, float(number), np.float32))
+    known = _checks.scalar("t", number)
+    assert type(known) is float
+    assert known == float(number)
 
 
 @pytest.mark.parametrize("number", ["0.5", b"1", 10**400, 1j, None])
 def test_what_is_no_real_number_is_refused_by_name(number, refuses):
+    with pytest.raises(TypeError, match=r"^t must be a real number, got"):
+        _checks.scalar("t", number)
     with refuses(TypeError, match=r"coefficients\[0\] must be a real number, got"):
         tree.combine((number,), ({"w": jnp.ones(2)},))
 
@@ -302,7 +307,7 @@ def test_counts_are_exact_where_single_precision_is_not():
     size = 2**24 + 3
     count = tree.reduction(lambda _, arrays: arrays[0] == 0)
     both = tree.reduction(lambda _, arrays: [arrays[0] == 0, arrays[0] != 0])
-    x = [jnp.zeros(size, jnp.bfloat16), jnp.ones(2), jnp.zeros((0, 3))]
+    x = [jnp.zeros(size, jnp.bfloat16), jnp.ones(2, jnp.float32), jnp.zeros((0, 3), jnp.float32)]
     found = count((), (x,), by_leaf=True)
     assert [int(n) for n in found] == [size, 0, 0]
     assert all(jnp.issubdtype(n.dtype, jnp.integer) for n in found)

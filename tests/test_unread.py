@@ -167,9 +167,9 @@ def test_pieces_are_of_few_lengths_and_say_their_own_entries(monkeypatch):
         assert longer.shape == (piece.length,)
         assert (longer[piece.stop - piece.start :] == 2 * x[piece.stop - 1]).all()
     assert lazily(np.zeros((0, 3))).pieces() == [None]
-    assert Lazy((4,), np.float32, None, in_pieces=False).pieces() == [None]
-    inner = Lazy((4,), np.float32, None, in_pieces=False)
-    assert Lazy((4,), np.float32, None, [lazily(x[:4]), inner]).pieces() == [None]
+    assert Lazy((4,), np.float32, len, in_pieces=False).pieces() == [None]
+    inner = Lazy((4,), np.float32, len, in_pieces=False)
+    assert Lazy((4,), np.float32, len, [lazily(x[:4]), inner]).pieces() == [None]
 
 
 def test_indices_of_lazy_entries_are_those_of_the_leaf(monkeypatch):
