@@ -67,7 +67,7 @@ def test_what_is_undefined_raises_where_it_is_known_and_is_nan_where_it_is_trace
 
 def test_a_number_takes_over_nan_of_others():
     x = jnp.arange(2.0)
-    assert np.array_equal(_numerics.with_nan_of(x, 3.0, jnp.float32(-2)), [0, 1])
+    assert np.array_equal(_numerics.with_nan_of(x, 3.0, jnp.asarray(-2.0)), [0, 1])
     for bad in (jnp.nan, jnp.inf):
         assert np.isnan(_numerics.with_nan_of(x, 3.0, bad)).all()
     assert np.array_equal(np.isnan(_numerics.with_nan_of(x, x / x)), [True, False])

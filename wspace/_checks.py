@@ -210,7 +210,7 @@ def above_zero(name: str, value: Any) -> ScalarLike:
     return scalar(name, value, lambda x: x > 0, "finite and positive")
 
 
-def between(name: str, value: Any, low: float, high: float) -> ScalarLike:
+def between(name: str, value: Any, low: int, high: int) -> ScalarLike:
     """A real number above `low` and below `high`, as `scalar` checks it."""
     return scalar(name, value, lambda x: (x > low) & (x < high), f"between {low} and {high}")
 
