@@ -117,7 +117,7 @@ def elementwise(
         return _pieces.put_off(on_span, leaves, in_pieces=scope == "entry")
 
     def on_trees(
-        scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], each: Sequence[PyTree] = ()
+        scalars: Sequence[ScalarLike], trees: Sequence[PyTree], each: Sequence[PyTree] = ()
     ) -> Any:
         scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
@@ -201,7 +201,7 @@ def reduction(
         return functools.reduce(_MEETING[kind], parts)
 
     def on_trees(
-        scalars: Sequence[ScalarLike], trees: Sequence[WeightsLike], *, by_leaf: bool = False
+        scalars: Sequence[ScalarLike], trees: Sequence[PyTree], *, by_leaf: bool = False
     ) -> Any:
         scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
