@@ -15,6 +15,7 @@ VOTED = Case(
     "merge.ties, voted",
     3,
     lambda x, *ys: merge.ties(x, ys, scope="leaf", election=merge.Election(zero="majority")),
+    peak=9.3,
 )
 
 
