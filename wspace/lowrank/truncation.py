@@ -1,6 +1,8 @@
 r"""The nearest edit of given rank, and how far it is from what it was cut from."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -304,11 +306,17 @@ def extract(
 def displacement(**ends: WeightsLike) -> Weights:
     """From the first of two points, by name, to the second, once both are seen to be finite."""
     _checks.same_layout(**ends)
-    start, end = tree.widened(*ends.values())
-    edit = tree.combine((1, -1), (end, start))
+    start, end = ends.values()
+    edit = _displacement((), (end, start))
     if not _checks.is_traced(edit) and not bool(jnp.isfinite(tree.norm(edit))):
         _checks.finite(**ends)
     return edit
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _displacement(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    end, start = arrays
+    return end - start
 
 
 def truncate_leaves(
