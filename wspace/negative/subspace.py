@@ -178,8 +178,10 @@ def attenuate(
     if isinstance(basis, Sides):
         return _sided_away(basis, gain, list(trees.values()))
     gram = geometry.inner_products(vectors)
-    gain = _where_orthonormal(_checks.floating(gain), gram, _coarsest_eps(basis), "basis")
+    gain = jnp.asarray(gain).astype(gram.dtype)
+    gain = _where_orthonormal(gain, gram, _coarsest_eps(basis), "basis")
     parts = _parts(len(vectors))((), [*vectors, *trees.values()])
+    gain = gain.astype(parts.dtype)
     return _attenuated([-gain * part for part in unstacked(parts)], [point, *vectors])
 
 
