@@ -290,7 +290,7 @@ def test_the_largest_and_the_least_term(kind):
     both = tree.reduction(lambda _, arrays: [arrays[0], -arrays[0]], kind=kind)
     for sign in (1, -1):  # all of one sign, so that zeros would show
         x = {"e": np.zeros((0, 2), np.float32)} | drawn(((4, 5), (7,), ()))
-        x = jax.tree.map(lambda a, s=sign: s * (np.abs(a) + 1), x)
+        x = jax.tree.map(lambda a, s=sign: np.asarray(s * (np.abs(a) + 1)), x)
         flat = np.concatenate([leaf.reshape(-1) for leaf in x.values()])
         oracle = getattr(np, kind)
         assert best((), (x,)) == oracle(flat)
