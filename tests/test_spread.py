@@ -78,6 +78,12 @@ def test_every_matrix_of_a_stack_is_cut_by_its_own_largest_value_and_what_is_on_
         np.testing.assert_allclose(flat_edit[1], 2.0**-12 * level, rtol=64 * UNIT)
 
 
+def test_a_traced_threshold_out_of_its_domain_is_nan():
+    x = jnp.diag(jnp.array([3.0, 1.0]))
+    for rtol in (2.0, -1.0):
+        assert is_nan(jax.jit(lambda t: negative.harden(x, rtol=t))(rtol))
+
+
 @pytest.mark.parametrize("shape", [(64, 2), (2, 64)])
 def test_by_default_what_is_left_out_is_rounding_of_the_longer_side(shape):
     for ratio, k in ((16 * UNIT, 1), (256 * UNIT, 2)):

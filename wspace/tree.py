@@ -281,7 +281,9 @@ def _reduced(terms: Any, kind: str, wide: Any) -> Array:
     if isinstance(terms, list | tuple):
         if kind == "sum" and all(x.dtype == wide for x in terms):
             return jnp.stack([jnp.sum(x) for x in row_sums(terms)])
-        return jnp.stack([_reduced(x, kind, wide) for x in terms])
+        numbers = [_reduced(x, kind, wide) for x in terms]
+        alike = len({x.dtype for x in numbers}) == 1
+        return jnp.stack(numbers if alike else [x.astype(wide) for x in numbers])
     if kind == "sum":
         counted = terms.dtype == bool or jnp.issubdtype(terms.dtype, jnp.integer)
         return jnp.sum(terms, dtype=jnp.int32 if counted else wide)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
-from wspace._numerics import unstacked
+from wspace._numerics import unstacked, with_nan_of
 from wspace.merge.parts.numbers import peak_of
 from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -84,7 +84,7 @@ def ram(
         cuts = [jnp.asarray(threshold).astype(peak.dtype) * peak for peak in map(peak_of, edits)]
     plain = not _checks.is_traced(boost) and boost == 0
     boosts = [1.0] * len(edits) if plain else _boosts(cuts, edits, boost, cap)
-    scale = _checks.scalar("scale", scale)
+    scale = with_nan_of(_checks.scalar("scale", scale), threshold, cap, boost)
     return _shared((scale, *cuts, *boosts), (base, *edits))
 
 

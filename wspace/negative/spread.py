@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul, placed_like, replicated, safe_sqrt
+from wspace._numerics import matmul, placed_like, replicated, safe_sqrt, with_nan_of
 from wspace.lowrank import LowRank
 from wspace.lowrank.truncation import decomposed
 from wspace.typing import Coefficients, Leaf, ScalarLike, Weights, WeightsLike
@@ -62,10 +62,12 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
         matrix = replicated(lowrank.as_matrix(leaf))
         u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
         least = max(matrix.shape[-2:]) * jnp.finfo(leaf.dtype).eps if rtol is None else rtol
-        kept = values > jnp.asarray(least).astype(leaf.dtype) * values[..., :1]
-        norm = safe_sqrt(jnp.sum(matrix**2, axis=(-2, -1)))
+        least = jnp.asarray(least).astype(leaf.dtype)
+        kept = values > least * values[..., :1]
+        norm = with_nan_of(safe_sqrt(jnp.sum(matrix**2, axis=(-2, -1))), least)
         level = norm / safe_sqrt(jnp.maximum(jnp.sum(kept, axis=-1), 1).astype(leaf.dtype))
-        flattened = matmul(u * jnp.where(kept, level[..., None], 0)[..., None, :], vt)
+        levels = jnp.where(kept | jnp.isnan(least), level[..., None], 0)
+        flattened = matmul(u * levels[..., None, :], vt)
         return placed_like(flattened.reshape(leaf.shape), leaf)
 
     return tree.cast_like(jax.tree.map(flat, tree.upcast(edit)), edit)
