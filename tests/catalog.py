@@ -346,7 +346,7 @@ CASES = (
     Case(
         "merge.cancellation", 2, lambda *edits: merge.cancellation(edits), peak=0.0, composed=True
     ),
-    Case("merge.cosines", 2, lambda *edits: merge.cosines(edits), peak=4.1, composed=True),
+    Case("merge.cosines", 2, lambda *edits: merge.cosines(edits), peak=0.1, composed=True),
     Case(
         "merge.cosines, factored",
         2,
@@ -405,7 +405,7 @@ CASES = (
         composed=True,
         command="ext_sub {1} --base {0} --avoid {2} --strength 0.7",
     ),
-    Case("merge.gram", 2, lambda *edits: merge.gram(edits), peak=4.1, composed=True),
+    Case("merge.gram", 2, lambda *edits: merge.gram(edits), peak=0.1, composed=True),
     Case(
         "merge.gram, factored",
         2,

@@ -208,7 +208,10 @@ def gram(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
         Array([[ 25., -25.],
                [-25.,  25.]], dtype=float32)
     """
-    return _pair_matrix(lambda pair: lowrank.vdot(*pair), _widened_edits(edits))
+    edits = _edits(edits)
+    if _are_dense(edits):
+        return geometry.inner_products(edits)
+    return _pair_matrix(lambda pair: lowrank.vdot(*pair), tree.widened(*edits))
 
 
 def cosines(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
@@ -244,7 +247,10 @@ def cosines(edits: Sequence[PyTree]) -> Float[Array, "k k"]:
         Array([[ 1., -1.],
                [-1.,  1.]], dtype=float32)
     """
-    return _pair_matrix(_edit_cosine, _widened_edits(edits))
+    edits = _edits(edits)
+    if _are_dense(edits):
+        return _pair_matrix(lambda pair: geometry.cosine(*pair), edits)
+    return _pair_matrix(_edit_cosine, tree.widened(*edits))
 
 
 def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -> Scalar:
@@ -297,7 +303,7 @@ def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -
     """
     if rank is not None:
         rank = _checks.rank(rank)
-    edits = _widened_edits(edits)
+    edits = tree.widened(*_edits(edits))
     rows, _ = side_by_side(**_checks.each("edits", edits))
     parts = [_interference(row, rank) for row in rows if all(len(x.shape) > 1 for x in row)]
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(edits)))
@@ -310,11 +316,17 @@ def _listed_edits(edits: Sequence[WeightsLike]) -> list[Any]:
     return edits
 
 
-def _widened_edits(edits: Sequence[PyTree]) -> list[Any]:
-    """Edits, dense or in factors, in one dtype."""
+def _edits(edits: Sequence[PyTree]) -> list[Any]:
+    """Edits of one layout, dense or in factors."""
     edits = _checks.listed("edits", edits)
     side_by_side(**_checks.each("edits", edits))
-    return tree.widened(*edits)
+    return edits
+
+
+def _are_dense(edits: Sequence[PyTree]) -> bool:
+    """Whether no leaf of the edits is in factors."""
+    leaves = jax.tree.leaves(edits, is_leaf=_checks.is_factored)
+    return not any(map(_checks.is_factored, leaves))
 
 
 def _pair_matrix(measure: Callable[[Sequence[Any]], Scalar], edits: Sequence[Any]) -> Array:
@@ -333,15 +345,17 @@ def _fraction(part: Array, whole: Array) -> Array:
 
 def _total(term: Callable[..., Array], edits: Sequence[WeightsLike]) -> Scalar:
     """The sum of a term of the entries of edits, over all entries."""
-    wide = accumulator(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(edits)))
-    rows = zip(*map(jax.tree.leaves, edits), strict=True)
-    sums = [_sum(term, wide, *row) for row in rows if row[0].size]
-    return jax.tree.reduce_associative(jnp.add, sums) if sums else jnp.zeros((), wide)
+    return _summed(term)((), edits)
 
 
-@jax.jit(static_argnums=(0, 1))
-def _sum(term: Callable[..., Array], wide: type, *leaves: Array) -> Scalar:
-    return jnp.sum(term(*(leaf.astype(wide) for leaf in leaves)))
+@functools.cache
+def _summed(term: Callable[..., Array]) -> Callable[..., Scalar]:
+    @tree.reduction
+    @functools.wraps(term)
+    def formula(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+        return term(*arrays)
+
+    return formula
 
 
 # Sums of products and of absolute values, and not of conditions, which XLA writes to memory
@@ -371,8 +385,6 @@ def _lost(*xs: Array) -> Array:
 
 
 def _edit_cosine(pair: Sequence[PyTree]) -> Scalar:
-    if not any(map(_checks.is_factored, jax.tree.leaves(pair, is_leaf=_checks.is_factored))):
-        return geometry.cosine(*pair)
     sizes = [lowrank.norm(x) for x in pair]
     undefined = (sizes[0] == 0) | (sizes[1] == 0)
     over = [1 / jnp.where(undefined, 1, size) for size in sizes]
