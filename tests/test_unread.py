@@ -172,6 +172,20 @@ def test_pieces_are_of_few_lengths_and_say_their_own_entries(monkeypatch):
     assert Lazy((4,), np.float32, len, [lazily(x[:4]), inner]).pieces() == [None]
 
 
+def test_formulas_of_leaves_are_given_them_whole(monkeypatch):
+    monkeypatch.setattr(_lazy, "_LARGEST", 7)
+    x = np.arange(20, dtype=np.float32)
+
+    @functools.partial(tree.elementwise, scope="leaf")
+    def centered(_, arrays):
+        return arrays[0] - jnp.mean(arrays[0])
+
+    leaf = centered((), (lazily(x),))
+    for found, wanted in ((leaf, x - 9.5), (tree.combine((2.0,), (leaf,)), 2 * x - 19)):
+        assert found.pieces() == [None]
+        np.testing.assert_array_equal(found.read(*found.pieces()), wanted)
+
+
 def test_indices_of_lazy_entries_are_those_of_the_leaf(monkeypatch):
     monkeypatch.setattr(_lazy, "_LARGEST", 7)
 
