@@ -601,7 +601,7 @@ CASES = (
         lambda x, y, direction: negative.exit_ball(
             [x, y], (0.6, 0.4), x, 40.0, direction=direction, allow=allow()
         ),
-        peak=22.5,
+        peak=21.7,
     ),
     Case("negative.gate", 2, lambda x, y: negative.gate(x, y, y, 1e3), peak=2.0),
     Case(
@@ -624,7 +624,7 @@ CASES = (
         lambda x, y, normal: negative.guard_hull(
             [x, y], x, 40.0, normal=normal, mode="affine", allow=allow()
         ),
-        peak=22.5,
+        peak=21.7,
     ),
     Case(
         "negative.guard_normal",
@@ -640,7 +640,7 @@ CASES = (
         lambda x, y, z: negative.guide_perpendicular(x, y, z, 1.5, 0.7),
         peak=1.0,
     ),
-    Case("negative.harden", 1, negative.harden, peak=6.7, derivatives=False),
+    Case("negative.harden", 1, negative.harden, peak=6.9, derivatives=False),
     Case(
         "negative.linear_bound",
         1,
