@@ -93,7 +93,9 @@ def put_off(
 ) -> Any:
     """Lazy results of a kernel, which takes leaves' entries and the flat index of the first."""
     shape = row[0].shape
-    alike = [jax.ShapeDtypeStruct(shape, leaf.dtype) for leaf in row]
+    # To learn the dtypes; one shape, where any will do, is traced once for leaves of many.
+    asked = (1,) if in_pieces else shape
+    alike = [jax.ShapeDtypeStruct(asked, leaf.dtype) for leaf in row]
     like = jax.eval_shape(kernel, alike, np.uint32(0))
     inputs = [leaf if isinstance(leaf, Lazy) else _in_memory(leaf) for leaf in row]
 
