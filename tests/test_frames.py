@@ -103,3 +103,13 @@ def test_components_and_what_is_left(distance):
     np.testing.assert_allclose(vector(once), -2 * (vector(x) - vector(points[0])), rtol=4 * EPS)
     apart = np.linalg.norm(vector(x) - vector(points[0]))
     np.testing.assert_allclose(frames.distance(x, points[0]), apart, rtol=8 * EPS)
+
+
+def test_the_inverse_is_asked_for_by_the_index_of_the_difference():
+    asked = []
+    points = [split(x) for x in drawn(4)]
+    frame, _ = frames.of_differences(
+        points[0], points[1:], lambda i, left: asked.append(i) or inverse(i, left) * (i + 1)
+    )
+    assert asked == [0, 1, 2]
+    np.testing.assert_allclose(np.linalg.norm(vector(frame.others[0])), 2, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,29 @@ def test_every_leaf_is_computed_once_and_held_no_longer_than_needed():
     assert sorted(calls) == sorted(["first", "second", "third", "last"])
     assert calls.index("first") == 0
     assert calls[-1] == "last"
+
+
+def test_what_is_computed_on_the_way_is_let_go():
+    made, alive = [], []
+
+    def compute(_, given):
+        alive.append(sum(ref() is not None for ref in made))
+        array = np.ones(3) + sum(given)
+        made.append(weakref.ref(array))
+        return array
+
+    leaf = Lazy((3,), np.float64, compute)
+    for _ in range(9):
+        leaf = Lazy((3,), np.float64, compute, [leaf])
+    _lazy.computed([leaf])
+    assert max(alive) <= 1
+
+
+def test_a_leaf_that_two_depend_on_again_and_again_is_visited_once():
+    leaf = constant(1)
+    for _ in range(40):  # of which there are 2^40 ways to the first
+        leaf = constant(0, leaf, leaf)
+    np.testing.assert_array_equal(leaf.read(), np.full(3, 2.0**40))
 
 
 def test_a_chain_of_a_thousand_combinations_is_computed():
