@@ -70,8 +70,6 @@ WHOLE = {
     "sparse": lambda p: cone.project(cone.Sparse(20), p[0]).edit,
     "mask": lambda p: cone.project(cone.Mask({"w": True, "b": False}), p[0]).edit,
     "attenuate": lambda p: negative.attenuate(p[0], geometry.orthonormalize([p[1]]), 1.0),
-    "cancellation": lambda p: tree.combine((merge.cancellation(p),), (p[0],)),
-    "sign conflict": lambda p: tree.combine((merge.sign_conflict(p)[0, 1],), (p[0],)),
     "window": window,
     "harden": lambda p: negative.harden(p[0]),
     "tsv": lambda p: merge.tsv_m(p[0], p[1:]).weights,
@@ -91,6 +89,8 @@ IN_PIECES = {
     "exit ball": lambda p: negative.exit_ball(p[:2], (0.5, 0.5), p[2], 100.0)[0],
     "distance": lambda p: tree.combine((geometry.distance(p[0], p[1]),), (p[0],)),
     "gram": lambda p: tree.combine((geometry.gram(p)[0, 1],), (p[0],)),
+    "cancellation": lambda p: tree.combine((merge.cancellation(p),), (p[0],)),
+    "sign conflict": lambda p: tree.combine((merge.sign_conflict(p)[0, 1],), (p[0],)),
     "norm of one leaf": lambda p: p[0] | {
         "w": tree.combine((tree.norm(p[1]["w"]),), (p[0]["w"],))
     },

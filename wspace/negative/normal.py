@@ -138,7 +138,7 @@ def _descend(guard, rtol, mode, steps):
 
     # The heights round at the size of the gaps, and the cost with them.
     gaps = [geometry.distance(x, guard.center) for x in guard.points]
-    sizes = functools.reduce(jnp.maximum, gaps)
+    sizes = functools.reduce(jnp.maximum, [gap.astype(radius.dtype) for gap in gaps])
     rounding = 4 * jnp.finfo(radius.dtype).eps * (1 + sizes / radius)
     value, gradient, residual = measured(start)
     steep = tree.norm(gradient)
