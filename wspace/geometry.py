@@ -306,7 +306,7 @@ def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 def components(
     x: WeightsLike, basis: Sequence[Weights]
-) -> tuple[Float[Array, " k"] | list[Scalar], Weights]:
+) -> tuple[Float[Array, " k"] | list[Scalar], WeightsLike]:
     """The coefficients of `x` in an orthonormal basis, and what is orthogonal to the basis."""
     if not basis:
         return [], x

@@ -154,7 +154,7 @@ def report(
     paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     if not paths:
         raise ValueError("base has no leaves, so there is nothing to report")
-    signs = np.sign(c).astype(np.int8)
+    signs = np.sign(c).tolist()
     trees = (base, merged, *tuned, *(edits or []))
     found = [f(signs, trees, by_leaf=True) for f in (_count_sums, _square_sums)]
     sizes = [leaf.size for leaf in jax.tree.leaves(base)]
