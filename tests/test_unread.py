@@ -22,6 +22,7 @@ from wspace import (
 )
 from wspace.__main__ import main
 from wspace._lazy import Lazy, Piece, taken
+from wspace.testing import assert_close
 
 
 def lazily(x):
@@ -78,9 +79,6 @@ WHOLE = {
 }
 IN_PIECES = {
     "mean": average.mean,
-    "fisher mean": lambda p: average.fisher_mean(
-        p, [tree.elementwise(square)((), (x,)) for x in p]
-    ),
     "emr": lambda p: merge.emr_model(p[0], merge.emr(p[0], p[1:]), 0),
     "lines": lambda p: merge.lines(p[0], {"w": 0, "b": 1}, start=0.5, rise=1.0),
     "filters": lambda p: perturb.filter_normalize(p[0], p[1]),
@@ -115,6 +113,17 @@ def test_functions_of_entries_and_sums_give_the_bits_of_memory(name, models, tmp
     found = streamed(IN_PIECES[name], files, tmp_path / "out.safetensors")
     for key, wanted in IN_PIECES[name](points).items():
         assert np.asarray(found[key]).tobytes() == np.asarray(wanted).tobytes()
+
+
+def test_a_quotient_of_sums_is_that_of_memory_to_a_rounding(models, tmp_path):
+    # Which products a compiler fuses with a sum may depend on the shape of what it compiles.
+    points, files = models
+
+    def mean(p):
+        return average.fisher_mean(p, [tree.elementwise(square)((), (x,)) for x in p])
+
+    found = streamed(mean, files, tmp_path / "out.safetensors")
+    assert_close(found, dict(mean(points)), units=2)
 
 
 @pytest.mark.parametrize("size", [4, 2**16, 2**16 + 1])
