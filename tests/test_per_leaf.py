@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,13 @@ pytestmark = pytest.mark.exact
 A = [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])]
 B = [jnp.array([10.0, 20.0]), jnp.array([30.0, 40.0])]
 ZERO = [jnp.zeros(2), jnp.zeros(2)]
-Pair = collections.namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+
+
+class Pair(NamedTuple):
+    """A tree of two leaves, which is no list of two points."""
+
+    left: Any
+    right: Any
 
 
 def mixed(points: Sequence[Any], t):

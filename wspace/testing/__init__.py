@@ -8,6 +8,7 @@ draws the weights.
 """
 
 try:
+    # Imported to ask for it here, where one line says which extra to install.
     import hypothesis as _hypothesis  # noqa: F401
 except ImportError as error:
     raise ImportError('wspace.testing needs hypothesis: pip install "wspace[testing]"') from error
