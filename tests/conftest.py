@@ -1,5 +1,7 @@
 """One configuration for every lane: strict promotion, eight CPU devices, repeatable draws."""
 
+import functools
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -17,6 +19,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # One thread a worker for the small matrices of the tests: more of them starve each other. It is
 # read when the library is loaded, so before jax is.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Workers keep the memory that they freed: half of the system's time goes into giving it back.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 # Compiling takes half of the time with XLA's older code generator, which later versions lack, and
 # without optimization; but then products are fused with additions in some places and not in others,
 # unless the processor is said to have no such instructions. Exact laws have a marker, and a lane
@@ -31,6 +36,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10.") and platform.machine
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jaxtyping import TypeCheckError
 
 # Threads for every device and to spare, however few the cores: else collectives starve each other.
@@ -38,6 +44,9 @@ os.environ["NPROC"] = "32"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Half of the time in which a small program is lowered goes into a fresh context of MLIR: share one.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Compilation makes the first draw slow and later ones fast, so a deadline measures nothing. Nor
 # does the health of a few derandomized draws, which change with every number in the sources.
@@ -55,6 +64,13 @@ for name, count in (("default", 15), ("few", 2)):
     )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish():
+    """Has garbage collected seldom, and not what stays: JAX makes that a third of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_runtest_setup(item):

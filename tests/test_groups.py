@@ -82,15 +82,15 @@ def test_which_leaves_share_a_program():
     small = [np.zeros(s, np.float32) for s in ((2,), (3,), (2,), (0,), ())]
     often = [np.zeros(7, np.float32)] * _pieces._RARE
     large = [np.zeros(_pieces._SMALL + 1, np.float32), np.zeros(_pieces._SMALL, np.float32)]
-    rows = [[x] for x in (*small, *often, *large)]
-    groups = sorted(_pieces.groups(rows))
-    together = [0, 1, 2, 3, 4, len(rows) - 1]
-    assert groups == sorted([together, *([i] for i in range(5, len(rows) - 1))])
+    leaves = [*small, *often, *large]
+    groups = sorted(_pieces.groups([leaves]))
+    together = [0, 1, 2, 3, 4, len(leaves) - 1]
+    assert groups == sorted([together, *([i] for i in range(5, len(leaves) - 1))])
     # One short of often is rare.
-    assert sorted(_pieces.groups([[x] for x in often[1:]])) == [list(range(len(often) - 1))]
-    many = [[np.zeros(i, np.float32)] for i in range(2 * _pieces._TOGETHER + 1)]
-    assert [len(group) for group in _pieces.groups(many)] == [128, 128, 1]
-    assert sorted(i for group in _pieces.groups(many) for i in group) == list(range(len(many)))
+    assert sorted(_pieces.groups([often[1:]])) == [list(range(len(often) - 1))]
+    many = [np.zeros(i, np.float32) for i in range(2 * _pieces._TOGETHER + 1)]
+    assert [len(group) for group in _pieces.groups([many])] == [128, 128, 1]
+    assert sorted(i for group in _pieces.groups([many]) for i in group) == list(range(len(many)))
 
 
 @pytest.mark.parametrize("function", [FUNCTIONS["lerp"][0], FUNCTIONS["ties"][0]])
@@ -165,7 +165,7 @@ def test_spread_leaves_have_programs_of_their_own():
     spread = jax.device_put(jnp.arange(8.0), sharding)
     other = jax.device_put(jnp.arange(4.0), sharding)
     x = {"a": jnp.arange(3.0), "b": spread, "c": jnp.arange(4.0), "d": other}
-    assert sorted(_pieces.groups([[leaf] for leaf in x.values()])) == [[0, 2], [1], [3]]
+    assert sorted(_pieces.groups([list(x.values())])) == [[0, 2], [1], [3]]
     found = tree.combine((2.0,), (x,))
     assert found["b"].sharding.is_equivalent_to(sharding, 1)
     assert not found["a"].committed

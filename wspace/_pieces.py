@@ -6,6 +6,7 @@ program, and small lazy leaves are flat arrays of few lengths.
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,20 +38,22 @@ def is_lazy(leaves: Sequence[Any]) -> bool:
     return any(isinstance(leaf, Lazy) for leaf in leaves)
 
 
-def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
-    """Indices of rows that share a program; a row holds the leaves of several trees at one place.
+def groups(columns: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """Indices of leaves that share a program; a column holds the leaves of one of several trees.
 
     Large leaves have one of their own, and so have those of a shape that occurs often, that are
     spread over devices, or that are traced. The others share programs, those on one device each,
     and lazy ones no program with those in memory.
     """
-    if len(rows) == 1:
+    first = columns[0]
+    if len(first) == 1:
         return [[0]]
-    shapes = [row[0].shape for row in rows]
+    shapes = [leaf.shape for leaf in first]
     often = {shape for shape, count in collections.Counter(shapes).items() if count >= _RARE}
-    places = [None] * len(rows) if _are_free(rows) else [_place(row) for row in rows]
+    free = _are_free(columns)
+    places = itertools.repeat(None) if free else map(_place, zip(*columns, strict=True))
     alone, rare = [], collections.defaultdict(list)
-    for i, (place, shape) in enumerate(zip(places, shapes, strict=True)):
+    for i, (shape, place) in enumerate(zip(shapes, places)):  # noqa: B905 - places may not end
         if place is _OF_ITS_OWN or shape in often or math.prod(shape) > _SMALL:
             alone.append([i])
         else:
@@ -60,13 +63,12 @@ def groups(rows: Sequence[Sequence[Any]]) -> list[list[int]]:
     return alone
 
 
-def _are_free(rows: Sequence[Sequence[Any]]) -> bool:
+def _are_free(columns: Sequence[Sequence[Any]]) -> bool:
     """Whether all leaves are arrays that no device was chosen for, as is usual."""
-    leaves = [leaf for row in rows for leaf in row]
-    kinds = set(map(type, leaves))
+    kinds = {kind for column in columns for kind in set(map(type, column))}
     if not all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in kinds):
         return False
-    return not any(leaf.committed for leaf in leaves)
+    return not any(leaf.committed for column in columns for leaf in column)
 
 
 _OF_ITS_OWN = object()

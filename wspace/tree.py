@@ -9,6 +9,7 @@ a leaf. NaN and infinities pass through to the entries that depend on them.
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
-from jaxtyping import Array, DTypeLike, PyTree, UInt32
+from jaxtyping import Array, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _pieces
 from wspace._lazy import Lazy
@@ -103,44 +104,48 @@ def elementwise(
         return cast(result, leaves[0], wide)
 
     def on_leaves(
-        scalars: Sequence[Any], own: Sequence[Any], rows: Sequence[Any], start: Any
+        scalars: Sequence[Any], own: Sequence[Any], columns: Sequence[Any], start: Any
     ) -> list[Any]:
-        several = zip(own, rows, strict=True)
-        return [on_leaf([*scalars, *numbers], leaves, start) for numbers, leaves in several]
+        numbers = zip(*own, strict=True) if own else itertools.repeat(())
+        rows = zip(*columns, strict=True)
+        return [
+            on_leaf([*scalars, *row_numbers], leaves, start)
+            for row_numbers, leaves in zip(numbers, rows)  # noqa: B905 - one of them never ends
+        ]
 
     kernel = _named(on_leaves, formula)
 
     def put_off(scalars: Sequence[Any], own: Sequence[Any], leaves: Sequence[Any]) -> Any:
         def on_span(leaves: Sequence[Any], start: Any) -> Any:
-            return kernel(scalars, [own], [leaves], start)[0]
+            return kernel(scalars, _as_columns(own), _as_columns(leaves), start)[0]
 
         return _pieces.put_off(on_span, leaves, in_pieces=scope == "entry")
 
     def on_trees(
-        scalars: Sequence[ScalarLike], trees: Sequence[PyTree], each: Sequence[PyTree] = ()
+        scalars: Sequence[ScalarLike | Key[Array, ""]],
+        trees: Sequence[PyTree],
+        each: Sequence[PyTree] = (),
     ) -> Any:
         scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
-        rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
-        own = list(zip(*map(structure.flatten_up_to, each), strict=True)) or [()] * len(rows)
-        results: list[Any] = [None] * len(rows)
-        for group in _pieces.groups(rows):
-            i = group[0]
-            if _pieces.is_lazy(rows[i]):
+        columns = [leaves, *map(structure.flatten_up_to, others)]
+        own = list(map(structure.flatten_up_to, each))
+        results: list[Any] = [None] * len(leaves)
+        for group in _pieces.groups(columns):
+            if _pieces.is_lazy(_row(columns, group[0])):
                 for i in group:
-                    results[i] = put_off(scalars, own[i], rows[i])
+                    results[i] = put_off(scalars, _row(own, i), _row(columns, i))
             else:
-                found = kernel(
-                    scalars, [own[i] for i in group], [rows[i] for i in group], np.uint32(0)
-                )
+                numbers = [_as_one_array(column) for column in _rows(own, group)]
+                found = kernel(scalars, numbers, _rows(columns, group), np.uint32(0))
                 for i, result in zip(group, found, strict=True):
                     results[i] = result
-        if not rows and not each:
+        if not leaves and not each:
             results = [jax.eval_shape(on_leaf, scalars, [jnp.zeros(0)] * len(trees), np.uint32(0))]
         if results and isinstance(results[0], list):
-            return [structure.unflatten(xs if rows else ()) for xs in zip(*results, strict=True)]
-        return structure.unflatten(results if rows else ())
+            return [structure.unflatten(xs if leaves else ()) for xs in zip(*results, strict=True)]
+        return structure.unflatten(results if leaves else ())
 
     return on_trees
 
@@ -185,8 +190,8 @@ def reduction(
         terms = formula([_number(c, wide) for c in scalars], _widened(leaves, wide))
         return _reduced(terms, kind, wide)
 
-    def on_leaves(scalars: Sequence[Any], rows: Sequence[Any], wide: Any) -> list[Array]:
-        return [on_leaf(scalars, leaves, wide) for leaves in rows]
+    def on_leaves(scalars: Sequence[Any], columns: Sequence[Any], wide: Any) -> list[Array]:
+        return [on_leaf(scalars, leaves, wide) for leaves in zip(*columns, strict=True)]
 
     kernel = _named(on_leaves, formula, static_argnums=2)
 
@@ -196,25 +201,30 @@ def reduction(
         terms = jax.eval_shape(lambda c, leaves: on_leaf(c, leaves, wide), scalars, like)
         exact = jnp.issubdtype(terms.dtype, jnp.integer)
         if not exact and kind == "sum":
-            return kernel(scalars, [_pieces.whole(row)], wide)[0]
-        parts = [kernel(scalars, [part], wide)[0] for part in _pieces.entries(row)]
+            return kernel(scalars, _as_columns(_pieces.whole(row)), wide)[0]
+        parts = [kernel(scalars, _as_columns(part), wide)[0] for part in _pieces.entries(row)]
         return functools.reduce(_MEETING[kind], parts)
 
     def on_trees(
-        scalars: Sequence[ScalarLike], trees: Sequence[PyTree], *, by_leaf: bool = False
+        scalars: Sequence[ScalarLike | Key[Array, ""]],
+        trees: Sequence[PyTree],
+        *,
+        by_leaf: bool = False,
     ) -> Any:
         scalars = [_as_one_dtype(c) for c in scalars]
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
-        rows = list(zip(leaves, *map(structure.flatten_up_to, others), strict=True))
-        wide = accumulator(*(leaf.dtype for row in rows for leaf in row))
-        results: list[Any] = [None] * len(rows)
-        for group in _pieces.groups(rows):
-            lazy = _pieces.is_lazy(rows[group[0]])
-            if lazy and len(group) == 1:
-                found = [of_row(scalars, rows[i], wide) for i in group]
+        columns = [leaves, *map(structure.flatten_up_to, others)]
+        wide = accumulator(*{leaf.dtype for column in columns for leaf in column})
+        results: list[Any] = [None] * len(leaves)
+        for group in _pieces.groups(columns):
+            if not _pieces.is_lazy(_row(columns, group[0])):
+                found = kernel(scalars, _rows(columns, group), wide)
+            elif len(group) == 1:
+                found = [of_row(scalars, _row(columns, group[0]), wide)]
             else:
-                found = kernel(scalars, [_pieces.whole(rows[i]) for i in group], wide)
+                rows = [_pieces.whole(_row(columns, i)) for i in group]
+                found = kernel(scalars, list(map(list, zip(*rows, strict=True))), wide)
             for i, result in zip(group, found, strict=True):
                 results[i] = result
         if by_leaf:
@@ -222,7 +232,7 @@ def reduction(
         results = [x for x, leaf in zip(results, leaves, strict=True) if leaf.size]
         if not results:
             empty = [jnp.zeros(0, wide)] * len(trees)
-            return kernel(scalars, [empty], wide)[0].astype(wide)
+            return kernel(scalars, _as_columns(empty), wide)[0].astype(wide)
         try:
             return _together(results, kind, wide)
         except ValueError:  # leaves lie on several devices: their numbers meet on the first
@@ -242,6 +252,27 @@ def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
     name = getattr(getattr(formula, "func", formula), "__name__", "<lambda>")
     function.__name__ = function.__qualname__ = "formula" if name == "<lambda>" else name
     return jax.jit(function, **options)
+
+
+def _row(columns: Sequence[Sequence[Any]], i: int) -> list[Any]:
+    return [column[i] for column in columns]
+
+
+def _rows(columns: Sequence[list[Any]], indices: Sequence[int]) -> list[list[Any]]:
+    """Some rows, as columns."""
+    if all(len(column) == len(indices) for column in columns):
+        return list(columns)
+    return [[column[i] for i in indices] for column in columns]
+
+
+def _as_columns(row: Sequence[Any]) -> list[list[Any]]:
+    return [[x] for x in row]
+
+
+def _as_one_array(numbers: Sequence[Any]) -> Any:
+    """Known numbers of one dtype as an array, which is one argument of a program, not many."""
+    alike = len(numbers) > 1 and isinstance(numbers[0], np.generic)
+    return np.array(numbers) if alike and len(set(map(type, numbers))) == 1 else numbers
 
 
 def _as_one_dtype(c: Any) -> Any:

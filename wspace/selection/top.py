@@ -246,8 +246,10 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
     """
     if any(isinstance(leaf, Lazy) for leaf in leaves):
         return last_by_sifting(leaves, need)
-    leaves, wide = [lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves], _wide(leaves)
+    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+    wide = _wide(leaves)
     if _checks.is_traced(leaves, need):
+        leaves = list(map(lax.stop_gradient, leaves))
         if len(leaves) == 1 and leaves[0].size and _is_sorted(leaves[0]):
             size = leaves[0].size
             return last_by_sorting(_joined(leaves, wide, size), first_place(size), need)
