@@ -32,24 +32,24 @@ def last_by_counting(
 ) -> Keys:
     """The last entry selected, or if `exact` its magnitude and anything as its place.
 
-    Leaves may be codes, longer than their sizes by zeros. On each level the entries are those that
-    have the keys found before, and of them as many are needed as the entries above leave to be
-    selected.
+    Leaves may be codes, longer than their sizes by zeros. First its code is searched for; then, of
+    the entries that have it, as many are needed as those above leave to be selected.
     """
     codes = codes_of(wide_of(leaves))
-    heights = [codes.dtype(codes.nan + 1), np.uint32(len(leaves)), np.uint32(max(sizes, default=0))]
-    total = bracket.count_of(sum(sizes))
-    pivots = _quantiles(leaves, need)
-    keys: tuple[Array, ...] = ()
-    for level, height in enumerate(heights[:1] if exact else heights):
-        state = bracket.begun(height, total, need, pivots, exact)
-        if level != 1 or len(leaves) > 1:
-            counted = functools.partial(_counts, leaves, sizes, keys)
-            state = bracket.search(counted, state, need, exact)
-        keys, pivots = (*keys, state.bracket.low), None
-        need, total = bracket.inside(state.bracket, need)
-    zero = jnp.uint32(0)
-    return Keys(*keys, zero, zero) if exact else Keys(*keys)
+    pivots, total = _quantiles(leaves, need), bracket.count_of(sum(sizes))
+    state = bracket.begun(codes.dtype(codes.nan + 1), total, need, pivots, exact)
+    state = bracket.search(functools.partial(_counts, leaves, sizes, ()), state, need, exact)
+    found, zero = state.bracket.low, jnp.uint32(0)
+    if exact:
+        return Keys(found, zero, zero)
+    need, total = bracket.inside(state.bracket, need)
+    number = zero
+    if len(leaves) > 1:
+        number, need, total = _in_leaf(_of_each(leaves, sizes, found), need)
+    state = bracket.begun(np.uint32(max(sizes, default=0)), total, need, None, exact)
+    counted = functools.partial(_counts, leaves, sizes, (found, number))
+    place = bracket.search(counted, state, need, exact).bracket.low
+    return Keys(found, number, place)
 
 
 def _quantiles(leaves: Sequence[Array], need: Count) -> Array | None:
@@ -74,39 +74,75 @@ def _sample(x: Array, stride: int, wide: Wide) -> UInt[Array, " sample"]:
 def _counts(
     leaves: Sequence[Array], sizes: Sequence[int], keys: tuple[Array, ...], pivots: Array
 ) -> Count:
-    """For each pivot, how many entries with the given keys have a next key that reaches it."""
+    """For each pivot, how many entries have a code that reaches it.
+
+    Given the keys of a code and a leaf, those entries count that have both, by their place.
+    """
     wide, last = wide_of(leaves), len(leaves) - 1
-    total: Any = np.zeros((PIVOTS, 2), np.uint32)
-    only = None if len(keys) < 2 or _checks.is_traced(leaves, keys) else int(keys[1])
-    for i, (leaf, size) in enumerate(zip(leaves, sizes, strict=True)):
-        number = np.uint32(last - i)
-        if size and only in (None, number):
-            total = _leaf_counts(total, leaf, first_place(size), number, keys, pivots, wide)
-    return jnp.asarray(total)
+    only = None if not keys or _checks.is_traced(leaves, keys) else last - int(keys[1])
+    counts = [
+        _leaf_counts(leaf, first_place(size), np.uint32(last - i), keys, pivots, wide)
+        for i, (leaf, size) in enumerate(zip(leaves, sizes, strict=True))
+        if size and only in (None, i)
+    ]
+    return _sum_of(counts) if counts else jnp.zeros((PIVOTS, 2), jnp.uint32)
 
 
-@jax.jit(static_argnums=6)
+def _of_each(leaves: Sequence[Array], sizes: Sequence[int], found: Array) -> list[Array]:
+    """For each leaf, how many entries have a code."""
+    wide, zero = wide_of(leaves), np.uint32(0)
+    return [
+        _leaf_counts(leaf, first_place(size), zero, (found,), None, wide)[0] if size else zero
+        for leaf, size in zip(leaves, sizes, strict=True)
+    ]
+
+
+@jax.jit
+def _sum_of(counts: Sequence[Array]) -> Count:
+    rows = jnp.stack(counts)
+    low = jnp.sum(rows & 0xFFFF, axis=0, dtype=jnp.uint32)
+    high = jnp.sum(rows >> 16, axis=0, dtype=jnp.uint32)
+    return jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
+
+
+@jax.jit
+def _in_leaf(counts: Sequence[Array], need: Count) -> tuple[Array, Count, Count]:
+    """The leaf in which as many entries as needed are reached: how many leaves come after it.
+
+    Also how many entries are needed of this leaf, and how many it has.
+    """
+    own = jnp.stack([jnp.asarray(count) for count in counts])
+    low, high = jnp.cumsum(own & 0xFFFF), jnp.cumsum(own >> 16)
+    until = jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
+    leaf = jnp.argmax(bracket.reaches(until, need))
+    before = jnp.where(leaf > 0, until[jnp.maximum(leaf - 1, 0)], 0)
+    number = jnp.uint32(len(counts) - 1) - leaf.astype(jnp.uint32)
+    return number, bracket.less(need, before), jnp.stack([own[leaf] >> 16, own[leaf] & 0xFFFF])
+
+
+@jax.jit(static_argnums=5)
 def _leaf_counts(
-    others: Count,
     x: Array,
     first: Any,
     number: Any,
     keys: tuple[Array, ...],
-    pivots: Array,
+    pivots: Array | None,
     wide: Wide,
-) -> Count:
-    """The counts of other leaves plus the counts of this one."""
+) -> Array:
+    """How many entries with the given keys have a next key that reaches each pivot, or any."""
 
     def local(
-        x: Array, starts: Sequence[Array], first: Array, number: Array, keys: Any, pivots: Array
+        x: Array, starts: Sequence[Array], first: Array, number: Array, keys: Any, pivots: Any
     ) -> Array:
         # Zero in a way that XLA cannot see: it would write down, ahead of a loop, the keys of all.
-        zero = pivots[0] >> (jnp.iinfo(pivots.dtype).bits - 1)
+        zero = jnp.uint32(0) if pivots is None else pivots[0] >> jnp.iinfo(pivots.dtype).bits - 1
         own = _keys(x, starts, shape, first, number, wide, zero)
         among = functools.reduce(jnp.logical_and, map(jnp.equal, own, keys), True)
         if keys:  # without those behind a leaf of codes, which are no smaller than zero
             among &= own[2] <= first
-        reached = [(among & (own[len(keys)] >= p)).astype(jnp.uint32) for p in pivots]
+        if pivots is None:
+            return jnp.sum(among, dtype=jnp.uint32)[None]
+        reached = [(among & (own[2 if keys else 0] >= p)).astype(jnp.uint32) for p in pivots]
         # One variadic reduction reads the entries once; seven sums would write them first.
         counts = lax.reduce(
             reached,
@@ -118,8 +154,7 @@ def _leaf_counts(
 
     shape = x.shape
     places = jnp.asarray(first), jnp.asarray(number)
-    counts = _shardwise(local, x, *places, keys, pivots)
-    return bracket.plus(others, jnp.stack([counts >> 16, counts & 0xFFFF], axis=-1))
+    return _shardwise(local, x, *places, keys, pivots)
 
 
 def _keys(

@@ -247,36 +247,44 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
     if any(isinstance(leaf, Lazy) for leaf in leaves):
         return last_by_sifting(leaves, need)
     leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
-    wide = _wide(leaves)
-    if _checks.is_traced(leaves, need):
+    wide, traced = _wide(leaves), _checks.is_traced(leaves, need)
+    if traced:
         leaves = list(map(lax.stop_gradient, leaves))
-        if len(leaves) == 1 and leaves[0].size and _is_sorted(leaves[0]):
-            size = leaves[0].size
-            return last_by_sorting(_joined(leaves, wide, size), first_place(size), need)
-        return _in_one_program(leaves, tuple(leaf.size for leaf in leaves), need, exact)
     runs = _neighbors(leaves)
     sizes = [sum(leaves[i].size for i in run) for run in runs]
     blocks = [
-        _joined([leaves[i] for i in run], wide, 1 << (size - 1).bit_length() if size else 1)
-        if leaves[run[0]].size <= FEW and not axes(leaves[run[0]])
+        _joined([leaves[i] for i in run], wide, size if traced else _length(size))
+        if _is_small(leaves[run[0]])
         else leaves[run[0]]
         for run, size in zip(runs, sizes, strict=True)
     ]
-    if len(blocks) == 1 and blocks[0].size <= FEW:
+    if len(blocks) == 1 and blocks[0].size <= FEW and sizes[0]:
         last = last_by_sorting(blocks[0], first_place(sizes[0]), need)
-    elif len(blocks) == 1 and sizes[0] <= SMALL:
+    elif traced or (len(blocks) == 1 and sizes[0] <= SMALL):
         last = _in_one_program(blocks, tuple(sizes), need, exact)
     else:
         last = last_by_counting(blocks, sizes, need, exact)
-    return last if exact or len(runs) == len(leaves) else _unjoined(last, leaves, runs)
+    return last if exact or len(runs) == len(leaves) else _unjoined(last, *_ranges(leaves, runs))
+
+
+def _length(size: int) -> int:
+    """One of few lengths, so that few programs serve all."""
+    return 1 << (size - 1).bit_length() if size else 1
+
+
+def _is_small(leaf: Array) -> bool:
+    """Whether a leaf takes part in a sort, and so is joined with others."""
+    return leaf.size <= FEW and not axes(leaf)
 
 
 def _neighbors(leaves: Sequence[Array]) -> list[list[int]]:
     """The indices of leaves that are joined: small neighbors, or one leaf alone."""
 
     def key(i: int) -> Any:
+        if not _is_small(leaves[i]) or _checks.is_traced(leaves[i]):
+            return -1 if _is_small(leaves[i]) else i
         devices = leaves[i].sharding.device_set
-        return devices if leaves[i].size <= FEW and len(devices) == 1 else i
+        return devices if len(devices) == 1 else i
 
     return [list(run) for _, run in itertools.groupby(range(len(leaves)), key)]
 
@@ -296,18 +304,22 @@ def _in_one_program(
     return last_by_counting(leaves, sizes, need, exact)
 
 
-def _unjoined(last: Keys, leaves: Sequence[Array], runs: Sequence[Sequence[int]]) -> Keys:
-    """The keys of an entry among the leaves, from its keys among the joined runs."""
-    run = runs[len(runs) - 1 - int(last.number)] if len(runs) > 1 else runs[0]
-    ends = np.cumsum([leaves[i].size for i in run], dtype=np.uint32)
-    number, place = _in_run(last.place, ends)
-    return Keys(last.code, number + np.uint32(len(leaves) - 1 - run[-1]), place)
+def _ranges(
+    leaves: Sequence[Array], runs: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each leaf how many runs come after its own, and its first entry and its end there."""
+    after = np.repeat(np.arange(len(runs), dtype=np.uint32)[::-1], list(map(len, runs)))
+    sizes = [np.array([leaves[i].size for i in run]) for run in runs]
+    ends = np.concatenate([np.cumsum(row) for row in sizes])
+    return after, (ends - np.concatenate(sizes)).astype(np.uint32), ends.astype(np.uint32)
 
 
 @jax.jit
-def _in_run(place: Array, ends: Array) -> tuple[Array, Array]:
-    """How many leaves of a run come after an entry's leaf, and how many entries after it there."""
-    position = ends[-1] - 1 - place
-    leaf = jnp.searchsorted(ends, position, side="right")
+def _unjoined(last: Keys, after: Array, starts: Array, ends: Array) -> Keys:
+    """The keys of an entry among the leaves, from its keys among the joined runs."""
+    length = jnp.max(jnp.where(after == last.number, ends, 0))
+    position = length - 1 - last.place
+    is_there = (after == last.number) & (starts <= position) & (position < ends)
+    leaf = jnp.argmax(is_there)
     number = jnp.uint32(len(ends) - 1) - leaf.astype(jnp.uint32)
-    return number, ends[leaf] - 1 - position
+    return Keys(last.code, number, ends[leaf] - 1 - position)
