@@ -204,6 +204,26 @@ def test_what_has_no_direction_is_left_out_and_not_raised():
     assert_close(nothing, merge.SpectralMerge(zero, jnp.ones((), FLOAT)), units=0)
 
 
+@pytest.mark.parametrize("method", [merge.tsv_m, functools.partial(merge.iso_cts, common=0.5)])
+def test_rows_and_columns_that_no_model_moves_are_not_filled_with_noise(method):
+    # Of two models four directions each: eight, where seven rows and six columns are moved.
+    taus = np.zeros((2, 8, 8))
+    taus[:, 1:, :6] = np.random.default_rng(1).normal(size=(2, 7, 6))
+    bases = [triples(tau, 4) for tau in taus]
+    got = method(jnp.zeros((8, 8), FLOAT), [jnp.asarray(x, FLOAT) for x in taus])
+    assert got.trusted > 1e-3
+    weights = np.asarray(got.weights, np.float64)
+    assert np.abs(weights[0]).max() < 64 * UNIT * np.abs(weights).max()
+    assert np.abs(weights[:, 6:]).max() < 64 * UNIT * np.abs(weights).max()
+    if method is merge.tsv_m:
+        lefts, values, rights, _ = joined(bases)
+        (u, s, v), (x, y, z) = (np.linalg.svd(b, full_matrices=False) for b in (lefts, rights))
+        assert s[7] < 1e-12 < 1e-2 < s[6]
+        assert y[6] < 1e-12 < 1e-2 < y[5]
+        wanted = (u[:, :7] @ v[:7] * values) @ (x[:, :6] @ z[:6]).T
+        assert_close(got.weights, jnp.asarray(wanted, FLOAT), units=64 / min(s[6], y[5]))
+
+
 def test_models_that_coincide_are_refused_where_the_plain_formula_returns_noise():
     rng = np.random.default_rng(0)
     tau, noise = rng.normal(size=(2, 8, 8))

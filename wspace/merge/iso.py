@@ -120,7 +120,8 @@ def iso_cts(
     $(k - \lfloor f k \rfloor) / T$ rounded to the nearest integer, but at most $\lfloor k / T
     \rfloor$, and $c = k - T s$. With $f = 1$, with one model, and where a matrix has too few
     directions to give each model one, it is [`iso_c`][wspace.merge.iso_c]. A vector or a scalar is
-    the mean of the terms.
+    the mean of the terms. Rows and columns that no model moves stay, as in
+    [`tsv_m`][wspace.merge.tsv_m].
 
     Args:
         base: The weights $\theta_0$.
@@ -183,5 +184,5 @@ def _shared_and_own(
         triples.append(leading(rest, own, cut, largest))
     values = jnp.concatenate([s for _, s, _ in triples], -1)
     level = jnp.sum(values, axis=-1) / jnp.maximum(count_of(values), 1).astype(values.dtype)
-    left, right, trusted = isometries(triples)
+    left, right, trusted = isometries(triples, terms)
     return level[..., None, None] * matmul(left, transposed(right)), trusted

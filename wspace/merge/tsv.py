@@ -46,6 +46,8 @@ def tsv_m(
     $0$ takes out what a model adds but keeps its directions occupied. One model comes back to
     rounding. Where the kept directions of the models are orthogonal on both sides, the sum of
     the cut task vectors is returned. A vector or a scalar is the mean of the terms $c_i\,\tau_i$.
+    A row or column that no model moves, as of a unit that never acts, stays, and the polar factor
+    is that of the others: a partial isometry where fewer are left than directions are kept.
 
     Where directions of two models nearly coincide, the polar factor splits them along their
     difference, which is rounding: two equal models, one of them moved by $10^{-12}$, change the
@@ -63,9 +65,7 @@ def tsv_m(
             weights that were rounded to half precision has full rank: give the rounding there.
         least: The least `trusted` to accept, in $[0, 1)$; $10^{-5}$ if not given, or
             $\sqrt\varepsilon$ of the arithmetic where that is less. Joined bases that fill a
-            square matrix have about $1/m$ by chance; those of layers with units that never act,
-            which leave rows of zeros, have less than rounding, and in one direction noise is all
-            there is: 0 accepts that.
+            square matrix have about $1/m$ by chance; 0 accepts directions that are noise.
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge]: the weights, each leaf in the dtype of that
@@ -109,5 +109,5 @@ def _made_orthogonal(c: Sequence[Any], taus: list[Array], cut: Scalar) -> tuple[
     rank = min(taus[0].shape[-2:]) // len(taus)
     triples = [leading(x, rank, cut) for x in taus]
     values = [jnp.asarray(a).astype(cut.dtype) * s for a, (_, s, _) in zip(c, triples, strict=True)]
-    left, right, trusted = isometries(triples)
+    left, right, trusted = isometries(triples, taus)
     return matmul(left * jnp.concatenate(values, -1)[..., None, :], transposed(right)), trusted

@@ -6,6 +6,7 @@ make directions orthonormal or their singular values equal divide by singular va
 says how small the smallest divisor was, in `trusted`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def leading(
 
 
 def count_of(values: Float[Array, "... k"]) -> Int[Array, "..."]:
-    """How many singular values are not zero."""
+    """How many of the last axis, such as singular values, are not zero."""
     return jnp.sum(values != 0, axis=-1, dtype=jnp.int32)
 
 
@@ -126,16 +127,26 @@ def least_of(values: Float[Array, "... k"], count: Int[Array, "..."]) -> Scalar:
     return jnp.min(jnp.where(none, 1, smallest / jnp.where(none, 1, values[..., 0])))
 
 
-def isometries(triples: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Scalar]:
-    """The polar factors of both concatenated bases, and the smallest singular value of either."""
+def isometries(
+    triples: list[tuple[Array, Array, Array]], taus: Sequence[Array]
+) -> tuple[Array, Array, Scalar]:
+    """The polar factors of both concatenated bases, and the smallest singular value of either.
+
+    They have no more directions than there are rows, or columns, that a task vector moves: in the
+    others bases are zero, and rounding would choose a direction there.
+    """
     lefts, values, rights = (jnp.concatenate(parts, -1) for parts in zip(*triples, strict=True))
     count = count_of(values)
-    (left, one), (right, other) = (_isometry(basis, count) for basis in (lefts, rights))
+    sizes = functools.reduce(jnp.maximum, [jnp.abs(x) for x in taus])
+    sides = [(lefts, jnp.max(sizes, axis=-1)), (rights, jnp.max(sizes, axis=-2))]
+    (left, one), (right, other) = (
+        _isometry(basis, jnp.minimum(count, count_of(moved))) for basis, moved in sides
+    )
     return left, right, jnp.minimum(one, other)
 
 
 def _isometry(basis: Float[Array, "... m k"], count: Int[Array, "..."]) -> tuple[Array, Scalar]:
-    """The polar factor of a basis of which `count` columns are not zero."""
+    """The polar factor of a basis of `count` directions."""
     u, s, vt = jnp.linalg.svd(basis, full_matrices=False)
     kept = _first(count, s.shape[-1])[..., None, :]
     return matmul(jnp.where(kept, u, 0), vt), least_of(s, count)
