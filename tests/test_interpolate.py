@@ -76,6 +76,18 @@ def test_slerp_is_shoemakes_formula_at_every_angle(radians, seed, entries, stret
     assert_close(slerp(x, y, float(t)), like(wanted, x), units=16, scale=scale)
 
 
+@pytest.mark.parametrize("radians", [1e-4, 1e-3, 0.1, 1.0, 2.0])
+@pytest.mark.parametrize("t", [-1000.3, -3.0, 20.7, 1000.0, 1e5])
+def test_slerp_far_beyond_its_ends_keeps_the_digits_of_the_angle(radians, t):
+    for seed in range(3):
+        x, y = turned(np.random.default_rng(seed), radians, 300, 1.0)
+        turn, far = true_angle(x, y), np.longdouble(np.asarray(t, FLOAT))
+        wanted = np.sin((1 - far) * turn) * vector(x) + np.sin(far * turn) * vector(y)
+        wanted, scale = like(wanted / np.sin(turn), x), (abs(t) + abs(1 - t)) * size(x, y)
+        assert_close(slerp(x, y, t), wanted, units=16, scale=scale)
+        assert_close(interpolate.slerp(x, y, t), wanted, units=16, scale=scale)
+
+
 @pytest.mark.parametrize("radians", [1e-3, 0.02])
 def test_the_popular_switch_to_lerp_fails_this_law(radians):
     # cos(0.02) = 0.9998 > 0.9995, the threshold at which slerp implementations switch.
@@ -305,6 +317,26 @@ def test_an_eager_curve_is_the_compiled_one(t):
         xs = [{"w": jnp.asarray(rng.normal(size=5), FLOAT)} for _ in range(count)]
         assert_close(interpolate.bezier(xs, t), bezier(xs, t), units=16 * 3**count)
         assert_close(interpolate.polygonal_chain(xs, t), polygonal_chain(xs, t), units=32)
+
+
+def test_a_curve_of_very_many_points_is_that_of_the_textbook():
+    # Of 200 points the middle binomials are 1e59, which float32 does not hold.
+    rows = np.random.default_rng(0).normal(size=(200, 3))
+    xs = list(jnp.asarray(rows, FLOAT))
+    ts = np.array([0.0, 0.003, 0.3, 0.5, 1.0, -0.25, 1.1])
+    wanted, scales = zip(*[de_casteljau(rows, np.longdouble(t)) for t in ts], strict=True)
+    got, speeds = jax.jit(
+        jax.vmap(lambda t: jax.jvp(lambda s: interpolate.bezier(xs, s), (t,), (jnp.ones_like(t),)))
+    )(jnp.asarray(ts, FLOAT))
+    for i, t in enumerate(ts):
+        room = 64 if abs(t - 0.5) <= 0.5 else 200 * 8  # t and 1 - t are rounded, to the power 200
+        assert_close(got[i], jnp.asarray(wanted[i], FLOAT), units=room, scale=scales[i])
+        if i < 5:
+            eager = interpolate.bezier(xs, float(t))
+            assert_close(eager, jnp.asarray(wanted[i], FLOAT), units=16, scale=scales[i])
+    edges = 199 * np.diff(rows, axis=0)
+    speed, scale = de_casteljau(edges, np.longdouble(0.5))
+    assert_close(speeds[3], jnp.asarray(speed, FLOAT), units=256, scale=scale)
 
 
 def test_a_curve_that_leaves_all_bounds_is_refused():

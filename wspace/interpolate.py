@@ -19,7 +19,13 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from wspace import _checks, geometry, tree
-from wspace._numerics import accumulator, arcsin_of_root_squared, safe_sqrt, sinc_of_square
+from wspace._numerics import (
+    accumulator,
+    arcsin_of_root_squared,
+    safe_sqrt,
+    sinc_of_square,
+    unstacked,
+)
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["bezier", "lerp", "polygonal_chain", "slerp"]
@@ -113,7 +119,7 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     """
     _checks.same_layout(start=start, end=end)
     t = _checks.scalar("t", t)
-    scalars, antipodal = _weights(*_half_angle(start, end), t)
+    scalars, antipodal = _weights(*_half_angle(start, end, t), t)
     _checks.refuse(
         antipodal,
         lambda: (
@@ -124,24 +130,27 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     return _arc(scalars, (start, end))
 
 
-def _half_angle(x: WeightsLike, y: WeightsLike) -> tuple[Scalar, Scalar]:
+def _half_angle(x: WeightsLike, y: WeightsLike, t: ScalarLike) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, as accurate as the coefficients of an arc ask for.
 
-    These are functions of the angle squared, so that inner products will do up to a right angle,
-    in which a small angle would lose half of its digits; towards the antipode they would not.
+    These are functions of the angle squared, so that between the ends inner products will do up to
+    a right angle, in which a small angle would lose half of its digits. Towards the antipode they
+    would not, nor far beyond the ends, where $t$ multiplies the angle.
     """
-    sine, cosine, obtuse = _acute(geometry.pair_sums((), (x, y)))
-    if not _checks.is_traced(obtuse):
-        return geometry.half_angle(x, y) if obtuse else (sine, cosine)
-    return jax.lax.cond(obtuse, geometry.half_angle, lambda *_: (sine, cosine), x, y)
+    sine, cosine, precise = _acute(geometry.pair_sums((), (x, y)), t)
+    if not _checks.is_traced(precise):
+        return geometry.half_angle(x, y) if precise else (sine, cosine)
+    return jax.lax.cond(precise, geometry.half_angle, lambda *_: (sine, cosine), x, y)
 
 
 @jax.jit
-def _acute(sums: Array) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
+def _acute(sums: Array, t: ScalarLike) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
+    """The halves from inner products, and whether more digits are asked for."""
     square, product, other = sums
     size = safe_sqrt(square) * safe_sqrt(other)
     cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
-    return (1 - cosine) / 2, (1 + cosine) / 2, cosine < 0
+    far = jnp.abs(jnp.asarray(t).astype(cosine.dtype) - 0.5) > 1
+    return (1 - cosine) / 2, (1 + cosine) / 2, far | (cosine < 0)
 
 
 @jax.jit
@@ -188,6 +197,9 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     with speed $n\,(\theta_1 - \theta_0)$ and arrives with $n\,(\theta_n - \theta_{n-1})$. One
     point is a path that rests; with two the curve is [`lerp`][wspace.interpolate.lerp].
 
+    The coefficients come by de Casteljau's recurrence from a degree to the next, in which terms of
+    one sign are added for every $t$, so that no binomial overflows, however many points there are.
+
     Args:
         points: The $\theta_i$, trees of one layout, at least one: the ends, and between them the
             bends, which the curve does not pass through.
@@ -213,9 +225,15 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
         NeurIPS 2018, section 3, [arXiv:1802.10026](https://arxiv.org/abs/1802.10026).
     """
     points, t, last = _path(points, t)
-    with np.errstate(over="ignore", invalid="ignore"):  # combine refuses what is not finite
-        each = [float(math.comb(last, i)) * t**i * (1 - t) ** (last - i) for i in range(last + 1)]
-    return tree.combine(np.array(each) if isinstance(t, float) else each, points)
+    if isinstance(t, float):
+        each = np.eye(1, last + 1)[0]
+        with np.errstate(over="ignore", invalid="ignore"):  # combine refuses what is not finite
+            for _ in range(last):
+                each = (1 - t) * each + t * np.roll(each, 1)
+        return tree.combine(each, points)
+    each = jnp.eye(1, last + 1, dtype=t.dtype)[0]
+    each = jax.lax.fori_loop(0, last, lambda _, c: (1 - t) * c + t * jnp.roll(c, 1), each)
+    return tree.combine(unstacked(each), points)
 
 
 @_checks.of_points
