@@ -28,6 +28,56 @@ def test_equal_points_have_equal_averages_and_one_distance():  # A = C
         assert_close(negative.guard_hull([A, A], ZERO, 10.0, mode=mode), [2 * A, 2 * A])
 
 
+X = jnp.asarray([[-0.0, 1.0], [2.0, -0.0]], FLOAT)
+B = jnp.asarray([[1.0, 0.0], [1.0, 3.0]], FLOAT)
+FREE, AWAY, UNIT_B = jnp.eye(2, dtype=FLOAT), B - 100, B / jnp.sqrt(jnp.asarray(11.0, FLOAT))
+UNCHANGED = {
+    "repel, s = 0": lambda: negative.repel(X, B, 0.0),
+    "repel, s = 0, traced": lambda: jax.jit(negative.repel)(X, B, 0.0),
+    "repel from itself": lambda: negative.repel(X, X, 2.5),
+    "repel, s = 0, allow": lambda: negative.repel(X, B, 0.0, allow=FREE),
+    "repel, frozen": lambda: negative.repel(X, B, 2.0, allow=0.0),
+    "guide, g = 0": lambda: negative.guide(X, B, X, 0.0),
+    "guide, p = n": lambda: negative.guide(X, B, B, 2.0),
+    "attenuate, g = 0": lambda: negative.attenuate(X, [UNIT_B], 0.0, center=B),
+    "attenuate, g = 0, sides": lambda: negative.attenuate(X, negative.Sides(FREE[:, :1]), 0.0),
+    "attenuate, frozen": lambda: negative.attenuate(X, negative.Sides(0.0), 1.0),
+    "retarget, a = 0": lambda: negative.retarget([X, B], (0, 1), AWAY)[0],
+    "retarget, a = 0, allow": lambda: negative.retarget([X, B], (0, 1), AWAY, allow=[FREE] * 2)[0],
+    "retarget, frozen": lambda: negative.retarget([X, B], (1, 1), AWAY, allow=[0.0, FREE])[0],
+    "exit_ball, outside": lambda: negative.exit_ball([X, B], (1, 1), AWAY, 9.0)[0],
+    "exit_ball, outside, in a cone": lambda: negative.exit_ball(
+        [X, B], (1, 1), AWAY, 9.0, cone=cone.Rank(1)
+    )[0],
+    "exit_ball, outside, allow": lambda: negative.exit_ball(
+        [X, B], (1, 1), AWAY, 9.0, direction=B, allow=[FREE] * 2
+    )[0],
+    "exit_ball, a = 0": lambda: negative.exit_ball([X, B], (0, 1), B - 1, 9.0)[0],
+    "guard_hull, high enough": lambda: negative.guard_hull([X, B], AWAY, 9.0)[0],
+    "guard_hull, high enough, allow": lambda: negative.guard_hull(
+        [X, B], AWAY, 9.0, allow=[FREE] * 2
+    )[0],
+    "gate, outside": lambda: negative.gate(X, AWAY, B, 1.0),
+}
+
+
+@pytest.mark.parametrize("unchanged", UNCHANGED.values(), ids=UNCHANGED)
+def test_what_does_not_move_keeps_the_sign_of_zero(unchanged):
+    got = np.asarray(unchanged())
+    assert np.array_equal(got, X)
+    assert np.array_equal(np.signbit(got), np.signbit(X))
+
+
+def test_strength_zero_keeps_what_is_too_far_or_too_small_for_arithmetic():
+    top, least = float(jnp.finfo(FLOAT).max), float(jnp.finfo(FLOAT).tiny)
+    x = jnp.asarray([top, -top, 1.5 * least], FLOAT)
+    assert np.array_equal(negative.repel(x, -x, 0.0), x)
+    assert np.array_equal(negative.guide(x, x, -x, 0.0), x)
+    assert_close(negative.repel(x, -x, -0.5)[:2], 0 * x[:2], units=0)
+    rate = jax.grad(lambda s: negative.repel(X, B, s).sum())(jnp.zeros((), FLOAT))
+    assert_close(rate, (X - B).sum(), units=8)
+
+
 def test_at_the_average_repel_does_nothing_and_exit_needs_a_direction():  # B = average
     middle = average.mean([A, C])
     assert_close(negative.repel(middle, middle, 3.0), middle, units=0)

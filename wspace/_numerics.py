@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
+from wspace.typing import Scalar
+
 Wide: TypeAlias = type
 """A dtype that arithmetic runs in."""
 
@@ -63,6 +65,24 @@ def safe_sqrt(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     r"""$\sqrt{\max(x, 0)}$ with derivative $0$, not infinite, where $x \le 0$; NaN stays NaN."""
     nothing = x <= 0
     return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, x)))
+
+
+@jax.custom_jvp
+def plus(x: Float[Array, "*s"], step: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`x + step`, and where the step is zero `x` bit for bit: the sum of -0.0 and 0.0 is 0.0."""
+    return jnp.where(step == 0, x, x + step)
+
+
+@plus.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, step), (dx, d_step) = primals, tangents
+    return plus(x, step), dx + d_step
+
+
+def gap_times(c: Scalar, x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`c * (x - y)`, also where the difference overflows and the product does not."""
+    far = jnp.isinf(x - y)
+    return jnp.where(far, 2 * c, c) * jnp.where(far, x / 2 - y / 2, x - y)
 
 
 def with_nan_of(x: Any, *others: Any) -> Any:

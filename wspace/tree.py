@@ -21,7 +21,7 @@ from jaxtyping import Array, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _pieces
 from wspace._lazy import Lazy
-from wspace._numerics import Wide, accumulator, row_sums, safe_sqrt
+from wspace._numerics import Wide, accumulator, plus, row_sums, safe_sqrt
 from wspace._per_leaf import per_leaf
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -342,6 +342,13 @@ weighted_sum = elementwise(_combination)
 """`combine` without checks, for scalars that are known to be right, or traced."""
 
 _wide_sum = elementwise(_combination, rounded=False)
+
+
+@elementwise
+def displaced(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    """A point plus a multiple of a displacement, bit for bit the point where that is zero."""
+    (c,), (x, way) = scalars, arrays
+    return plus(x, c * way)
 
 
 def combine(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
-from wspace._numerics import unstacked
+from wspace._numerics import gap_times, plus, unstacked
 from wspace.negative.allowance import allowances, moved_by
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -24,7 +24,7 @@ __all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_o
 @tree.elementwise
 def _extrapolated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (s,), (base, positive, negative) = scalars, arrays
-    return base + s * (positive - negative)
+    return plus(base, gap_times(s, positive, negative))
 
 
 def repel(
@@ -37,10 +37,10 @@ def repel(
     \text{where only the range of } P \text{ is allowed}
     $$
 
-    The distance scales, $\lVert y - b \rVert = |1 + s|\,\lVert x - b \rVert$, and the maps form a
-    group: strengths $s$ and then $t$ are strength $s + t + st$, with inverse $-s/(1 + s)$. They
-    commute with averages, permutations and rotations. $s = 0$ and $x = b$ change nothing, bit
-    for bit; $s \in (-1, 0)$ moves towards $b$, $s = -1$ lands on it, $s < -1$ beyond.
+    The distance scales, $\lVert y - b \rVert = |1 + s|\,\lVert x - b \rVert$, and strengths $s$ and
+    then $t$ are strength $s + t + st$: those with $s \ne -1$ form a group, the inverse of $s$ being
+    $-s/(1 + s)$. They commute with averages, permutations and rotations. $s = 0$ and $x = b$ change
+    nothing, bit for bit; $s \in (-1, 0)$ moves towards $b$, $s = -1$ lands on it, $s < -1$ beyond.
 
     Averages: points repelled from $b$ average to their average repelled from $b$. Repelling
     points from *their own average* therefore leaves the average where it is.
@@ -91,7 +91,7 @@ def repel(
         return _extrapolated((strength,), (point, point, avoid))
     (allowed,) = allowances({"allow": allow}, [point], avoid)
     away = tree.combine((1, -1), (point, avoid), rounded=False)
-    return tree.weighted_sum((1, strength), (point, moved_by(allowed, away)))
+    return tree.displaced((strength,), (point, moved_by(allowed, away)))
 
 
 def guide(

@@ -21,7 +21,7 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
-from wspace._numerics import safe_sqrt, unstacked, with_nan_of
+from wspace._numerics import plus, safe_sqrt, unstacked, with_nan_of
 from wspace.negative.allowance import Allowed, each_allowance, moved_by
 from wspace.negative.nearest import HullMode, nearest_average, rounding_of
 from wspace.negative.sources import finite_length
@@ -237,7 +237,7 @@ def guard_hull(
         return _raised(steps, [*points, normal])
     moves = [moved_by(row, normal) for row in allowed]
     return [
-        tree.weighted_sum((1, step), (x, move))
+        tree.displaced((step,), (x, move))
         for step, x, move in zip(steps, points, moves, strict=True)
     ]
 
@@ -245,7 +245,7 @@ def guard_hull(
 @tree.elementwise
 def _raised(steps: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     *points, normal = arrays
-    return [x + step * normal for step, x in zip(steps, points, strict=True)]
+    return [plus(x, step * normal) for step, x in zip(steps, points, strict=True)]
 
 
 def is_blocked(

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
-from wspace._numerics import matmul, placed_like, replicated
+from wspace._numerics import matmul, placed_like, plus, replicated
 from wspace.cone.cones import Cone, project
 from wspace.negative.allowance import Allowed, each_allowance, moved_by, without_rounding
 from wspace.negative.sources import average_of, finite_length, sources
@@ -150,7 +150,7 @@ def retarget(
 
     undefined = _checks.refuse(~(missing <= bound), message)
     return [
-        tree.weighted_sum((1, 1 + undefined), (x, structure.unflatten(leaf[i] for leaf in moves)))
+        tree.displaced((1 + undefined,), (x, structure.unflatten(leaf[i] for leaf in moves)))
         for i, x in enumerate(points)
     ]
 
@@ -160,7 +160,7 @@ def _shifted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     *points, target = arrays
     a, pulls = scalars[: len(points)], scalars[len(points) :]
     shift = target - average_of(a, points)
-    return [x + k * shift for k, x in zip(pulls, points, strict=True)]
+    return [plus(x, k * shift) for k, x in zip(pulls, points, strict=True)]
 
 
 @functools.partial(tree.elementwise, rounded=False)
@@ -324,8 +324,7 @@ def exit_ball(
     )
     t = _step(radius, distance, step, along) + undefined
     return [
-        tree.weighted_sum((1, t * k), (x, move))
-        for k, x, move in zip(pulls, points, moves, strict=True)
+        tree.displaced((t * k,), (x, move)) for k, x, move in zip(pulls, points, moves, strict=True)
     ]
 
 
@@ -348,7 +347,7 @@ def _moved_apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Arr
     *points, avoid = arrays
     a, pulls = scalars[: len(points)], scalars[len(points) :]
     apart = average_of(a, points) - avoid
-    return [x + k * apart for k, x in zip(pulls, points, strict=True)]
+    return [plus(x, k * apart) for k, x in zip(pulls, points, strict=True)]
 
 
 @functools.partial(tree.elementwise, rounded=False)

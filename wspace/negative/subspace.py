@@ -18,6 +18,7 @@ from wspace._numerics import (
     accumulator,
     matmul,
     placed_like,
+    plus,
     replicated,
     unstacked,
 )
@@ -201,7 +202,7 @@ def _parts(count: int) -> Callable[..., Array]:
 @tree.elementwise
 def _attenuated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, *basis = arrays
-    return x + functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
+    return plus(x, functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)]))
 
 
 def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) -> Weights:
@@ -221,8 +222,8 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
         )
     )
     gain = _checks.floating(gain)
-    moved = []
+    results = []
     for x, *row, q, r in zip(points, *map(jax.tree.leaves, trees), left, right, strict=True):
         away = tree.combine((1, -1)[: len(row)], row, rounded=False)
-        moved.append(tree.weighted_sum((1, -gain), (x, _sided(away, q, r))))
-    return structure.unflatten(moved)
+        results.append(tree.displaced((-gain,), (x, _sided(away, q, r))))
+    return structure.unflatten(results)
