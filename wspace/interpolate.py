@@ -231,8 +231,9 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
             for _ in range(last):
                 each = (1 - t) * each + t * np.roll(each, 1)
         return tree.combine(each, points)
-    each = jnp.eye(1, last + 1, dtype=t.dtype)[0]
-    each = jax.lax.fori_loop(0, last, lambda _, c: (1 - t) * c + t * jnp.roll(c, 1), each)
+    place = jnp.asarray(t)
+    each = jnp.eye(1, last + 1, dtype=place.dtype)[0]
+    each = jax.lax.fori_loop(0, last, lambda _, c: (1 - place) * c + place * jnp.roll(c, 1), each)
     return tree.combine(unstacked(each), points)
 
 
