@@ -374,6 +374,19 @@ def test_the_quadratic_case_has_its_closed_form(count, data, mu):  # (v L1)
     np.testing.assert_allclose(history.loss[-1], total, rtol=10 * CLOSE, atol=atol)
 
 
+def test_at_the_optimum_strength_and_stiffness_count_by_their_product():
+    a, strength, mu = (1.0, 3.0), 4.0, 2.5
+    best = [like(x, TARGET) for x in optimum(a, COSTS[:2], strength * mu)]
+    stiff = functools.partial(_times, mu)
+    found, _ = fit.guard(KEY, TWO, best, a, stiff, optimizer=UNITS, steps=1, strength=strength)
+    for x, y in zip(found, best, strict=True):
+        np.testing.assert_allclose(flat(x), flat(y), atol=CLOSE * size(*best, TARGET))
+
+
+def _times(mu, x):
+    return mu * near(x)
+
+
 @settings(max_examples=8)
 @given(a=mixtures(2))
 def test_a_stiff_penalty_is_retarget(a):  # (v L1)

@@ -270,3 +270,16 @@ def test_the_scale_of_the_oracle_is_not_that_of_the_code():
     np.testing.assert_allclose(negative.curve(point, target), [5, 3, 0], atol=1e-6)
     assert vector(target).size == 6
     assert eps(negative.curve(point, target)) > 0
+
+
+def test_the_curve_has_a_kink_only_where_equal_singular_values_meet_at_its_rank():
+    def left(s):
+        values = jnp.asarray([1.0, 1.0, 0.5], FLOAT) + s * jnp.asarray([1.0, 0.0, 0.0], FLOAT)
+        return curve(jnp.zeros((3, 3), FLOAT), jnp.diag(values))
+
+    h = 1e-2
+    up, down = ((left(s) - left(0.0)) / s for s in (h, -h))
+    np.testing.assert_allclose(up[:3], [1 / 1.5, 0, 0], atol=h)
+    np.testing.assert_allclose(down[:3], [1 / 1.5, 1 / np.sqrt(1.25), 0], atol=h)
+    slopes = jax.jacobian(left)(jnp.zeros((), FLOAT))
+    np.testing.assert_allclose(slopes[np.array([0, 2])], [1 / 1.5, 0], atol=64 * UNIT)

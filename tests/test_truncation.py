@@ -290,3 +290,19 @@ def test_bad_arguments_are_refused(refuses):
         lowrank.truncate_outputs(x, jnp.ones((3, 30)), 1)
     with refuses(ValueError, match="of inputs holds NaN"):
         lowrank.truncate_outputs(x, jnp.full((3, 40), jnp.nan), 1)
+
+
+def test_which_nearest_matrices_are_the_only_ones():
+    def distances(x, y):
+        gap = np.linalg.svd(np.asarray(x, np.float64) - y, compute_uv=False)
+        return np.sqrt(np.sum(gap**2)), gap[0]
+
+    x = jnp.diag(jnp.asarray([3.0, 1.0, 0.0], FLOAT))
+    cut = lowrank.truncate(x, 1)
+    frobenius, spectral = distances(x, product(cut.factors))
+    other = distances(x, np.diag([2.5, 0.0, 0.0]))
+    assert other[1] == pytest.approx(spectral)  # as near in the spectral norm, and only in that
+    assert other[0] > frobenius == pytest.approx(1.0)
+    whole = lowrank.truncate(x, 2)  # of rank 2: nothing else is at the distance 0
+    assert_close(lowrank.materialize(whole.factors), x, units=8)
+    assert whole.tail == 0

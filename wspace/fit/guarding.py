@@ -139,9 +139,10 @@ def guard(
 
     Where $L_i = \tfrac{c_i}{2} \lVert x_i - x_{i0} \rVert^2$ and
     $\phi = \tfrac{\mu}{2} \lVert M - T \rVert^2$ the optimum is
-    $x_i = x_{i0} + \frac{a_i}{c_i} \frac{T - M_0}{1 / \mu + \sum_j a_j^2 / c_j}$, which for
-    $\mu \to \infty$ is [`retarget`][wspace.negative.retarget]. With $\lambda = 0$ every point is
-    trained as if alone, if its loss draws no batches and the optimizer works entry by entry.
+    $x_i = x_{i0} + \frac{a_i}{c_i} \frac{T - M_0}{1 / (\lambda \mu) + \sum_j a_j^2 / c_j}$, which
+    for $\lambda \mu \to \infty$ is [`retarget`][wspace.negative.retarget]. With $\lambda = 0$ every
+    point is trained as if alone, if its loss draws no batches and the optimizer works entry by
+    entry.
 
     A trained guard certifies nothing, not even a distance: [`audit`][wspace.negative.audit] it.
 

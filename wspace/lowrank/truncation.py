@@ -54,7 +54,8 @@ def truncate(
     $$
 
     No matrix of that rank is nearer in the Frobenius, spectral or any other unitarily
-    invariant norm; the nearest is unique if and only if $\sigma_r > \sigma_{r+1}$. The factors
+    invariant norm. In the Frobenius norm the nearest is unique if and only if $\sigma_r >
+    \sigma_{r+1}$ or both are $0$; in the spectral norm others may be as near. The factors
     are balanced, $U \sqrt\Sigma$ and $V \sqrt\Sigma$, of equal norm. A stack is cut slice by
     slice, at one rank. Factors are cut by way of a core of the size of their rank, the product
     is never formed; cutting to $\min(m, n, r)$ compresses them without loss.

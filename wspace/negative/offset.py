@@ -103,7 +103,8 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
 
     Returns:
         The distances `(p + 1,)` in at least float32, with $p$ the largest rank that a leaf can
-            have. Differentiable through the singular values, repeated ones included.
+            have. Differentiable through the singular values, but for a kink at rank $r$ where
+            $\sigma_r = \sigma_{r+1} > 0$ in a leaf; values repeated on one side of $r$ make none.
 
     Raises:
         ValueError: If the trees differ in structure or in a leaf's shape, or a known value is NaN

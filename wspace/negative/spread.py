@@ -23,7 +23,8 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
     k = \#\{i : \sigma_i > \tau \sigma_1\}
     $$
 
-    The norm of every leaf, its row space and its column space stay; what an edit of rank $r$
+    The norm of every leaf stays, and so do its row space and its column space, where no singular
+    value but zero is left out; what an edit of rank $r$
     leaves of it becomes $\lVert D \rVert \sqrt{1 - r/k}$, the most that any edit with this norm
     and rank leaves. A guard that moved an average by a hardened displacement therefore holds
     to the highest rank. That is a bound on edits towards a known point, not resistance to
