@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from wspace import average, fit
+from wspace import average, fit, merge, negative, soup
 from wspace._compiled import compiled
 
 KEY = jax.random.key(0)
@@ -128,6 +128,48 @@ def test_the_same_losses_compile_once(run, programs):
     again = run(first, second, SGD)
     assert programs() == before
     jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+X, Y = jnp.arange(6.0).reshape(3, 2), jnp.eye(3, 2)
+FISHERS = [average.Kronecker(k * jnp.eye(3), jnp.eye(2)) for k in (1.0, 2.0)]
+
+
+def score(weights):
+    """The score of a grid."""
+    return -jnp.sum((weights - 1) ** 2)
+
+
+def mixed(c):
+    """The merge of a grid."""
+    return average.mean([X, Y], c)
+
+
+NUMBERS = {
+    "geometric_median": lambda i: average.geometric_median([X, Y, -X], max_steps=50 + i),
+    "karcher_mean": lambda i: average.karcher_mean([X, Y], max_steps=50 + i),
+    "kronecker_mean": lambda i: average.kronecker_mean([X, Y], FISHERS, ridge=1.0, steps=50 + i),
+    "guard_normal": lambda i: negative.guard_normal([X, Y], -X, 20.0, steps=10 + i),
+    "dare": lambda i: merge.dare(KEY, X, [Y, -X], density=0.5 + i / 10),
+    "trim": lambda i: merge.trim(X, 0.4 + i / 5),
+    "grid": lambda i: soup.grid(score, mixed, np.eye(2) + i, batch_size=2),
+}
+
+
+@pytest.mark.parametrize("call", NUMBERS.values(), ids=NUMBERS)
+def test_a_number_that_decides_no_shape_compiles_nothing(call, programs):
+    jax.block_until_ready(jax.tree.leaves(call(0)))
+    jax.block_until_ready(jax.tree.leaves(call(1)))
+    before = programs()
+    jax.block_until_ready(jax.tree.leaves(call(2)))
+    assert programs() == before
+
+
+def test_steps_are_counted_where_they_are_no_part_of_the_program():
+    for few in (0, 1, 2):
+        assert average.geometric_median([X, Y, -X - Y], max_steps=few, tol=1e-30).steps <= few
+        assert negative.guard_normal([X, Y], -X, 20.0, steps=few, rtol=1e-30).steps <= few
+    with pytest.raises(TypeError, match="max_steps must be a plain integer"):
+        average.geometric_median([X, Y], max_steps=1.5)
 
 
 class Model:

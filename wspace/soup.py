@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from wspace import _checks, average
+from wspace._compiled import compiled
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["Grid", "Soup", "greedy_soup", "grid", "simplex"]
@@ -136,8 +137,9 @@ def grid(
             `list(itertools.product(...))` for every combination of some numbers; or a sequence of
             numbers for a merge with one, such as a position on a path.
         batch_size: How many trials to run at once, compiled, merge and score together; both must
-            then be traceable, and coefficients are JAX arrays. `None` to run them one by one, as
-            they are, on coefficients in NumPy.
+            then be traceable, and coefficients are JAX arrays. They are compiled once for the same
+            two functions: what these close over counts as it was then. `None` to run them one by
+            one, as they are, on coefficients in NumPy.
 
     Returns:
         A [`Grid`][wspace.soup.Grid] with the `weights` of the best and all `scores`.
@@ -166,14 +168,18 @@ def grid(
     else:
         if _checks.rank(batch_size, "batch_size") < 1:
             raise ValueError("batch_size must be at least 1")
-        tried = jax.lax.map(
-            lambda row: _one_number(score(merge(row))),
-            jnp.asarray(rows, float),
-            batch_size=batch_size,
-        )
+        tried = compiled(_scores, (score, merge), (batch_size,), jnp.asarray(rows, float))
         scores = np.array([_comparable(x, _row(i, rows[i])) for i, x in enumerate(tried)])
     best = int(np.argmax(scores))
     return Grid(merge(rows[best]), best, rows, scores)
+
+
+def _scores(
+    functions: Sequence[Callable[[Any], Any]], settings: tuple[int], rows: Real[Array, "n ..."]
+) -> Float[Array, " n"]:
+    """The scores of all rows, some at once."""
+    (score, merge), (batch_size,) = functions, settings
+    return jax.lax.map(lambda row: _one_number(score(merge(row))), rows, batch_size=batch_size)
 
 
 def simplex(count: int, steps: int) -> Float[np.ndarray, "n k"]:

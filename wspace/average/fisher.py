@@ -271,7 +271,7 @@ def _sides(
     )
 
 
-@jax.jit(static_argnames="steps")
+@jax.jit
 def _solve(
     c: Sequence[Any],
     xs: Sequence[Array],
@@ -279,7 +279,7 @@ def _solve(
     outputs: Sequence[Array],
     ridge: Any,
     rtol: Any,
-    steps: int,
+    steps: ScalarLike,
 ) -> tuple[Array, tuple[Array, Array], Scalar, Int[Array, ""], Bool[Array, ""]]:
     wide = accumulator(*(x.dtype for x in (*xs, *inputs, *outputs)))
     *c, ridge = (jnp.asarray(number).astype(wide) for number in (*c, ridge))
@@ -364,7 +364,7 @@ def _matrix_inner(
 
 
 def _conjugate_gradients(
-    product: Callable[[Array], Array], b: Float[Array, "... m n"], rtol: Scalar, steps: int
+    product: Callable[[Array], Array], b: Float[Array, "... m n"], rtol: Scalar, steps: ScalarLike
 ) -> tuple[Array, tuple[Scalar, Array]]:
     """The solutions for a stack of right sides, the largest residual and the steps taken."""
     size = _matrix_inner(b, b)

@@ -113,9 +113,14 @@ def _center(gaps: _Gram, c: _Numbers) -> Int[Array, ""]:
     return jnp.argmin(jnp.sum(jnp.sqrt(gaps) * c[None, :], axis=1))
 
 
-@jax.jit(static_argnames="max_steps")
+@jax.jit
 def _median(
-    gram: _Gram, gaps: _Gram, center: Int[Array, ""], c: _Numbers, tol: Scalar, max_steps: int
+    gram: _Gram,
+    gaps: _Gram,
+    center: Int[Array, ""],
+    c: _Numbers,
+    tol: Scalar,
+    max_steps: ScalarLike,
 ) -> _Median:
     """The coefficients of the median, from inner products of differences from one point."""
     eps = jnp.finfo(c.dtype).eps

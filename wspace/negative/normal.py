@@ -96,7 +96,7 @@ def guard_normal(
     )
 
 
-@jax.jit(static_argnames=("mode", "steps"))
+@jax.jit(static_argnames="mode")
 def _descend(guard, rtol, mode, steps):
     radius, costs = guard.radius, guard.costs
     wide = jax.tree.map(lambda x: x.astype(radius.dtype), guard.normal)
