@@ -1,7 +1,8 @@
 """Which merge for which models: networks tuned from one base on four views of digits, merged."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from wspace import average, merge, perturb, tree
 from wspace.typing import Weights
 
 VIEWS = ("upright", "turned", "inverted", "mirrored")
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 TARGETS = {"0 to 4": range(5), "5 to 9": range(5, 10), "3 and 8": (3, 8), "7": (7,)}
-KEPT = 0.95  # the share of its control accuracy that a negated model must keep
+LARGEST = 2.0  # of the scales that are tried
+DRAWS = 4  # of what is dropped at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,24 +78,30 @@ def fisher(key: Array, weights: Weights, data: study.Data) -> Weights:
     return squares(weights)
 
 
+def stacked(trees: Sequence[Any]) -> Any:
+    """Trees of arrays as one, with a first axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
 def merges(
     key: Array, base: Weights, tuned: Sequence[Weights], data: Sequence[study.Data]
 ) -> dict[str, Weights]:
-    """Every method at its own defaults, and at a scale of one where it has a scale."""
+    """Every method at its own defaults, and a scale of one if it has one: stacks of draws."""
     keys = jax.random.split(key, len(tuned) + 1)
     fishers = [fisher(k, x, d) for k, x, d in zip(keys[1:], tuned, data, strict=True)]
     moments = [grams(x, d) for x, d in zip(tuned, data, strict=True)]
-    return {
-        "mean": average.mean(tuned),
-        "fisher_mean": average.fisher_mean(tuned, fishers),
-        "regression_mean": average.regression_mean(tuned, moments).weights,
-        "model_stock": average.model_stock(base, tuned),
-        "task_arithmetic": merge.task_arithmetic(base, tuned),
-        "ties": merge.ties(base, tuned),
-        "dare": merge.dare(keys[0], base, tuned),
-        "tsv_m": merge.tsv_m(base, tuned, least=0.0).weights,
-        "iso_c": merge.iso_c(base, tuned).weights,
+    made = {
+        "mean": [average.mean(tuned)],
+        "fisher_mean": [average.fisher_mean(tuned, fishers)],
+        "regression_mean": [average.regression_mean(tuned, moments).weights],
+        "model_stock": [average.model_stock(base, tuned)],
+        "task_arithmetic": [merge.task_arithmetic(base, tuned)],
+        "ties": [merge.ties(base, tuned)],
+        "dare": [merge.dare(draw, base, tuned) for draw in jax.random.split(keys[0], DRAWS)],
+        "tsv_m": [merge.tsv_m(base, tuned).weights],
+        "iso_c": [merge.iso_c(base, tuned).weights],
     }
+    return {name: stacked(draws) for name, draws in made.items()}
 
 
 FIXED = ("mean", "fisher_mean", "regression_mean", "model_stock")
@@ -106,129 +113,223 @@ def scaled(base: Weights, merged: Weights, scale: float) -> Weights:
     return tree.combine((1 - scale, scale), (base, merged))
 
 
-def best(
-    base: Weights, merged: Weights, score: Callable[[Weights], float], scales: Sequence[float]
-) -> tuple[float, Weights]:
-    """The scale with the best score, the first of several."""
-    found = max(scales, key=lambda scale: score(scaled(base, merged, scale)))
-    return found, scaled(base, merged, found)
+def best(score: Callable[[float], float]) -> float:
+    """The scale with the best score, to a hundredth."""
+    coarse = max(np.linspace(0.1, LARGEST, 20), key=score)
+    fine = [x for x in coarse + np.linspace(-0.09, 0.09, 19) if 0 < x <= LARGEST]
+    return round(float(max(fine, key=score)), 2)
 
 
-def merged_figures(size: Size, seed: int) -> dict[str, Any]:
-    """What the base, every tuned network, and every merge of them read of every view."""
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """The networks of one seed, the views of data, and every merge, a stack of draws."""
+
+    base: Weights
+    tuned: list[Weights]
+    training: study.Data
+    held_out: study.Data
+    merges: dict[str, Weights]
+
+
+def merged_models(size: Size, seed: int, rounding: int) -> Merged:
+    """A base, a network tuned from it on every view, and every merge of them."""
     split, first, key, drawn, *keys = jax.random.split(jax.random.key(seed), 4 + len(VIEWS))
     task = study.digits(split, size.width)
-    base = trained(
-        key, study.initial(first, task.sizes), seen(task.training, "upright"), size.steps[0]
-    )
+    start = rounded(study.initial(first, task.sizes), rounding)
     training = [seen(task.training, view) for view in VIEWS]
     held_out = [seen(task.held_out, view) for view in VIEWS]
+    base = trained(key, start, training[0], size.steps[0])
     tuned = [trained(k, base, d, size.steps[1]) for k, d in zip(keys, training, strict=True)]
+    made = merges(drawn, base, tuned, training)
+    return Merged(base, tuned, stacked(training), stacked(held_out), made)
 
-    def read(weights: Weights) -> dict[str, float]:
-        rates = [float(study.accuracy(weights, data)) for data in held_out]
-        return dict(zip(VIEWS, rates, strict=True)) | {"mean": float(np.mean(rates))}
 
-    def score(weights: Weights) -> float:
-        return float(np.mean([study.accuracy(weights, data) for data in training]))
+def rounded(weights: Weights, units: int) -> Weights:
+    """Weights of which one in a hundred is changed by some units in the last place."""
+    up = np.float32(1 + units * 2.0**-23)
+    return jax.tree.map(lambda x: x.at[::100].multiply(up), weights)
 
-    rows = {"base": read(base)} | {
-        f"tuned on {view}": read(x) for view, x in zip(VIEWS, tuned, strict=True)
+
+@functools.partial(jax.jit, static_argnums=0)
+def on_views(
+    measure: Callable[..., Array], base: Weights, draws: Weights, data: study.Data, scale: float
+) -> Array:
+    """What is measured of the base plus a multiple of each merge, on each view."""
+
+    def of_draw(merged: Weights) -> Array:
+        weights = scaled(base, merged, scale)
+        return jax.vmap(lambda view: measure(weights, view))(data)
+
+    return jax.vmap(of_draw)(draws).mean(axis=0)
+
+
+def merged_figures(size: Size, rounding: int) -> list[dict[str, Any]]:
+    """What the base, every tuned network, and every merge of them read of every view, by seed."""
+    seeds = [merged_models(size, seed, rounding) for seed in size.seeds]
+
+    def score(name: str, scale: float) -> float:
+        confidences = [
+            on_views(study.confidence, x.base, x.merges[name], x.training, scale) for x in seeds
+        ]
+        return float(np.mean(confidences))
+
+    names = [name for name in seeds[0].merges if name not in FIXED]
+    scales = {name: best(functools.partial(score, name)) for name in names}
+    return [rows_of(found, scales) for found in seeds]
+
+
+def rows_of(found: Merged, scales: Mapping[str, float]) -> dict[str, Any]:
+    """What is read of every view of the digits held out, a mean over draws."""
+
+    def read(draws: Weights, scale: float) -> dict[str, float]:
+        rates = np.asarray(on_views(study.accuracy, found.base, draws, found.held_out, scale))
+        return dict(zip(VIEWS, map(float, rates), strict=True)) | {"mean": float(rates.mean())}
+
+    rows = {"base": read(stacked([found.base]), 1.0)} | {
+        f"tuned on {view}": read(stacked([x]), 1.0)
+        for view, x in zip(VIEWS, found.tuned, strict=True)
     }
-    for name, merged in merges(drawn, base, tuned, training).items():
-        scales = (1.0,) if name in FIXED else SCALES
-        chosen, weights = best(base, merged, score, scales)
-        rows[name] = read(weights) | {"scale": chosen}
-    return {"rows": rows, "models": models(base, tuned)}
+    for name, draws in found.merges.items():
+        scale = scales.get(name, 1.0)
+        rows[name] = read(draws, scale) | {"scale": scale}
+    return {"rows": rows, "models": models(found.base, found.tuned)}
 
 
 def models(base: Weights, tuned: Sequence[Weights]) -> dict[str, float]:
     """How the task vectors lie to each other, and how far a merge of them can be trusted."""
     edits = [merge.task_vector(base, x) for x in tuned]
     cosines = np.asarray(merge.cosines(edits), np.float64)
-    trusted = float(merge.tsv_m(base, tuned, least=0.0).trusted)
+    trusted = float(merge.tsv_m(base, tuned).trusted)
     return {
         "cosine of two": float(cosines[np.triu_indices(len(edits), 1)].mean()),
         "share of entries whose signs differ": float(merge.sign_disagreement(edits)),
         "share of the mass that cancels": float(merge.cancellation(edits)),
-        "log10 of what tsv_m trusts": float(np.log10(max(trusted, 1e-30))),
+        "log10 of what tsv_m trusts": float(np.log10(trusted)),
     }
 
 
-def negated_figures(size: Size, seed: int) -> dict[str, Any]:
-    """A network that reads all digits, less what tuning on some of them adds to it."""
+@dataclasses.dataclass(frozen=True)
+class Negated:
+    """The network of one seed, and by target an edit and a random one of its size."""
+
+    base: Weights
+    task: study.Task
+    edits: dict[str, dict[str, Weights]]
+
+
+def negated_models(size: Size, seed: int, rounding: int) -> Negated:
+    """A network that reads all digits, and what tuning on some of them adds to it."""
     split, first, key, noise, *keys = jax.random.split(jax.random.key(seed), 4 + len(TARGETS))
     task = study.digits(split, size.width)
-    base = trained(key, study.initial(first, task.sizes), task.training, size.steps[0])
-    found = {}
+    start = rounded(study.initial(first, task.sizes), rounding)
+    base = trained(key, start, task.training, size.steps[0])
+    edits = {}
     for i, (name, classes) in enumerate(TARGETS.items()):
         shown = task.training.of(classes)
         tuned = study.train(keys[i], base, task.training, shown, steps=size.steps[1])
         edit = merge.task_vector(base, tuned)
         random = perturb.gaussian(jax.random.fold_in(noise, i), base)
-        random = perturb.filter_normalize(random, edit)
-        floor = KEPT * sides(base, task.training, classes)["control"]
-        row = {"base": sides(base, task.held_out, classes)}
-        for what, direction in (("negated", edit), ("random", random)):
-            moved = [tree.combine((1, -scale), (base, direction)) for scale in SCALES]
-            rates = [sides(x, task.training, classes) for x in moved]
-            kept = [k for k, rate in enumerate(rates) if rate["control"] >= floor]
-            chosen = min(kept, key=lambda k: rates[k]["target"], default=None)
-            best = base if chosen is None else moved[chosen]
-            row[what] = sides(best, task.held_out, classes)
-        found[name] = row
-    return found
+        edits[name] = {"negated": edit, "random": perturb.filter_normalize(random, edit)}
+    return Negated(base, task, edits)
 
 
-def sides(weights: Weights, data: study.Data, classes: Sequence[int]) -> dict[str, float]:
+def negated_figures(size: Size, rounding: int) -> list[dict[str, Any]]:
+    """What is left of a target and of the control once an edit is taken away, by seed."""
+    seeds = [negated_models(size, seed, rounding) for seed in size.seeds]
+    rows: list[dict[str, Any]] = [{} for _ in seeds]
+    for name, classes in TARGETS.items():
+
+        def apart(scale: float, name: str = name, classes: Sequence[int] = classes) -> float:
+            rates = [
+                sides(less(found, name, "negated", scale), found.task.training, classes, sure)
+                for found in seeds
+            ]
+            return float(np.mean([rate["control"] - rate["target"] for rate in rates]))
+
+        scale = best(apart)
+        for row, found in zip(rows, seeds, strict=True):
+            row[name] = {"base": sides(found.base, found.task.held_out, classes, right)} | {
+                what: sides(less(found, name, what, scale), found.task.held_out, classes, right)
+                for what in ("negated", "random")
+            }
+            row[name]["scale"] = scale
+    return rows
+
+
+def less(found: Negated, name: str, what: str, scale: float) -> Weights:
+    """The network less a multiple of an edit."""
+    return tree.combine((1, -scale), (found.base, found.edits[name][what]))
+
+
+@jax.jit
+def right(weights: Weights, data: study.Data) -> Array:
+    """Whether the class of each example is read correctly."""
+    return jnp.argmax(study.outputs(weights, data.inputs), axis=-1) == data.labels
+
+
+@jax.jit
+def sure(weights: Weights, data: study.Data) -> Array:
+    """The probability that the right class of each example is given."""
+    return jnp.exp(-study.losses(weights, data))
+
+
+def sides(
+    weights: Weights,
+    data: study.Data,
+    classes: Sequence[int],
+    measure: Callable[[Weights, study.Data], Array],
+) -> dict[str, float]:
     """What a network reads of some classes, and of the others."""
-    right = np.asarray(study.outputs(weights, data.inputs)).argmax(axis=1) == data.labels
-    target = np.asarray(data.of(classes))
-    return {"target": float(right[target].mean()), "control": float(right[~target].mean())}
+    found, target = np.asarray(measure(weights, data)), np.asarray(data.of(classes))
+    return {"target": float(found[target].mean()), "control": float(found[~target].mean())}
 
 
 def run(size: Size) -> dict[str, Any]:
-    """Merges and negations, for each seed."""
-    return {
-        "settings": dataclasses.asdict(size),
-        "merged": report.over_seeds([merged_figures(size, seed) for seed in size.seeds]),
-        "negated": report.over_seeds([negated_figures(size, seed) for seed in size.seeds]),
-    }
+    """Merges and negations, for each seed, and again from weights that are rounded otherwise."""
+    figures: dict[str, Any] = {"settings": dataclasses.asdict(size)}
+    for name, measured in (("merged", merged_figures), ("negated", negated_figures)):
+        figures[name], again = (report.over_seeds(measured(size, times)) for times in (0, 1))
+        figures[f"{name}, rounded otherwise"] = again
+    return figures
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """What merges read of every view, and what is left of digits that are negated."""
     merged, negated = results["merged"]["rows"], results["negated"]
+    again = results["merged, rounded otherwise"]["rows"]
     rows = [
         [
             name if name.startswith(("base", "tuned")) else f"`{name}`",
             *(report.cell(row[view]) for view in (*VIEWS, "mean")),
-            report.cell(row["scale"], 1) if "scale" in row and name not in FIXED else "",
+            "" if name in FIXED or "scale" not in row else f"{row['scale'][0]:.2f}",
+            largest_change(row, again[name], (*VIEWS, "mean")),
         ]
         for name, row in merged.items()
     ]
+    whats, kinds = ("base", "negated", "random"), ("target", "control")
     lost = [
         [
             name,
-            *(
-                report.cell(row[which][what])
-                for which in ("base", "negated", "random")
-                for what in ("target", "control")
+            *(report.cell(row[which][what]) for which in whats for what in kinds),
+            f"{row['scale'][0]:.2f}",
+            largest_change(
+                row["negated"], results["negated, rounded otherwise"][name]["negated"], kinds
             ),
         ]
         for name, row in negated.items()
     ]
-    heads = [
-        f"{which}: {what}"
-        for which in ("before", "negated", "random")
-        for what in ("target", "control")
-    ]
+    heads = [f"{which}: {what}" for which in ("before", *whats[1:]) for what in kinds]
     lie = [[name, report.cell(x)] for name, x in results["merged"]["models"].items()]
     return {
         "models": report.table(["task vectors", ""], lie),
-        "merges": report.table(["", *VIEWS, "all", "scale"], rows),
-        "negation": report.table(["digits", *heads], lost),
+        "merges": report.table(["", *VIEWS, "all", "scale", "rounding"], rows),
+        "negation": report.table(["digits", *heads, "scale", "rounding"], lost),
     }
+
+
+def largest_change(row: Mapping[str, Any], again: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The largest change of a mean over the seeds, among the cells of some names."""
+    return f"{max(abs(np.mean(row[name]) - np.mean(again[name])) for name in names):.2f}"
 
 
 def picture(results: dict[str, Any]) -> Figure:

@@ -141,6 +141,12 @@ def loss(weights: Weights, data: Data) -> Scalar:
 
 
 @jax.jit
+def confidence(weights: Weights, data: Data) -> Scalar:
+    """The mean probability that is given to the right class."""
+    return jnp.exp(-losses(weights, data)).mean()
+
+
+@jax.jit
 def accuracy(weights: Weights, data: Data) -> Scalar:
     """The share of the examples whose class is read correctly."""
     return jnp.mean(jnp.argmax(outputs(weights, data.inputs), axis=-1) == data.labels)
