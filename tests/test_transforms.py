@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,30 @@ def test_memory_beside_half_precision_arguments_is_what_the_catalog_says(case, p
     # A quarter of a tree for scalars, less than its second largest leaf in float32. What takes less
     # than its number says is as wrong: the number is what a later change is held to.
     assert taken == pytest.approx(case.peak, abs=0.25)
+
+
+WIDE = [
+    "average.fisher_mean",
+    "average.karcher_mean",
+    "geometry.orthonormalize",
+    "interpolate.slerp",
+    "merge.in_core_space",
+    "merge.in_shared_space",
+    "negative.harden",
+    "negative.retarget",
+    "negative.rewrite",
+    "tree.cast_like",
+]
+
+
+@pytest.mark.float32(reason="what is asked is asked of 64-bit values switched off")
+@each([CASE[name] for name in WIDE])
+def test_float64_of_numpy_counts_as_float32_where_64_bit_values_are_off(case):
+    arguments = jax.tree.map(lambda x: np.asarray(x, np.float64), trees(case.trees))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of a cast to a dtype that it does not have
+        got = case.function(*arguments)
+    assert_close(got, eager(case), units=0)
 
 
 @each_part_with_several

@@ -21,6 +21,11 @@ def accumulator(*dtypes: DTypeLike) -> Wide:
     return jnp.float64 if is_double and jax.config.read("jax_enable_x64") else jnp.float32
 
 
+def rounded_like(x: Array, like: Any) -> Array:
+    """`x` in the dtype that `like` has as a JAX array: a float64 of NumPy may be float32 there."""
+    return x.astype(jax.dtypes.canonicalize_dtype(like.dtype))
+
+
 @jax.jit
 def unstacked(x: Array) -> list[Array]:
     """The parts of an array along its first axis, by one program."""

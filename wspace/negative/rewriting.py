@@ -10,6 +10,7 @@ from wspace._numerics import (
     placed_like,
     pseudo_inverse,
     replicated,
+    rounded_like,
     rows_within,
     safe_sqrt,
 )
@@ -117,4 +118,4 @@ def rewrite(
             "depends on other keys or on keep: leave it out, keep less, or give a ridge"
         ),
     )
-    return placed_like(new.astype(arrays["matrix"].dtype), jnp.asarray(matrix))
+    return placed_like(rounded_like(new, matrix), jnp.asarray(matrix))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul, placed_like, replicated
+from wspace._numerics import matmul, placed_like, replicated, rounded_like
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.factors import factors_of, product, transposed
@@ -51,7 +51,7 @@ def in_coordinates(
     _checks.same_layout(edits=base, merged=merged)
     edit = [return_(x) for return_, x in zip(back, jax.tree.leaves(merged), strict=True)]
     return structure.unflatten(
-        x if isinstance(x, LowRank) or isinstance(row[0], LowRank) else x.astype(row[0].dtype)
+        x if isinstance(x, LowRank) or isinstance(row[0], LowRank) else rounded_like(x, row[0])
         for x, row in zip(edit, rows, strict=True)
     )
 
