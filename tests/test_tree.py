@@ -131,6 +131,23 @@ def test_partition_takes_the_weights_apart_and_join_puts_them_back():
         assert got is wanted
 
 
+def test_weights_in_the_other_byte_order_are_weights():
+    other = np.dtype(np.float32).newbyteorder()
+    odd = {
+        "w": np.arange(3, dtype=other),
+        "n": np.arange(2, dtype=np.dtype(np.int32).newbyteorder()),
+    }
+    kept, rest = tree.partition(odd)
+    assert kept["n"] is rest["w"] is None
+    assert rest["n"] is odd["n"]
+    assert kept["w"].dtype == np.float32
+    assert kept["w"].dtype.isnative
+    assert np.array_equal(kept["w"], [0, 1, 2])
+    assert_close(average.mean([kept, kept])["w"], jnp.arange(3, dtype=jnp.float32))
+    with pytest.raises(TypeError, match=r"leaf \['w'\] of x .*byte order.*newbyteorder"):
+        tree.norm({"w": odd["w"]})
+
+
 def test_join_refuses_what_is_not_one_partition():
     with pytest.raises(ValueError, match=r"both weights and rest hold a leaf at \['w'\]"):
         tree.join({"w": 1}, {"w": 2})

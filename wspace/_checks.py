@@ -38,6 +38,14 @@ def is_weight(leaf: object) -> bool:
     return getattr(leaf, "dtype", None) in WEIGHT_DTYPES and hasattr(leaf, "shape")
 
 
+def native(leaf: Any) -> Any:
+    """A leaf, and weights that NumPy holds in the other byte order in that of the machine."""
+    if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+        turned = leaf.dtype.newbyteorder("=")
+        return leaf.astype(turned) if turned in WEIGHT_DTYPES else leaf
+    return leaf
+
+
 def shapes_of(name: str, tree: object, leaves: Sequence[Any]) -> list[tuple[int, ...]]:
     """The shapes of the leaves of a tree, raising unless all of them are weights."""
     try:
@@ -149,6 +157,11 @@ def _no_weight(name: str, tree: object) -> TypeError:
         )
     dtype = getattr(leaf, "dtype", None)
     what = f"is a {type(leaf)}" if dtype is None else f"has dtype {dtype}"
+    if native(leaf) is not leaf:
+        return TypeError(
+            f"{where} {what}, not in the byte order of this machine, which JAX does not take: "
+            'give leaf.astype(leaf.dtype.newbyteorder("="))'
+        )
     return TypeError(
         f"{where} {what}; weights are float64, float32, bfloat16 or float16 arrays: "
         "set other leaves aside by tree.partition, and put them back by tree.join"

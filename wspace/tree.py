@@ -537,7 +537,8 @@ def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
     """Splits a tree into its weights and the rest.
 
     Weights are the arrays of dtype float64, float32, bfloat16 or float16; the rest is every
-    other leaf, such as counters, keys, flags and functions.
+    other leaf, such as counters, keys, flags and functions. Weights that NumPy holds in the other
+    byte order come in the order of the machine, which JAX takes.
 
     Args:
         tree: Any tree.
@@ -551,6 +552,7 @@ def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
         >>> tree.partition({"w": jnp.ones(1), "step": 7})
         ({'step': None, 'w': Array([1.], dtype=float32)}, {'step': 7, 'w': None})
     """
+    tree = jax.tree.map(_checks.native, tree)
     return (
         jax.tree.map(lambda leaf: leaf if _checks.is_weight(leaf) else None, tree),
         jax.tree.map(lambda leaf: None if _checks.is_weight(leaf) else leaf, tree),
