@@ -255,6 +255,23 @@ def test_a_small_angle_is_not_lost(folder, capsys):
     assert found == pytest.approx(float(np.degrees(wanted)), rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e4])
+def test_an_angle_does_not_hang_on_the_lengths(folder, capsys, scale):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 20)).astype(np.float32)
+    y = (scale * (x + 0.3 * rng.normal(size=(2, 20)))).astype(np.float32)
+    for name, (one, two) in (("x", x), ("y", y)):
+        checkpoint.save(folder / f"{name}.safetensors", {"v": one, "w": two})
+    assert run("distance", "x.safetensors", "y.safetensors", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    found = [said, *said["tensors"].values()]
+    for (a, b), told in zip([(x.ravel(), y.ravel()), *zip(x, y, strict=True)], found, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+        wanted = np.degrees(np.arccos(cosine))
+        assert told["angles_in_degrees"][0][1] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_angle_to_zero_is_zero(folder, capsys):
     for name, x in (("x", np.zeros(3)), ("y", np.array([0.1, 0.2, 0.3]))):
         checkpoint.save(folder / f"{name}.safetensors", {"w": x.astype(np.float32)})

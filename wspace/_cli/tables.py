@@ -60,7 +60,7 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
     with _opened(paths) as sources:
         names = [x.name for x in sources[0].values() if x.dtype in WEIGHT_DTYPES]
         k = len(sources)
-        grams, squares = np.zeros((2, len(names), k, k))
+        grams, squares, angles = np.zeros((3, len(names), k, k))
         total = sum(source[name].nbytes for source in sources for name in names)
         with Progress(total, quiet) as progress:
             for i, name in enumerate(names):
@@ -70,6 +70,8 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
                     for b in range(a):
                         found = float(geometry.distance(points[a], points[b]))
                         squares[i, a, b] = squares[i, b, a] = found**2
+                        angle = float(geometry.angle(points[a], points[b]))
+                        angles[i, a, b] = angles[i, b, a] = np.degrees(angle)
                 progress.advance(sum(source[name].nbytes for source in sources))
     gram, square = grams.sum(0), squares.sum(0)
     norms = np.sqrt(np.diagonal(gram))
@@ -77,13 +79,13 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
         "models": list(map(str, paths)),
         "norms": norms,
         "distances": np.sqrt(square),
-        "angles_in_degrees": _angles(norms, square),
+        "angles_in_degrees": _angles(gram, square),
         "gram": gram,
         "tensors": {
             name: {
                 "norms": np.sqrt(np.diagonal(grams[i])),
                 "distances": np.sqrt(squares[i]),
-                "angles_in_degrees": _angles(np.sqrt(np.diagonal(grams[i])), squares[i]),
+                "angles_in_degrees": angles[i],
             }
             for i, name in enumerate(names)
         },
@@ -115,17 +117,22 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
     print(table(rows))
 
 
-def _angles(norms: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Angles from norms and distances, by half angles, in which no small one is lost.
+def _angles(gram: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Angles from inner products and squared distances, summed over tensors; zero at a zero norm.
 
-    Zero where a norm is zero, like `geometry.angle`.
+    Between norms that are alike the distance tells half the angle, and no small one is lost. Beside
+    another norm a small one is below the rounding of the distance.
     """
+    norms = np.sqrt(np.diagonal(gram))
     sums, differences = norms[:, None] + norms, norms[:, None] - norms
+    alike = 3 * abs(differences) <= sums
     sine = np.sqrt(np.maximum(squares - differences**2, 0))
     cosine = np.sqrt(np.maximum(sums**2 - squares, 0))
     np.fill_diagonal(sine, 0)
-    is_defined = norms[:, None] * norms > 0
-    return np.where(is_defined, np.degrees(2 * np.arctan2(sine, cosine)), 0)
+    sizes = norms[:, None] * norms
+    across = np.sqrt(np.maximum((sizes - gram) * (sizes + gram), 0))
+    angles = np.where(alike, 2 * np.arctan2(sine, cosine), np.arctan2(across, gram))
+    return np.where(sizes > 0, np.degrees(angles), 0)
 
 
 def audit(
