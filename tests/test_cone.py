@@ -782,3 +782,30 @@ def test_the_leaf_that_is_not_finite_is_named_wherever_leaves_lie():
     known = jnp.asarray([jnp.nan])
     with pytest.raises(ValueError, match=r"leaf \['b'\] of displacement holds NaN"):
         jax.grad(lambda a: cone.support(cone.Sparse(1), {"a": a, "b": known}, 1.0))(jnp.ones(2))
+
+
+def test_second_derivatives_exist_where_the_tail_is_zero():
+    # A tail of zero is a kink, but its square, which is what enters, has none.
+    inside = cone.Mask({"w": jnp.asarray([True, False])})
+    flat = {"w": jnp.asarray([3.0, 0.0], FLOAT)}
+    radius = 5.0
+    curved = {
+        "exit": (lambda x: cone.exit(inside, x, radius).norm, -1 / radius),
+        "entry": (lambda x: cone.entry(inside, x, 2.0).norm, 1 / 2.0),
+        "reach": (lambda x: cone.reach(inside, x, 1.0), 1 / 2.0),
+    }
+    for name, (function, wanted) in curved.items():
+        found = jax.hessian(function)(flat)["w"]["w"]
+        np.testing.assert_allclose(found, np.diag([0.0, wanted]), atol=1e-5, err_msg=name)
+        near = jax.hessian(function)({"w": jnp.asarray([3.0, 1e-3], FLOAT)})["w"]["w"]
+        np.testing.assert_allclose(near, found, atol=2e-3, err_msg=name)
+
+
+def test_second_derivatives_exist_where_the_tail_of_low_rank_is_zero():
+    def norm(t):
+        return cone.exit(cone.Rank(1), jnp.diag(jnp.stack([jnp.asarray(3.0, FLOAT), t])), 5.0).norm
+
+    # -3 + sqrt(25 - t^2)
+    for t in (0.0, 1e-2):
+        found = jax.grad(jax.grad(norm))(jnp.asarray(t, FLOAT))
+        np.testing.assert_allclose(found, -1 / 5, atol=1e-3)

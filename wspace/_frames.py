@@ -70,14 +70,14 @@ def measured(
 
 
 @tree.reduction
-def _gap_square(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def gap_square(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, y = arrays
     return (x - y) ** 2
 
 
 def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
     """`geometry.distance` without checks."""
-    return safe_sqrt(_gap_square((), (x, y)))
+    return safe_sqrt(gap_square((), (x, y)))
 
 
 def _vectors(inverse: Scalar, arrays: Sequence[Array]) -> list[Array]:

@@ -90,9 +90,19 @@ def reach(cone: Cone, displacement: PyTree, budget: ScalarLike) -> Scalar:
         Array(5., dtype=float32)
     """
     budget = _checks.nonnegative("budget", budget)
-    norm, tail = sizes_of(cone, displacement)
+    norm, tail = tree.widened(*sizes_of(cone, displacement))
     left = norm - jnp.asarray(budget).astype(norm.dtype)
-    return tree.norm([tail, jnp.where(left < 0, 0, left)])
+    return safe_sqrt(tail**2 + _curving(displacement, norm, tail) + jnp.where(left < 0, 0, left**2))
+
+
+def _curving(displacement: PyTree, norm: Scalar, tail: Scalar) -> Scalar:
+    r"""Zero, with the derivatives of $\operatorname{tail}^2$ where the tail is zero.
+
+    There the tail has a kink, and its square none: it is what the square of the norm of the
+    projection leaves of the square of the norm.
+    """
+    rest = lowrank.vdot(displacement, displacement).astype(norm.dtype) - norm**2
+    return jnp.where(tail == 0, rest - jax.lax.stop_gradient(rest), 0)
 
 
 def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
@@ -138,10 +148,12 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
     nearest = projected(cone, lowrank.scale(-1, displacement))
-    size, norm, tail = tree.norm([nearest.norm, nearest.tail]), nearest.norm, nearest.tail
+    norm, tail = tree.widened(nearest.norm, nearest.tail)
+    curving = _curving(displacement, norm, tail)
+    size = safe_sqrt(norm**2 + tail**2 + curving)
     radius = jnp.asarray(radius).astype(size.dtype)
     outside, feasible = size > radius, tail <= radius
-    root = safe_sqrt(jnp.where(feasible, (radius - tail) * (radius + tail), 0))
+    root = safe_sqrt(jnp.where(feasible, (radius - tail) * (radius + tail) - curving, 0))
     step = ratio((size - radius) * (size + radius), norm + root)
     step = jnp.where(outside, jnp.where(feasible, step, jnp.inf), 0)
     step = with_nan_of(step, radius, size)
@@ -188,7 +200,8 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     radius = _checks.nonnegative("radius", radius)
     finite_edit(displacement=displacement)
     nearest = projected(cone, displacement)
-    size, norm = tree.norm([nearest.norm, nearest.tail]), nearest.norm
+    norm, tail = tree.widened(nearest.norm, nearest.tail)
+    size = safe_sqrt(norm**2 + tail**2 + _curving(displacement, norm, tail))
     radius = jnp.asarray(radius).astype(size.dtype)
     inside, nothing = size < radius, holds_only_zero(cone)
     gap = jnp.where(inside, (radius - size) * (radius + size), 0)

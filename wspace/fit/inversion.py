@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, tree
+from wspace import _frames as frames
 from wspace.fit.training import (
     Fit,
     Functions,
@@ -44,7 +45,7 @@ class _Inverted:
     ) -> Float[Array, "2"]:
         start, table = data
         seen = name if table is None else placed(table, self.rows, name)
-        off = geometry.distance(name, start) ** 2
+        off = frames.gap_square((), (name, start))  # no root, whose derivative at 0 is no number
         value = jnp.asarray(called(*functions, seen, key, self.keyed))
         return jnp.stack([value.astype(off.dtype), off])
 
