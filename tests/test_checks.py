@@ -1,5 +1,7 @@
 """The checks that many functions share: what is refused by value is NaN where it is traced."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,60 @@ def test_a_number_out_of_its_domain_raises_or_is_nan(refuses, check, inside, out
         with refuses(ValueError, match=f"x must be {words}, got {value}"):
             check("x", value)
         assert jnp.isnan(traced(value)) or np.isinf(value)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-36, 1e-30, 1.0, 1e30, 3e38, 1e308])
+def test_of_numbers_brought_to_one_only_ratios_matter(size):
+    shares = np.array([0.75, -0.5, 0.5])
+    expected = [1.0, -2 / 3, 2 / 3]
+    np.testing.assert_allclose(_checks.affine(size * shares, 3), expected, rtol=1e-15)
+    np.testing.assert_allclose(
+        _checks.positive("costs", size * abs(shares), 3) @ [1, -1, -0.5], 0, atol=1e-15
+    )
+    if 1e-38 < size < 1e38:
+        given = jnp.asarray(size * shares, jnp.float32)
+        found = jax.jit(_checks.affine, static_argnums=1)(given, 3)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    largest = jnp.asarray(np.float32(min(max(size, 1e-37), 3e38)) * np.ones(3, np.float32))
+    np.testing.assert_allclose(jax.jit(_checks.affine, static_argnums=1)(largest, 3), 1 / 3)
+
+
+def test_the_derivative_of_a_share_is_that_of_the_quotient():
+    def first(c):
+        return _checks.affine(c, 2)[0]
+
+    rate = jax.grad(first)(jnp.array([1.0, 3.0], jnp.float32))
+    np.testing.assert_allclose(rate, [3 / 16, -1 / 16])
+
+
+def test_numbers_are_real_and_have_an_order(refuses):
+    for given in ({0: 0.9, 1: 0.1}, {3.0, 1.0}, {0: 1.0, 1: 2.0}.values(), "12", b"12"):
+        with refuses(
+            TypeError, match="c must be a sequence of numbers, such as a list or an array, got"
+        ):
+            _checks.numbers("c", given, 2)
+    for given in ((1, 2), [1, 2], range(1, 3), np.array([1, 2]), jnp.array([1, 2])):
+        assert _checks.numbers("c", given, 2).tolist() == [1, 2]
+    for value in (0.5 + 2j, np.complex64(0.5), jnp.complex64(0.5 + 2j)):
+        with refuses(TypeError, match="x must be a real number, got"):
+            _checks.scalar("x", value)
+    with refuses(TypeError, match="x must be a real number, got"):
+        jax.jit(lambda x: _checks.scalar("x", x))(jnp.complex64(0.5))
+    with refuses(TypeError, match=r"c\[0\] must be a real number, got"):
+        _checks.numbers("c", np.array([1, 2j]), 2)
+    with refuses(TypeError, match="points must be a sequence of trees, got"):
+        _checks.listed("points", frozenset({1.0, 2.0}))
+    with refuses(TypeError, match="points must be a sequence of trees, got"):
+        _checks.listed("points", types.MappingProxyType({"w": np.zeros(2)}))
+
+
+def test_a_traced_number_is_in_single_precision():
+    """So that no arithmetic on it rounds to eight bits, or wraps."""
+    for value in (jnp.bfloat16(0.3), jnp.float16(0.3), jnp.int8(-128), jnp.uint8(3)):
+        for check in (_checks.scalar, lambda name, x: _checks.scalar(name, x, lambda x: x < 4)):
+            traced = jax.jit(lambda x, check=check: check("x", x))(value)
+            assert traced.dtype == jnp.float32
+            assert float(traced) == float(value) == check("x", value)
 
 
 def test_a_tree_of_entries_has_one_at_each_leaf(refuses):

@@ -6,7 +6,8 @@ is known, and elsewhere, under tracing, becomes NaN.
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -117,7 +118,7 @@ def of_points(function: Function) -> Function:
 
 def listed(name: str, trees: Any) -> list[Any]:
     """The trees of an argument that takes a sequence of them, at least one."""
-    if isinstance(trees, str | bytes | dict) or not hasattr(trees, "__iter__"):
+    if isinstance(trees, str | bytes | Mapping | AbstractSet) or not hasattr(trees, "__iter__"):
         raise TypeError(f"{name} must be a sequence of trees, got {type(trees)}")
     if hasattr(trees, "shape") or hasattr(trees, "_fields"):
         what = "an array" if hasattr(trees, "shape") else f"the named tuple {type(trees).__name__}"
@@ -192,26 +193,38 @@ def _refuse_layout(first: str, x: object, name: str, y: object) -> None:
 def scalar(
     name: str, value: Any, domain: Callable[[Any], Any] | None = None, words: str = "finite"
 ) -> ScalarLike:
-    """A real number, inside its domain where it is known and NaN outside where it is traced."""
+    """A real number, inside its domain where it is known and NaN outside where it is traced.
+
+    A traced one is in at least float32, so that no arithmetic on it runs in half precision.
+    """
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be one number, got shape {np.shape(value)}: use jax.vmap for many"
         )
-    if not is_traced(value):
-        try:
-            if isinstance(value, str | bytes):
-                raise TypeError
-            known = float(value)
-        except (OverflowError, TypeError, ValueError) as error:
-            inside = "" if domain is None else f" {words}"
-            raise TypeError(f"{name} must be a real number{inside}, got {value!r}") from error
-        if not math.isfinite(known) or (domain is not None and not domain(known)):
-            raise ValueError(f"{name} must be {words}, got {known}")
-        return known
-    if domain is None:
-        return value
-    value = floating(value)
-    return jnp.where(domain(value), value, jnp.nan)
+    try:
+        if isinstance(value, str | bytes) or is_complex(value):
+            raise TypeError
+        known = _at_least_single(value) if is_traced(value) else float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        inside = "" if domain is None else f" {words}"
+        raise TypeError(f"{name} must be a real number{inside}, got {value!r}") from error
+    if is_traced(known):
+        return known if domain is None else jnp.where(domain(floating(known)), known, jnp.nan)
+    if not math.isfinite(known) or (domain is not None and not domain(known)):
+        raise ValueError(f"{name} must be {words}, got {known}")
+    return known
+
+
+def _at_least_single(value: Array) -> Array:
+    """A traced number in at least float32; one that widens nothing stays so."""
+    return value if value.dtype in (jnp.float32, jnp.float64) else floating(value)
+
+
+def is_complex(value: Any) -> bool:
+    """Whether a number or an array has an imaginary part, be it zero."""
+    return isinstance(value, complex) or jnp.issubdtype(
+        getattr(value, "dtype", bool), jnp.complexfloating
+    )
 
 
 def nonnegative(name: str, value: Any) -> ScalarLike:
@@ -270,8 +283,7 @@ def rank(value: Any, name: str = "rank") -> int:
 
 def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
     """One real number per point, finite where it is known."""
-    if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
-        raise TypeError(f"{name} must be a sequence of numbers, got {type(values)}")
+    ordered(name, values)
     if len(values) != count:
         raise ValueError(
             f"{name} has {len(values)} numbers for {count} points: give one number a point"
@@ -280,6 +292,17 @@ def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
     if isinstance(values, jax.Array | np.ndarray) and not is_traced(values):
         values = values.tolist()
     return [scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def ordered(name: str, values: Any) -> None:
+    """Raises unless an argument is a sequence or an array: numbers in an order of their own."""
+    is_array = hasattr(values, "shape") and hasattr(values, "__len__") and values.shape != ()
+    if isinstance(values, str | bytes | bytearray) or not (
+        isinstance(values, Sequence) or is_array
+    ):
+        raise TypeError(
+            f"{name} must be a sequence of numbers, such as a list or an array, got {type(values)}"
+        )
 
 
 def numbers(name: str, values: Coefficients | None, count: int) -> Numbers:
@@ -295,16 +318,33 @@ def numbers(name: str, values: Coefficients | None, count: int) -> Numbers:
 
 def affine(coefficients: Coefficients | None, count: int) -> Numbers:
     """Coefficients divided by their sum; equal ones if None; NaN if traced and near zero in sum."""
-    c = numbers("coefficients", coefficients, count)
+    given = numbers("coefficients", coefficients, count)
+    c = to_one(given)
     if isinstance(c, np.ndarray):
         total, size = c.sum(), np.abs(c).sum()
         if cancels(total, size):
             raise ValueError(
-                f"coefficients {c.tolist()} sum to {total:g}, nothing beside their size {size:g}: "
-                "an average divides by the sum, so make it differ from zero"
+                f"coefficients {given.tolist()} sum to {given.sum():g}, nothing beside their size "
+                f"{np.abs(given).sum():g}: an average divides by the sum, so make it differ from "
+                "zero"
             )
         return c / total
     return c / jnp.where(cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
+
+
+def to_one(c: Numbers) -> Numbers:
+    """Numbers whose ratios alone matter, over a power of two: the largest is from 1 to 4 in size.
+
+    Neither their sum nor their squares overflow then, and a cast keeps the largest.
+    """
+    if isinstance(c, np.ndarray):
+        _, exponent = np.frexp(np.abs(c).max(initial=0))
+        return np.ldexp(c, 1 - exponent)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(c), initial=0))
+    mantissa, _ = jnp.frexp(largest)
+    # XLA may multiply by the inverse, which must be no subnormal number either.
+    unit = jnp.maximum(largest / (4 * mantissa), jnp.finfo(c.dtype).tiny)
+    return c / jnp.where(largest > 0, unit, 1)
 
 
 def cancels(total: Any, size: Any) -> Any:
@@ -313,13 +353,16 @@ def cancels(total: Any, size: Any) -> Any:
 
 
 def positive(name: str, values: Coefficients | None, count: int) -> Numbers:
-    """One positive number per point, ones if None; NaN where traced and not positive."""
+    """One positive number per point, brought to one, since only ratios matter; ones if None.
+
+    NaN where traced and not positive.
+    """
     c = numbers(name, values, count)
-    if isinstance(c, np.ndarray):
-        if not (c > 0).all():
-            raise ValueError(f"{name} must be positive, got {c.tolist()}")
-        return c
-    return jnp.where(c > 0, c, jnp.nan)
+    if not isinstance(c, np.ndarray):
+        return to_one(jnp.where(c > 0, c, jnp.nan))
+    if not (c > 0).all():
+        raise ValueError(f"{name} must be positive, got {c.tolist()}")
+    return to_one(c)
 
 
 def unpacked(numbers: Numbers) -> list[Any]:
