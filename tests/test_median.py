@@ -58,6 +58,69 @@ def test_the_majority_is_the_median_exactly_however_far_the_others_go(seed, k):
     assert np.linalg.norm(average.mean(trees(rows))) > 20 * spread
 
 
+def exact_median(rows, c):
+    """In long doubles: the point where the test of a minimum holds, or the limit of steps."""
+    rows, c = rows.astype(np.longdouble), np.asarray(c, np.longdouble)
+    spans = np.linalg.norm(rows[:, None] - rows, axis=-1)
+    for at, span in zip(rows, spans, strict=True):
+        pulls = np.where(span > 0, c / np.where(span > 0, span, 1), 0)
+        if np.linalg.norm(pulls @ (rows - at)) <= c[span == 0].sum() * (1 + 1e-15):
+            return at
+    at = rows[np.argmin([np.median(span) for span in spans])] + 1e-3 * np.median(spans, axis=0)[0]
+    for _ in range(5000):
+        pulls = c / np.linalg.norm(rows - at, axis=1)
+        at, old = pulls @ rows / pulls.sum(), at
+        if np.abs(at - old).max() < 1e-14 * np.abs(at).max():
+            break
+    return at
+
+
+@pytest.mark.parametrize("kind", ["far", "two far", "repeated", "near", "tiny", "huge", "unequal"])
+def test_a_certified_median_is_that_of_long_doubles(kind):
+    """No point is so far that steps among the others are not seen beside its distance."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        rows, c = rng.normal(size=(5, 6)), np.ones(5)
+        if kind == "far":
+            rows[-1] *= 10.0 ** (2 * seed + 3)
+        if kind == "two far":
+            rows[-2:] *= 10.0 ** rng.uniform(3, 17, (2, 1))
+        if kind == "repeated":
+            rows[1] = rows[0]
+        if kind == "near":
+            rows[1] = rows[0] + 1e-3 * rng.normal(size=6)
+        if kind == "unequal":
+            c = 10.0 ** rng.uniform(-4, 1, 5)
+        rows = (rows * {"tiny": 2.0**-55, "huge": 2.0**55}.get(kind, 1)).astype(np.float32)
+        solve = traced if seed % 2 else median
+        found = solve([jnp.asarray(x) for x in rows], jnp.asarray(c, jnp.float32))
+        wanted = exact_median(rows, c)
+        size = np.median(np.linalg.norm(rows - wanted, axis=1))
+        off = np.linalg.norm(np.asarray(found.weights, np.longdouble) - wanted)
+        assert bool(found.converged)
+        assert off < 1e-3 * size, (seed, off, size)
+
+
+def test_what_has_no_median_is_never_certified(refuses):
+    rows = drawn(0)
+    for bad in (np.nan, np.inf):
+        broken = [{"w": jnp.asarray(x)} for x in rows]
+        broken[3]["w"] = broken[3]["w"].at[2].set(bad)
+        with refuses(ValueError, match=r"leaf \['w'\] of points\[3\] holds NaN or an infinity"):
+            median(broken)
+        found = traced([x["w"] for x in broken])
+        assert is_nan(found.weights)
+        assert jnp.isnan(found.residual)
+        assert not found.converged
+    for scale in (2.0**-80, 2.0**80):
+        scaled = [jnp.asarray(np.float32(scale) * x) for x in rows]
+        with refuses(ValueError, match="squares of their distances leave the range of float32"):
+            median(scaled)
+        found = traced(scaled)
+        assert is_nan(found.weights)
+        assert not found.converged
+
+
 @pytest.mark.parametrize("line", [(0, 1), (0, 0, 0, 1, 3), (0, 0, 1, 1, 1), (0, 0, 5, 7, 7)])
 def test_on_a_line_it_is_the_median_of_numbers(line):
     xs = [jnp.asarray([x, 2.0 * x], FLOAT) for x in map(float, line)]

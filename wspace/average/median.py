@@ -1,7 +1,7 @@
 r"""The geometric median: an average that a minority of the points cannot move far."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,11 @@ def geometric_median(
     A median that is one of the points is found by the test for it, and returned exactly. Else
     Newton's method, guarded by Weiszfeld's step, which never raises the sum, runs on one number
     a point. Two passes over the leaves give what it needs: the distances between the points, and
-    the inner products of their differences from the one with the least sum of distances. Points
-    on a line may have a whole segment of medians, as two points of equal coefficients have; then
-    it is the middle of the segment, as for numbers.
+    the inner products of their differences from the one with the least sum of distances; a third
+    if points are so far off that this one does not show in rounded sums. Sums of distances are
+    compared by the differences of their terms, beside which no far point is large. Points on a
+    line may have a whole segment of medians, as two points of equal coefficients have; then it is
+    the middle of the segment, as for numbers.
 
     Derivatives exist to second order where the median is none of the points; there it moves with
     its point alone, and that is the derivative returned.
@@ -62,8 +64,11 @@ def geometric_median(
             whether it `converged`.
 
     Raises:
-        ValueError: If a coefficient is not positive (NaN if it is traced), `tol` or `max_steps`
-            is out of its domain, or the points differ in structure or in a leaf's shape.
+        ValueError: If a coefficient is not positive, a point holds NaN or an infinity, which names
+            the leaf, or the points are so near or far that squares of their distances leave the
+            range of the dtype (NaN, and not converged, if this is traced). Also if `tol` or
+            `max_steps` is out of its domain, or the points differ in structure or in a leaf's
+            shape.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -82,22 +87,63 @@ def geometric_median(
     _checks.same_layout(**_checks.each("points", points))
     count, max_steps = len(points), _checks.rank(max_steps, "max_steps")
     c = _checks.positive("coefficients", coefficients, count)
-    gaps = geometry.symmetric(geometry.gap_sums((), points), count)
+    sums = _gaps_and_reach((), points)
+    gaps, reach = geometry.symmetric(sums[:-1], count), sums[-1]
     tol = 64 * jnp.finfo(gaps.dtype).eps if tol is None else _checks.above_zero("tol", tol)
     c, tol = (jnp.asarray(x).astype(gaps.dtype) for x in (c, tol))
     c = c / jnp.sum(c)
+    middle, near = _middle(gaps, c)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
+    undefined = _refuse_unmeasured(gaps, reach, near, entries, points)
     # Differences from a far outlier would have lost what lies between the others.
-    center = _center(gaps, c)
-    if _checks.is_traced(center):
-        places = [jnp.where(center == i, 1, 0) for i in range(count)]
-        middle = tree.combine(places, points, rounded=False)
-    else:
-        middle = points[int(center)]
-    sums = geometry.pair_sums_from_first((), [middle, *points])
-    found = _median(geometry.symmetric(sums, count), gaps, center, c, tol, max_steps)
+    gram = _seen_from(points, middle)
+    if _checks.is_traced(gram) or int(_center(gram, gaps, middle, c)) != int(middle):
+        middle = _center(gram, gaps, middle, c)
+        gram = _seen_from(points, middle)
+    found = _median(gram, gaps, middle, c, tol + undefined, max_steps)
     return Solution(
         tree.weighted_sum(list(found.w), points), found.residual, found.steps, found.converged
     )
+
+
+@tree.reduction
+def _gaps_and_reach(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    """The squared differences of all pairs, and how far all are from the first, unsquared."""
+    first, *others = arrays
+    reach = sum((jnp.abs(x - first) for x in others), jnp.zeros_like(first))
+    return [*geometry.squared_gaps(scalars, arrays), reach]
+
+
+def _refuse_unmeasured(
+    gaps: _Gram, reach: Scalar, near: Scalar, entries: int, points: Sequence[WeightsLike]
+) -> Scalar | float:
+    """Raises, or is NaN, where squares of distances are not finite, or lost their digits."""
+    info = jnp.finfo(gaps.dtype)
+    largest = jnp.max(gaps)
+    unmeasured = ~jnp.isfinite(largest)
+    if _checks.is_traced(unmeasured) or bool(unmeasured):
+        _checks.finite(**_checks.each("points", points))
+    least = entries * 2.0**10 * float(info.tiny)  # what terms lost below the range add up to
+    lost = jnp.where(largest == 0, reach > 0, (near > 0) & (near**2 < least))
+    return _checks.refuse(
+        unmeasured | lost,
+        lambda: (
+            f"points are {reach:.3g} apart, entries added up, and squares of their distances leave "
+            f"the range of {gaps.dtype}: multiply all points by one number, and the median by its "
+            "inverse"
+        ),
+    )
+
+
+def _seen_from(points: Sequence[WeightsLike], middle: Int[Array, ""]) -> _Gram:
+    """The inner products of the differences of points from one of them."""
+    count = len(points)
+    if _checks.is_traced(middle):
+        places = [jnp.where(middle == i, 1, 0) for i in range(count)]
+        start = tree.combine(places, points, rounded=False)
+    else:
+        start = points[int(middle)]
+    return geometry.symmetric(geometry.pair_sums_from_first((), [start, *points]), count)
 
 
 class _Median(NamedTuple):
@@ -107,10 +153,45 @@ class _Median(NamedTuple):
     converged: Bool[Array, ""]
 
 
+_FAR = 2.0**10
+"""Distances above this multiple of the median distance all count the same at first."""
+
+
 @jax.jit
-def _center(gaps: _Gram, c: _Numbers) -> Int[Array, ""]:
+def _middle(gaps: _Gram, c: _Numbers) -> tuple[Int[Array, ""], Scalar]:
+    """A point near the median, and the least distance within which half of the coefficients are.
+
+    It has the least sum of distances to the others, those of far points cut off.
+    """
+    spans = jnp.sqrt(gaps)
+    order = jnp.argsort(spans, axis=1)
+    inside = jnp.cumsum(c[order], axis=1) >= 0.5
+    sorted_spans = jnp.take_along_axis(spans, order, axis=1)
+    half = jnp.min(jnp.where(inside, sorted_spans, jnp.inf), axis=1)
+    # All coefficients together, should the halves round to less.
+    half = jnp.minimum(half, sorted_spans[:, -1])
+    near = jnp.min(half)
+    sums = jnp.sum(jnp.minimum(spans, _FAR * near) * c[None, :], axis=1)
+    return jnp.argmin(jnp.where(half <= 4 * near, sums, jnp.inf)), near
+
+
+def _risen(gram: _Gram, gaps: _Gram, middle: Int[Array, ""], c: _Numbers) -> tuple[_Numbers, ...]:
+    """How much more the sum of distances is at each point than at the middle, and its rounding."""
+    squares = jnp.diagonal(gram)
+    spans = jnp.sqrt(gaps)
+    total = spans + jnp.sqrt(squares)[None, :]
+    change = (squares[:, None] - 2 * gram) / jnp.where(total == 0, 1, total)
+    slack = 8 * jnp.finfo(c.dtype).eps * jnp.sqrt(squares)
+    at_middle = jnp.arange(c.size) == middle
+    return jnp.where(at_middle, 0, jnp.sum(change * c[None, :], axis=1)), slack
+
+
+@jax.jit
+def _center(gram: _Gram, gaps: _Gram, middle: Int[Array, ""], c: _Numbers) -> Int[Array, ""]:
     """The point with the least sum of distances to the others, the first of several."""
-    return jnp.argmin(jnp.sum(jnp.sqrt(gaps) * c[None, :], axis=1))
+    risen, slack = _risen(gram, gaps, middle, c)
+    least = jnp.argmin(risen)
+    return jnp.where(risen[least] < -slack[least], least, middle)
 
 
 @jax.jit
@@ -124,66 +205,89 @@ def _median(
 ) -> _Median:
     """The coefficients of the median, from inner products of differences from one point."""
     eps = jnp.finfo(c.dtype).eps
-    frozen = jax.lax.stop_gradient((gram, gaps, c))
-    _, apart, shares = frozen
-    spans = jnp.sqrt(apart)
-    squares = jnp.diagonal(frozen[0])
-    away = squares > 0
-    pulls = jnp.where(away, shares / jnp.sqrt(jnp.where(away, squares, 1)), 0)
-    pull = safe_sqrt(jnp.sum(pulls * _gram_times(frozen[0], pulls)))
+    far, apart, shares = jax.lax.stop_gradient((gram, gaps, c))
+    lengths = safe_sqrt(jnp.diagonal(far))
+    away = lengths > 0
+    # The differences at length one, so that no far point outweighs the others, and their lengths
+    # beside the least, so that no square of one leaves the range.
+    farthest, nearest = jnp.max(lengths), jnp.min(jnp.where(away, lengths, jnp.inf))
+    unit = jnp.where(farthest > 0, jnp.maximum(nearest, farthest / 2.0**60), 1)
+    sizes = jnp.where(away, lengths, unit)
+    scaled = gram / sizes[:, None] / sizes[None, :]
+    pulls = jnp.where(away, shares, 0)
+    pull, most = fixed_point.length(pulls, jax.lax.stop_gradient(scaled))
     held = jnp.sum(jnp.where(away, 0, shares))
     at_point = ~(pull > held * (1 + 8 * eps))
 
     # Medians that are not unique are a segment, whose ends are points and balance exactly.
-    costs = jnp.sum(spans * shares[None, :], axis=1)
+    risen, slack = _risen(far, apart, center, shares)
     level = pull >= held * (1 - 8 * eps)
     first = jnp.arange(c.size) == center
-    ends = first | (level & (costs <= (1 + 8 * eps) * costs[center]))
+    ends = first | (level & (risen <= slack))
     ends = ends & (first | away)
     twins = jnp.sum(jnp.where(ends[None, :] & (apart == 0), 1, 0), axis=1)
     exact = jnp.where(ends, 1 / jnp.where(ends, twins, 1), 0).astype(c.dtype)
     exact = exact / jnp.sum(exact)
 
     # Away from the center on the way that the others pull: below the sum at every point.
-    total = jnp.sum(pulls)
+    sizes = sizes / unit
+    total = jnp.sum(pulls / sizes)
     part = jnp.where(at_point, 0, 1 - held / jnp.where(pull > 0, pull, 1))
-    start = part * pulls / jnp.where(total > 0, total, 1)
-    start = jnp.where(first, 1 - part, start)
+    start = jnp.where(first, (1 - part) * sizes, part * pulls / jnp.where(total > 0, total, 1))
     # At a point the sum has a kink, so there the search is one that ends at once: all distances 1.
-    data = jnp.where(at_point, 0, gram), c, jnp.where(at_point, 1, 0).astype(c.dtype)
-    w, residual, steps, _ = fixed_point.solved(
-        _gap, _weiszfeld, _cost, _residual, start, data, tol, max_steps
+    data = jnp.where(at_point, 0, scaled), c, sizes, jnp.where(at_point, 1, 0).astype(c.dtype)
+    v, residual, steps, _ = fixed_point.solved(
+        _gap, _weiszfeld, _rise, _residual, start, data, tol, max_steps
     )
-    excess = jnp.where(pull > held, pull - held, 0)
-    residual = with_nan_of(jnp.where(at_point, excess, residual), c[0])
-    return _Median(with_nan_of(jnp.where(at_point, exact, w), c), residual, steps, residual <= tol)
+    w = v / sizes
+    w = jnp.where(first, w + (1 - jnp.sum(w)), w)
+    excess = jnp.where(most > held, most - held, 0)
+    residual = with_nan_of(jnp.where(at_point, excess, residual), c[0], tol)
+    w = with_nan_of(jnp.where(at_point, exact, w), c, residual)
+    return _Median(w, residual, steps, residual <= tol)
 
 
-def _gram_times(matrix: _Gram, w: _Numbers) -> _Numbers:
-    return jnp.sum(matrix * w[None, :], axis=1)
+# Below, a point is the center plus `sum_i v_i (x_i - center) / sizes_i`, in units in which the
+# differences have the lengths `sizes`; `gram` holds their inner products at length one.
 
 
-def _distances(w: _Numbers, gram: _Gram, lift: Scalar) -> _Numbers:
-    along = _gram_times(gram, w)
-    squares = jnp.sum(w * along) - 2 * along + jnp.diagonal(gram) + lift
+def _gram_times(matrix: _Gram, v: _Numbers) -> _Numbers:
+    return jnp.sum(matrix * v[None, :], axis=1)
+
+
+def _distances(v: _Numbers, gram: _Gram, sizes: _Numbers, lift: Scalar) -> _Numbers:
+    along = _gram_times(gram, v)
+    ends = sizes * jnp.diagonal(gram) * sizes
+    squares = jnp.sum(v * along) - 2 * sizes * along + ends + lift
     return jnp.sqrt(jnp.where(squares > 0, squares, jnp.nan))
 
 
-def _weiszfeld(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> _Numbers:
-    pulls = c / _distances(w, gram, lift)
-    return pulls / jnp.sum(pulls)
+def _pulls(v: _Numbers, gram: _Gram, c: _Numbers, sizes: _Numbers, lift: Scalar) -> _Numbers:
+    return c / _distances(v, gram, sizes, lift)
 
 
-def _cost(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> Scalar:
-    return jnp.sum(c * _distances(w, gram, lift))
+def _weiszfeld(v: _Numbers, *data: Any) -> _Numbers:
+    pulls, (_, _, sizes, _) = _pulls(v, *data), data
+    return pulls * sizes / jnp.sum(pulls)
 
 
-def _gap(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> _Numbers:
+def _rise(
+    v: _Numbers, old: _Numbers, gram: _Gram, c: _Numbers, sizes: _Numbers, lift: Scalar
+) -> tuple[Scalar, Scalar]:
+    """How much larger the sum of distances is than at another place, and its rounding."""
+    step = v - old
+    along = _gram_times(gram, step)
+    squares = jnp.sum(along * (v + old)) - 2 * sizes * along
+    total = _distances(v, gram, sizes, lift) + _distances(old, gram, sizes, lift)
+    way = jnp.sum(jnp.abs(step) * jnp.sqrt(jnp.diagonal(gram)))
+    return jnp.sum(c * squares / total), 8 * jnp.finfo(v.dtype).eps * way
+
+
+def _gap(v: _Numbers, gram: _Gram, c: _Numbers, sizes: _Numbers, lift: Scalar) -> _Numbers:
     """The coefficients of the gradient of the sum: its derivative in the point is the Hessian."""
-    pulls = c / _distances(w, gram, lift)
-    return jnp.sum(pulls) * w - pulls
+    pulls = _pulls(v, gram, c, sizes, lift)
+    return jnp.sum(pulls) * v - pulls * sizes
 
 
-def _residual(w: _Numbers, gram: _Gram, c: _Numbers, lift: Scalar) -> Scalar:
-    t = _gap(w, gram, c, lift)
-    return safe_sqrt(jnp.sum(t * _gram_times(gram, t)))
+def _residual(v: _Numbers, gram: _Gram, *data: Any) -> Scalar:
+    return fixed_point.length(_gap(v, gram, *data), gram)[1]

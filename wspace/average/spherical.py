@@ -168,7 +168,7 @@ def _direction(
     shares = shares / jnp.where(cancels, 1, total)
 
     w, residual, steps, converged = fixed_point.solved(
-        _gap, _stepped, _spread, _left_over, shares, (cosines, shares), tol, max_steps
+        _gap, _stepped, _risen, _left_over, shares, (cosines, shares), tol, max_steps
     )
     w = _unit(w, cosines)
     d = _dot(cosines, w)
@@ -204,28 +204,31 @@ def _gap(w: _Numbers, cosines: _Gram, a: _Numbers) -> _Numbers:
     return w - _unit(a * _pull(_dot(cosines, _unit(w, cosines))), cosines)
 
 
-def _logarithm(w: _Numbers, cosines: _Gram, a: _Numbers) -> tuple[_Numbers, _Numbers, Scalar]:
-    """A direction as a unit vector, the sum of logarithms there, and its length."""
+def _logarithm(w: _Numbers, cosines: _Gram, a: _Numbers) -> tuple[_Numbers, _Numbers]:
+    """A direction as a unit vector, and the sum of logarithms there."""
     w = _unit(w, cosines)
     d = _dot(cosines, w)
     pulls = a * _pull(d)
-    t = pulls - jnp.sum(pulls * d) * w
-    return w, t, safe_sqrt(jnp.sum(t * _dot(cosines, t)))
+    return w, pulls - jnp.sum(pulls * d) * w
 
 
 def _left_over(w: _Numbers, cosines: _Gram, a: _Numbers) -> Scalar:
-    return _logarithm(w, cosines, a)[2] / jnp.sum(jnp.abs(a))
+    _, t = _logarithm(w, cosines, a)
+    return fixed_point.length(t, cosines)[1] / jnp.sum(jnp.abs(a))
 
 
 def _stepped(w: _Numbers, cosines: _Gram, a: _Numbers) -> _Numbers:
     # The curvature of squared distances on a sphere is at most one: the step never overshoots.
-    w, t, size = _logarithm(w, cosines, a)
-    turn = size / jnp.sum(jnp.abs(a))
+    w, t = _logarithm(w, cosines, a)
+    turn = fixed_point.length(t, cosines)[0] / jnp.sum(jnp.abs(a))
     return jnp.cos(turn) * w + sinc_of_square(turn**2) / jnp.sum(jnp.abs(a)) * t
 
 
-def _spread(w: _Numbers, cosines: _Gram, a: _Numbers) -> Scalar:
-    return jnp.sum(a * _angles_squared(_dot(cosines, _unit(w, cosines))))
+def _risen(w: _Numbers, old: _Numbers, cosines: _Gram, a: _Numbers) -> tuple[Scalar, Scalar]:
+    """How much larger the sum of squared angles is than at another direction, and its rounding."""
+    new, before = (a * _angles_squared(_dot(cosines, _unit(x, cosines))) for x in (w, old))
+    slack = 8 * jnp.finfo(w.dtype).eps * jnp.abs(jnp.sum(new))
+    return jnp.sum(new - before), slack
 
 
 def karcher_mean_on(
