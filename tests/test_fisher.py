@@ -244,6 +244,43 @@ def test_derivatives_in_points_and_factors_are_true():
         check_grads(jax.jit(solved), (xs, *roots), order=2, modes=["rev"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_the_kronecker_mean_is_certified_at_every_scale(power):
+    rng = np.random.default_rng(0)
+    factors = []
+    for _ in range(2):
+        a, b = (x @ x.swapaxes(-1, -2) + np.eye(3) for x in rng.normal(size=(2, 3, 3)))
+        factors.append((a.astype(np.float32), b.astype(np.float32)))
+    rows = rng.normal(size=(2, 3, 3)).astype(np.float32)
+    system = sum(np.kron(a.astype(float), b) for a, b in factors)
+    right = sum(a.astype(float) @ x @ b for x, (a, b) in zip(rows, factors, strict=True))
+    wanted = np.linalg.solve(system, right.ravel()).reshape(3, 3)
+    scale = np.float32(2.0**power)
+    given = [average.Kronecker(jnp.asarray(a), jnp.asarray(b)) for a, b in factors]
+    got = average.kronecker_mean([jnp.asarray(scale * x) for x in rows], given)
+    assert got.converged
+    np.testing.assert_allclose(np.asarray(got.weights) / scale, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_is_no_certified_kronecker_mean():
+    sound, broken = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, {"w": jnp.eye(2), "b": jnp.ones(2)}
+    factors = [{"w": average.Kronecker(jnp.eye(2), jnp.eye(2)), "b": None}] * 2
+    for leaf in "wb":
+        bad = broken | {leaf: jnp.nan * broken[leaf]}
+        found = average.kronecker_mean([sound, bad], factors)
+        assert jnp.isnan(found.weights[leaf]).all()
+        assert jnp.isnan(found.residual)
+        assert not found.converged
+
+    def of(inputs):
+        given = [average.Kronecker(inputs, jnp.eye(2))] * 2
+        return average.kronecker_mean([sound["w"], broken["w"]], given)
+
+    found = jax.jit(of)(jnp.diag(jnp.array([1.0, -1.0])))
+    assert jnp.isnan(found.weights).all()
+    assert not found.converged
+
+
 def test_bad_factors_are_refused_and_nan_where_traced(refuses):
     xs = [{"w": jnp.ones((2, 1))}, {"w": jnp.zeros((2, 1))}]
 

@@ -113,6 +113,32 @@ def test_agrees_with_another_system_per_tensor():
         assert np.linalg.norm(got[name] - leaf) < 1e-6 * np.linalg.norm(leaf)
 
 
+def test_what_has_no_mean_is_never_certified(refuses):
+    rows = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    broken = [{"w": jnp.asarray(x)} for x in rows]
+    broken[1]["w"] = broken[1]["w"].at[2].set(jnp.nan)
+    with refuses(ValueError, match=r"leaf \['w'\] of points\[1\] holds NaN or an infinity"):
+        mean(broken)
+    lost = [[jnp.asarray(np.float32(2.0**power) * x) for x in rows] for power in (-80, 80)]
+    for xs in lost:
+        with refuses(ValueError, match="squares of their entries leave the range of float32"):
+            mean(xs)
+    for xs in ([x["w"] for x in broken], *lost):
+        got = traced(xs)
+        assert is_nan(got.weights)
+        assert not got.converged
+
+
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_the_mean_on_a_manifold_is_certified_at_every_scale(power):
+    rows = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    points = [jnp.asarray(np.float32(2.0**power) * x) for x in rows]
+    got = average.karcher_mean_on(jnp.add, lambda x, y: y - x, points)
+    wanted = np.mean(rows.astype(np.longdouble), axis=0)
+    np.testing.assert_allclose(np.asarray(got.weights) / np.float32(2.0**power), wanted, rtol=1e-5)
+    assert got.converged
+
+
 def test_on_a_given_manifold():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(3, 5)) + 1

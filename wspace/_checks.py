@@ -404,3 +404,21 @@ def finite(**trees: object) -> None:
                 f"leaf {path_of(path)} of {name} holds NaN or an infinity: "
                 "no distance or rank is defined for it; mend the weights first"
             )
+
+
+def measured(
+    out_of_range: Bool[Array, ""] | bool, points: Sequence[Any], dtype: Any
+) -> Scalar | float:
+    """Refuses points that hold NaN, or whose squares, as their dtype rounds them, measure nothing.
+
+    As `refuse`, but a leaf that is not finite is named first.
+    """
+    if not is_traced(out_of_range) and out_of_range:
+        finite(**each("points", points))
+    return refuse(
+        out_of_range,
+        lambda: (
+            f"points are so small, near or far that squares of their entries leave the range of "
+            f"{dtype}: multiply all points by one number, and the result by its inverse"
+        ),
+    )

@@ -207,7 +207,8 @@ def kronecker_mean(
         [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
             leaf of the first point; the largest `residual` of a matrix, the norm of what is left
             of the scaled equation over that of its right side, 0 if that is zero; the largest
-            number of `steps` taken; and whether it `converged`.
+            number of `steps` taken; and whether it `converged`, which it has not if a point holds
+            NaN.
 
     Raises:
         ValueError: If a factor is not symmetric, or their mean at a leaf not positive semidefinite
@@ -243,19 +244,28 @@ def kronecker_mean(
     for leaves, entries, where in by_leaf("factors", factors, points):
         if entries is None or not leaves[0].size:
             weights.append(tree.combine(c, leaves))
+            unsound = jnp.isnan(_not_finite((), (weights[-1],)))
+            residual = jnp.where(unsound, jnp.nan, residual)
             continue
         inputs, outputs = _sides(entries, leaves[0], where)
         xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
         x, spectra, left, count, good = _solve(c, xs, inputs, outputs, ridge, rtol, steps)
         for values, side in zip(spectra, ("inputs", "outputs"), strict=True):
             what = f"the mean over points of {where[0]}, {side},"
-            x = x + semidefinite(values, entries, what)
+            undefined = semidefinite(values, entries, what)
+            x, left = x + undefined, left + undefined
         weights.append(placed_like(x.astype(leaves[0].dtype).reshape(leaves[0].shape), leaves[0]))
         wide = accumulator(residual.dtype, left.dtype)
         residual = jnp.maximum(residual.astype(wide), left.astype(wide))
         taken, converged = jnp.maximum(taken, count), good & converged
     weights = jax.tree.structure(points[0]).unflatten(weights)
-    return Solution(weights, residual, taken, jnp.asarray(converged))
+    return Solution(weights, residual, taken, jnp.isfinite(residual) & converged)
+
+
+@tree.reduction
+def _not_finite(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    """NaN if an entry is not finite, else 0."""
+    return 0 * arrays[0]
 
 
 def _sides(
@@ -323,14 +333,18 @@ def _solve(
         y = scale * y
         return scale * (image([y] * len(xs)) + level * y)
 
+    pull = scale * image(gaps)
+    # Brought to one, so that no square of it underflows and counts as solved.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(pull), axis=(-2, -1), keepdims=True))
+    unit = jnp.where(largest > 0, jnp.maximum(largest / 4, jnp.finfo(wide).tiny), 1)
     change, (residual, taken) = jax.lax.custom_linear_solve(
         scaled,
-        scale * image(gaps),
+        pull / unit,
         lambda product, b: _conjugate_gradients(product, b, rtol, steps),
         symmetric=True,
         has_aux=True,
     )
-    x = mean + matmul(left, matmul(scale * change, jnp.swapaxes(right, -1, -2)))
+    x = mean + matmul(left, matmul(scale * change * unit, jnp.swapaxes(right, -1, -2)))
     return x, spectra, residual, taken, residual <= rtol
 
 

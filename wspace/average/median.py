@@ -94,7 +94,7 @@ def geometric_median(
     c = c / jnp.sum(c)
     middle, near = _middle(gaps, c)
     entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
-    undefined = _refuse_unmeasured(gaps, reach, near, entries, points)
+    undefined = _refuse_lost(gaps, reach, near, entries, points)
     # Differences from a far outlier would have lost what lies between the others.
     gram = _seen_from(points, middle)
     if _checks.is_traced(gram) or int(_center(gram, gaps, middle, c)) != int(middle):
@@ -114,25 +114,15 @@ def _gaps_and_reach(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[
     return [*geometry.squared_gaps(scalars, arrays), reach]
 
 
-def _refuse_unmeasured(
+def _refuse_lost(
     gaps: _Gram, reach: Scalar, near: Scalar, entries: int, points: Sequence[WeightsLike]
 ) -> Scalar | float:
     """Raises, or is NaN, where squares of distances are not finite, or lost their digits."""
     info = jnp.finfo(gaps.dtype)
     largest = jnp.max(gaps)
-    unmeasured = ~jnp.isfinite(largest)
-    if _checks.is_traced(unmeasured) or bool(unmeasured):
-        _checks.finite(**_checks.each("points", points))
     least = entries * 2.0**10 * float(info.tiny)  # what terms lost below the range add up to
     lost = jnp.where(largest == 0, reach > 0, (near > 0) & (near**2 < least))
-    return _checks.refuse(
-        unmeasured | lost,
-        lambda: (
-            f"points are {reach:.3g} apart, entries added up, and squares of their distances leave "
-            f"the range of {gaps.dtype}: multiply all points by one number, and the median by its "
-            "inverse"
-        ),
-    )
+    return _checks.measured(~jnp.isfinite(largest) | lost, points, gaps.dtype)
 
 
 def _seen_from(points: Sequence[WeightsLike], middle: Int[Array, ""]) -> _Gram:

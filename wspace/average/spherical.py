@@ -4,6 +4,7 @@ The mean $\mu$ of points with coefficients $a_i$ of sum one is where the logarit
 $\sum_i a_i \log_\mu(u_i) = 0$, that is, where $\sum_i a_i\, d(\mu, u_i)^2$ has its minimum.
 """
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -51,12 +52,28 @@ def _steps(
     _checks.same_layout(**_checks.each("points", points))
     a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
     gram = geometry.inner_products(points)
+    gram = gram + _refuse_lost(jnp.diagonal(gram), points)
     tol = 16 * float(jnp.finfo(gram.dtype).eps) if tol is None else _tolerance(tol)
     mean = yield _direction, (gram, a, tol, np.int32(max_steps))
     if not _checks.is_traced(mean.refused) and any(refused := np.asarray(mean.refused).tolist()):
         raise ValueError(REASONS[refused.index(True)])
     weights = tree.weighted_sum(unstacked(mean.scalars), points)
     return Solution(weights, mean.residual, mean.steps, mean.converged)
+
+
+@tree.reduction
+def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    return [jnp.abs(x) for x in arrays]
+
+
+def _refuse_lost(squares: _Numbers, points: Sequence[WeightsLike]) -> Scalar | float:
+    """Raises, or is NaN, where squares of norms are not finite, or lost their digits."""
+    entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
+    short = squares < entries * 2.0**10 * float(jnp.finfo(squares.dtype).tiny)
+    if _checks.is_traced(short) or bool(jnp.any(short)):
+        short = short & (_sizes((), points) > 0)
+    unmeasured = jnp.any(~jnp.isfinite(squares) | short)
+    return _checks.measured(unmeasured, points, squares.dtype)
 
 
 @_checks.of_points
@@ -167,7 +184,7 @@ def _direction(
     cancels = ~(jnp.abs(total) >= 1e-6 * size)
     shares = shares / jnp.where(cancels, 1, total)
 
-    w, residual, steps, converged = fixed_point.solved(
+    w, residual, steps, _ = fixed_point.solved(
         _gap, _stepped, _risen, _left_over, shares, (cosines, shares), tol, max_steps
     )
     w = _unit(w, cosines)
@@ -177,9 +194,11 @@ def _direction(
     length = jnp.sum(a * norms)
     scalars = length * w / safe
     lost, short = ~cancels & ~curved, ~((length > 0) | none)
-    undefined = jnp.where(cancels | lost | short, jnp.nan, 0).astype(gram.dtype)
+    unknown = ~jnp.all(jnp.isfinite(gram))
+    undefined = jnp.where(unknown | cancels | lost | short, jnp.nan, 0).astype(gram.dtype)
     refused = jnp.stack([cancels, lost, short])
-    return _Mean(scalars + undefined, residual + undefined, steps, converged, refused)
+    residual = residual + undefined
+    return _Mean(scalars + undefined, residual, steps, residual <= tol, refused)
 
 
 def _dot(matrix: _Gram, w: _Numbers) -> _Numbers:
@@ -321,9 +340,9 @@ def _mean_on(
     def measured(at):
         logs = [log(at, x) for x in wide]
         total = tree.combine(a, logs)
-        parts = [abs(c) * tree.norm(v) for c, v in zip(a, logs, strict=True)]
-        whole = tree.norm(at) + sum(parts[1:], start=parts[0])
-        residual = tree.norm(total) / jnp.where(whole == 0, 1, whole)
+        parts = [abs(c) * _length(v) for c, v in zip(a, logs, strict=True)]
+        whole = _length(at) + sum(parts[1:], start=parts[0])
+        residual = _length(total) / jnp.where(whole == 0, 1, whole)
         return at, total, residual.astype(size.dtype)
 
     def unfinished(state):
@@ -333,8 +352,10 @@ def _mean_on(
     def step(state):
         old, length, taken = state
         new = measured(exp(old[0], tree.combine((length,), (old[1],))))
-        better = tree.norm(new[1]) < tree.norm(old[1])
-        overshot = 2 * tree.vdot(new[1], old[1]) < -tree.vdot(old[1], old[1]) / 2
+        unit = _unit_of(old[1])
+        now, before = (_over((unit,), (x,)) for x in (new[1], old[1]))
+        better = tree.norm(now) < tree.norm(before)
+        overshot = 2 * tree.vdot(now, before) < -tree.vdot(before, before) / 2
         kept = jax.tree.map(lambda x, y: jnp.where(better, x, y), new, old)
         return kept, jnp.where(better & ~overshot, length, length / 2), taken + 1
 
@@ -345,6 +366,28 @@ def _mean_on(
 
     at, (residual, taken) = jax.lax.custom_root(pull, wide[0], found, _solved, has_aux=True)
     return at, residual, taken.astype(jnp.int32), residual <= bound
+
+
+@functools.partial(tree.reduction, kind="max")
+def _largest(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return jnp.abs(arrays[0])
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return arrays[0] / scalars[0]
+
+
+def _unit_of(x: Weights) -> Scalar:
+    """A number beside which no square of an entry leaves the range of the dtype."""
+    largest = _largest((), (x,))
+    return jnp.where(largest > 0, jnp.maximum(largest / 4, jnp.finfo(largest.dtype).tiny), 1)
+
+
+def _length(x: Weights) -> Scalar:
+    """The norm of a tangent, however short or long."""
+    unit = _unit_of(x)
+    return unit * tree.norm(_over((unit,), (x,)))
 
 
 def _solved(linear: Callable[[Any], Any], rates: Any) -> Any:
