@@ -483,6 +483,31 @@ def test_no_normal_costs_less_than_the_one_found(mode, seed):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("power", [-50, -35, 30, 50])
+def test_the_cheapest_normal_is_that_at_every_scale(mode, power):
+    """No gradient, of the second degree, is squared where its square has no range."""
+    rng = np.random.default_rng(3)
+    draws = rng.normal(size=(3, 4)).astype(np.float32)
+    start = jnp.asarray(rng.normal(size=4).astype(np.float32))
+
+    def found(size, price):
+        xs = [jnp.asarray(np.float32(size) * x) for x in draws]
+        costs = price * jnp.asarray([1.0, 2.0], jnp.float32)
+        return guard_normal(
+            xs[:2], xs[2], jnp.float32(8 * size), mode=mode, costs=costs, start=start
+        )
+
+    at_one = found(1.0, 1.0)
+    assert at_one.converged
+    k = np.array([1.0, 2.0])
+    least = cost_of(list(draws[:2]), draws[2], 8.0, flat(at_one.weights), mode, k)
+    for one in (found(2.0**power, 1.0), found(1.0, 2.0**power)):
+        assert one.converged
+        got = cost_of(list(draws[:2]), draws[2], 8.0, flat(one.weights), mode, k)
+        assert abs(got / least - 1) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_the_search_converges_from_most_starts_and_beats_the_default_normal(mode):
     rng = np.random.default_rng(1)
     converged = 0

@@ -98,18 +98,26 @@ def guard_normal(
 
 @jax.jit(static_argnames="mode")
 def _descend(guard, rtol, mode, steps):
-    radius, costs = guard.radius, guard.costs
+    radius = guard.radius
     wide = jax.tree.map(lambda x: x.astype(radius.dtype), guard.normal)
     start = tree.weighted_sum((guard.inverse,), (wide,))
 
+    def asked_of(normal):
+        # In units of the radius, since the squares of gradients are of the fourth degree.
+        asked = heights_of(guard, normal, 1.0, mode)
+        return asked._replace(heights=asked.heights / radius, needs=asked.needs / radius)
+
+    level = asked_of(start).cost(guard.costs)
+    costs = guard.costs / jnp.where(jnp.isfinite(level) & (level > 0), level, 1)
+
     def cost(normal):
-        return heights_of(guard, normal, 1.0, mode).cost(costs)
+        return asked_of(normal).cost(costs)
 
     def onto_sphere(x):
         return tree.combine((1 / tree.norm(x),), (x,))
 
     def scale_of(value):
-        return 2 * radius * jnp.sqrt(value * jnp.sum(costs))
+        return 2 * jnp.sqrt(value * jnp.sum(costs))
 
     def measured(normal):
         value, gradient = jax.value_and_grad(lambda x: cost(onto_sphere(x)))(normal)
@@ -145,7 +153,7 @@ def _descend(guard, rtol, mode, steps):
     length = 0.1 / jnp.where(steep > 0, steep, 1)
     state = (start, value, gradient, residual, length, jnp.int32(0))
     normal, _, _, residual, _, taken = jax.lax.while_loop(unfinished, step, state)
-    asked = heights_of(guard, normal, 1.0, mode)
+    asked = asked_of(normal)
     outward = 2 * jnp.sum(costs * asked.needs * asked.heights)
     least = outward >= -rtol * scale_of(asked.cost(costs)) if guard.allowed is None else True
     return normal, residual, taken, (residual <= rtol) & least
