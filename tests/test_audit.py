@@ -6,6 +6,7 @@ Numbers such as (vi L1) are those of the laws in the docs page on the negative w
 import dataclasses
 import functools
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +293,47 @@ def test_reweighting_comes_no_nearer_than_the_hull_and_the_span(situation, seed)
     signed[:, -1] = 1 - signed[:, :2].sum(axis=1)
     away = np.linalg.norm(signed @ rows, axis=1)
     assert (report.line_distance <= away + error * abs(signed).sum(axis=1)).all()
+
+
+def exact_span_distance(rows, avoid):
+    """The distance from the affine span of float32 rows, in fractions, rounded at the end."""
+
+    def inner(x, y):
+        return sum(a * b for a, b in zip(x, y, strict=True))
+
+    def rest(x, origin):
+        left = [Fraction(float(a)) - Fraction(float(b)) for a, b in zip(x, origin, strict=True)]
+        for way in ways:
+            share = inner(way, left) / inner(way, way)
+            left = [a - share * b for a, b in zip(left, way, strict=True)]
+        return left
+
+    ways = []
+    for x in rows[1:]:
+        way = rest(x, rows[0])
+        ways += [way] if any(way) else []
+    left = rest(avoid, rows[0])
+    return float(inner(left, left)) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5, 8, 9, 11])
+def test_the_line_of_nearly_collinear_points_is_that_of_every_order(seed):
+    """A short step turns a span by much, and is no noise beside a long one."""
+    rng = np.random.default_rng(seed)
+    base, way = 10 * rng.normal(size=8), rng.normal(size=8)
+    way /= np.linalg.norm(way)
+    rows = [base + t * way for t in (0, 10 ** rng.uniform(-4, -1), 30)]
+    rows, avoid = np.float32(rows), np.float32(base + rng.normal(size=8))
+    wanted = exact_span_distance(rows, avoid)
+    found = [
+        audit([jnp.asarray(rows[i]) for i in order], (1, 1, 1), jnp.asarray(avoid), 0.5)
+        for order in itertools.permutations(range(3))
+    ]
+    error = 64 * float(np.finfo(np.float32).eps) * np.linalg.norm(rows, axis=1).max()
+    lines = np.array([one.line_distance for one in found])
+    np.testing.assert_allclose(lines, wanted, rtol=0, atol=4 * error)
+    assert np.ptp(lines) <= error
+    assert np.ptp([one.segment_distance for one in found]) <= error
 
 
 def test_the_segment_of_two_points_and_the_line():

@@ -30,7 +30,8 @@ def inverse(_, left):
 
 
 def framed(points):
-    frame, columns = frames.of_differences(points[0], points[1:], inverse)
+    pairs = [(x, points[0]) for x in points[1:]]
+    frame, columns = frames.of_differences(pairs, inverse)
     gap = vector(frame.first) - vector(frame.start)
     vectors = np.stack([float(frame.inverse) * gap, *map(vector, frame.others)], axis=1)
     rows = np.zeros((len(columns),) * 2)
@@ -74,7 +75,7 @@ def test_dependent_vectors_are_zero():
     np.testing.assert_allclose(vectors.T @ vectors, np.diag([1, 0, 0, 1]), atol=16 * EPS)
     assert (np.abs(np.diag(rows)) > 0.1).tolist() == [True, False, False, True]
     # Equal points are a frame of nothing.
-    nothing, columns = frames.of_differences(start, [start], inverse)
+    nothing, columns = frames.of_differences([(start, start)], inverse)
     assert float(nothing.inverse) == float(columns[0][0]) == 0
     assert frame.trees[:2] == [start, way]
 
@@ -109,7 +110,8 @@ def test_the_inverse_is_asked_for_by_the_index_of_the_difference():
     asked = []
     points = [split(x) for x in drawn(4)]
     frame, _ = frames.of_differences(
-        points[0], points[1:], lambda i, left: asked.append(i) or inverse(i, left) * (i + 1)
+        [(x, points[0]) for x in points[1:]],
+        lambda i, left: asked.append(i) or inverse(i, left) * (i + 1),
     )
     assert asked == [0, 1, 2]
     np.testing.assert_allclose(np.linalg.norm(vector(frame.others[0])), 2, rtol=1e-5)

@@ -30,20 +30,20 @@ class Frame(NamedTuple):
 
 
 def of_differences(
-    start: WeightsLike,
-    others: Sequence[WeightsLike],
+    pairs: Sequence[tuple[WeightsLike, WeightsLike]],
     inverse: Callable[[int, Scalar], Scalar],
 ) -> tuple[Frame, list[list[Scalar]]]:
-    """The differences of points from the first one as $D = Q R$, `R` by columns to the diagonal.
+    """The differences of pairs of points as $D = Q R$, `R` by columns to the diagonal.
 
     `inverse` takes the index of a difference and what is left of its length outside the span of
     those before it, and returns what the rest is multiplied by.
     """
-    left = distance(others[0], start)
-    frame = Frame(inverse(0, left), start, others[0], [])
+    (first, start), *others = pairs
+    left = distance(first, start)
+    frame = Frame(inverse(0, left), start, first, [])
     columns = [[left]]
-    for i, x in enumerate(others[1:], 1):
-        coefficients, rest = components(frame, x, start)
+    for i, (x, origin) in enumerate(others, 1):
+        coefficients, rest = components(frame, x, origin)
         left = tree.norm(rest)
         frame.others.append(_multiple((inverse(i, left),), (rest,)))
         columns.append([*coefficients, left])

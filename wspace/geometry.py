@@ -494,7 +494,8 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
 
         return _divisor(i, distance(others[i], start), left, dependent)
 
-    frame, columns = frames.of_differences(start, others, lambda i, x: 1 / length_of(i, x))
+    pairs = [(x, start) for x in others]
+    frame, columns = frames.of_differences(pairs, lambda i, x: 1 / length_of(i, x))
     projections, residual = frames.measured(frame, point, start)
     solution: list[Scalar] = []
     for i in reversed(range(len(others))):

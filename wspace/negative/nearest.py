@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from wspace import _checks, tree
 from wspace import _frames as frames
-from wspace import tree
-from wspace._numerics import unstacked
+from wspace._numerics import rows_within, safe_sqrt, unstacked
 from wspace.cone.spectra import ratio
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -47,11 +47,11 @@ class Seen(NamedTuple):
     """Points as seen from a center: in a frame of their differences, and across it.
 
     Attributes:
-        columns: The points in an orthonormal basis: the frame, and what the gap from the center
-            to the first point leaves outside of it. A vector that is dependent is zero.
+        columns: The points in an orthonormal basis, in an order of their own: the frame, and what
+            the gap from the center to the nearest point leaves outside of what the points span.
         frame: The frame, if there is more than one point.
-        gap: The first point and the center.
-        along: The coefficients of the gap in the frame.
+        gap: The nearest point and the center.
+        along: The coefficients in the frame of the part of the gap in that span.
         inverse: One over the length of what is left of the gap, zero if that is nothing.
     """
 
@@ -89,29 +89,75 @@ def rounding_of(sizes: Sequence[Scalar]) -> Scalar:
     return 64 * jnp.finfo(largest.dtype).eps * largest
 
 
+@tree.reduction
+def _gaps_from_first(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    first, *others = arrays
+    return [(x - first) ** 2 for x in others]
+
+
+def _path(
+    points: Sequence[WeightsLike], center: WeightsLike
+) -> tuple[list[WeightsLike], list[Scalar]]:
+    """Points from the one nearest to a center on, each time to the nearest left; and the steps."""
+    count, at, path, steps = len(points), center, [], []
+    passed = jnp.zeros(count, bool)
+    for _ in range(count):
+        gaps = jnp.where(passed, jnp.inf, safe_sqrt(_gaps_from_first((), [at, *points])))
+        near = jnp.argmin(gaps)
+        passed = passed | (jnp.arange(count) == near)
+        if _checks.is_traced(near):
+            places = [jnp.where(near == i, 1, 0) for i in range(count)]
+            at = tree.combine(places, points, rounded=False)
+        else:
+            at = points[int(near)]
+        path.append(at)
+        steps.append(jnp.min(gaps))
+    return path, steps[1:]
+
+
+def _inverse(length: Scalar) -> Scalar:
+    """One over a length, zero for zero."""
+    return jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+
+
 def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scalar) -> Seen:
-    """Points as seen from a center."""
-    start, *others = points
+    """Points as seen from a center, in whatever order they are given.
 
-    def inverse(_: int, left: Scalar) -> Scalar:
-        kept = left > rounding
-        return jnp.where(kept, 1 / jnp.where(kept, left, 1), 0)
-
-    frame, rows, along = None, [], []
-    if others:
-        frame, rows = frames.of_differences(start, others, inverse)
-        coefficients, left = frames.measured(frame, start, center)
-        along = unstacked(coefficients)
-    else:
+    The frame is made of the steps of a path that goes on to the nearest point that is left: the
+    difference of points that are near each other is as exact as they are. Which directions the
+    steps span is decided of all of them, each at length one: of two that are nearly dependent the
+    first may be short, and what the other leaves beside it large.
+    """
+    (start, *others), spans = _path(points, center) if len(points) > 1 else (points, [])
+    if not others:
         left = frames.distance(start, center)
+        left = jnp.where(left > rounding, left, 0)
+        return Seen(left[None, None], None, (start, center), [], _inverse(left))
+    eps = jnp.finfo(rounding.dtype).eps
 
-    def column(*along: Scalar, left: Scalar) -> Float[Array, " k"]:
-        padding = [jnp.zeros_like(left)] * (len(others) - len(along))
-        return jnp.stack([*along, jnp.where(left > rounding, left, 0), *padding])
+    def kept(i: int, left: Scalar) -> Scalar:
+        return jnp.where((spans[i] > rounding) & (left > 4 * eps * spans[i]), left, 0)
 
-    first = column(*along, left=left)
-    columns = [first, *(first + column(*row, left=own) for *row, own in rows)]
-    return Seen(jnp.stack(columns, axis=-1), frame, (start, center), along, inverse(0, left))
+    pairs = list(zip(others, [start, *others[:-1]], strict=True))
+    frame, rows = frames.of_differences(pairs, lambda i, left: _inverse(kept(i, left)))
+    zero = jnp.zeros_like(rows[0][0])
+    steps = jnp.stack(
+        [
+            jnp.stack([*row, kept(i, own), *[zero] * (len(others) - i - 1)])
+            for i, (*row, own) in enumerate(rows)
+        ]
+    )
+    along, left = frames.measured(frame, start, center)
+    sizes = jnp.stack(spans)[:, None]
+    units = jnp.where(sizes > rounding, steps / jnp.where(sizes > 0, sizes, 1), 0)
+    *steps, inside = unstacked(rows_within(jnp.concatenate([steps, along[None]]), units, 64 * eps))
+    left = tree.norm([left, along - inside])
+    left = jnp.where(left > rounding, left, 0)
+    columns = [jnp.concatenate([inside, left[None]])]
+    for step in steps:
+        columns.append(columns[-1] + jnp.concatenate([step, zero[None]]))
+    gap = start, center
+    return Seen(jnp.stack(columns, axis=-1), frame, gap, unstacked(inside), _inverse(left))
 
 
 def _matvec(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:

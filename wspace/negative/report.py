@@ -70,7 +70,9 @@ class Audit:
         efficiency: `rank_needed` over `ceiling`; 0 within the ball, where both are 0.
         segment_distance: The distance of the nearest convex average of the points from the center:
             on the segment of two points, in the convex hull of more.
-        line_distance: The distance of the nearest average with coefficients of any sign.
+        line_distance: The distance of the nearest average with coefficients of any sign. Of the
+            steps from each point to the nearest other, those up to the rounding of the points, and
+            directions that differ by less than $64\,\varepsilon$, span nothing.
         source_budgets: The norm that an edit of each point alone needs to bring the average into
             the ball, $\max(e - \rho, 0) / |a_i|$; infinite for a coefficient of zero.
         dtype_floor: The distance that the average moves when it is rounded to the dtypes of the
