@@ -142,6 +142,35 @@ def test_the_gauge_changes_no_result(seed, rank):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=64 * UNIT * size * np.linalg.norm(inputs))
 
 
+@pytest.mark.parametrize("powers", [(66, 66), (-66, -66), (100, -80), (0, 60)])
+def test_norm_and_inner_product_are_those_of_every_gauge_exactly(powers):
+    """Of columns that are long in one factor and short in the other no product overflows."""
+    rng = np.random.default_rng(0)
+    left, right, other = rng.normal(size=(3, 5, 2)).astype(np.float32)
+    gauge = np.exp2(np.float32(powers))
+    plain = lowrank.LowRank(jnp.asarray(left), jnp.asarray(right))
+    turned = lowrank.LowRank(jnp.asarray(left * gauge), jnp.asarray(right / gauge))
+    dense = jnp.asarray(other @ right.T)
+    for solve in (lambda f: f, jax.jit):
+        norm, vdot = solve(lowrank.norm), solve(lowrank.vdot)
+        np.testing.assert_allclose(norm(turned), norm(plain), rtol=1e-6)
+        assert vdot(turned, turned) == vdot(plain, plain)
+        np.testing.assert_allclose(vdot(turned, dense), vdot(plain, dense), rtol=1e-6)
+    rate = jax.grad(lowrank.norm)(turned)
+    wanted = jax.grad(lowrank.norm)(plain)
+    np.testing.assert_allclose(np.asarray(rate.left) * gauge, wanted.left, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_the_norm_of_factors_is_known_at_every_scale(power):
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(2, 5, 2)).astype(np.float32)
+    wanted = np.linalg.norm(left.astype(float) @ right.T)
+    edit = lowrank.LowRank(jnp.asarray(left * np.float32(2.0**power)), jnp.asarray(right))
+    got = lowrank.norm({"a": edit})
+    np.testing.assert_allclose(np.float64(got) / 2.0**power, wanted, rtol=1e-6)
+
+
 def test_the_popular_sum_of_factors_depends_on_the_gauge():
     x = edit(0, 4)["w"]
     other = regauged({"w": x}, 0)["w"]

@@ -87,6 +87,24 @@ def test_a_direction_counts_within_the_rounding_of_the_center_alone():
     np.testing.assert_allclose(hinge_along(tiny, zero, 0.5, g)[1], [-2, 0], atol=16 * UNIT)
 
 
+def test_a_hinge_at_nan_is_nan():
+    away = fit.hinge(jnp.zeros(2), 1.0, direction=jnp.ones(2))
+    assert jnp.isnan(fit.hinge(jnp.zeros(2), 1.0).loss(jnp.array([jnp.nan, 0.0])))
+    assert jnp.isnan(away.loss(jnp.array([jnp.nan, 0.0])))
+    assert away.loss(jnp.array([jnp.inf, 0.0])) == 0
+
+
+def test_a_masked_class_has_no_part_in_entropy():
+    away = fit.entropy(lambda w: w)
+    given = jnp.array([[0.0, -jnp.inf], [1.0, 2.0]])
+    p = np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum()
+    wanted = np.log(2) - (0 - np.sum(p * np.log(p))) / 2
+    np.testing.assert_allclose(away.loss(given), wanted, rtol=1e-6)
+    rate = jax.grad(away.loss)(given)
+    assert jnp.isfinite(rate).all()
+    assert jnp.isnan(away.loss(jnp.full((1, 2), -jnp.inf)))
+
+
 def test_hinge_measures_half_precision_in_float32():
     x, b = jnp.asarray([1.0, 1 / 3], jnp.bfloat16), jnp.asarray([0.0, 0.25], jnp.bfloat16)
     value = fit.hinge(b, 2.0).loss(x)

@@ -392,3 +392,18 @@ def test_bad_arguments_are_refused(refuses):
 def test_scaling_everything_scales_the_result(x):
     b = jax.tree.map(lambda leaf: leaf / 2 + 1, x)
     check_scale(repel, x, b, strength=0.7, factors=(2.0**-40, 2.0**40), units=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_in_half_precision_are_computed_with_in_single(dtype):
+    """Traced or known: the number itself is rounded, and no arithmetic on it."""
+    number, xs = dtype(0.3), [jnp.asarray([1.0, 2.0], jnp.float32), jnp.zeros(2, jnp.float32)]
+    value = float(number)
+    for solve in (lambda f: f, jax.jit):
+        got = solve(negative.strength_of)(number)
+        np.testing.assert_allclose(got, value / (1 - value), rtol=1e-6)
+        got = solve(negative.remove_member)(*xs, number)
+        np.testing.assert_allclose(got, np.array([1.0, 2.0]) / (1 - value), rtol=1e-6)
+    wrapped = jax.jit(negative.strength_of)(jnp.int8(-128))
+    np.testing.assert_allclose(wrapped, negative.strength_of(np.int8(-128)))
+    np.testing.assert_allclose(wrapped, -128 / 129, rtol=1e-6)

@@ -259,3 +259,11 @@ def test_the_popular_difference_of_one_edit_in_two_gauges_is_not_zero(seed):
     ]
     nothing = lowrank.add(edits[0], lowrank.scale(-1.0, edits[1]))
     assert lowrank.norm(nothing) <= 64 * UNIT * lowrank.norm(edits[0])
+
+
+@pytest.mark.parametrize("alpha", [jnp.bfloat16(0.3), jnp.float16(0.3), jnp.int8(-128)])
+def test_the_scaling_is_computed_in_single_precision(alpha):
+    a, b = jnp.ones((3, 2)), jnp.ones((4, 3))
+    for solve in (lambda f: f, jax.jit):
+        edit = solve(lambda alpha: lowrank.from_lora(a, b, alpha=alpha))(alpha)
+        np.testing.assert_allclose(lowrank.materialize(edit), float(alpha), rtol=1e-6)

@@ -232,3 +232,18 @@ def test_bad_profiles_are_refused(refuses):
             average.exponent_of(bad)
     with refuses(ValueError, match="exponent must be finite and at least 0"):
         average.width_of(-0.1)
+
+
+@pytest.mark.parametrize("width", [0.1, 1e-8, 1e-150, 1e-307])
+def test_the_exponent_of_a_small_width_is_its_inverse(width):
+    np.testing.assert_allclose(average.width_of(average.exponent_of(width)), width, rtol=1e-12)
+
+
+def test_of_coefficients_of_updates_only_ratios_matter(refuses):
+    points = [jnp.array([1.0]), jnp.array([3.0])]
+    for size in (1.0, 1e308, 1e-308):
+        found = average.reconstruct(points, [[size], [size, size]], [size, 3 * (size / 2)])
+        np.testing.assert_allclose(found.coefficients, [-0.2, 1.2], rtol=1e-12)
+    for bad in ("12", {0: 1.0, 1: 2.0}, {1.0, 2.0}, np.array([1, 2j])):
+        with refuses(TypeError, match="target must"):
+            average.reconstruct(points, [[1.0], [1.0, 1.0]], bad)

@@ -275,3 +275,23 @@ def test_factors_are_split_without_their_product():
     edits = negative.split_rank(shift, (0.5, 0.5), (1, 1))
     landed = tree.combine((0.5, 0.5), [lowrank.materialize(e) for e in edits])
     assert_close(landed, lowrank.materialize(shift), units=16)
+
+
+@pytest.mark.parametrize("price", [1e-50, 1e-20, 1.0, 1e20, 1e50])
+def test_edits_depend_on_the_ratios_of_costs_alone(price):
+    shift = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+    a, ranks = np.array([0.5, 0.3, 0.2]), (2, 2, 1)
+    for ratios in ((1.0, 2.0, 3.0), (1.0, 1e12, 1e24)):
+        given = [price * c for c in ratios]
+        edits = negative.split_rank(shift, a, ranks, costs=given)
+        total = sum(
+            k * lowrank.materialize(edit) for k, edit in zip(a.tolist(), edits, strict=True)
+        )
+        np.testing.assert_allclose(total, shift, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_a_hardened_edit_keeps_its_norm_at_every_scale(power):
+    edit = np.float32(2.0**power) * jnp.diag(jnp.array([4.0, 3.0, 1.0]))
+    flat = np.asarray(negative.harden(edit), float) / 2.0**power
+    np.testing.assert_allclose(np.linalg.svd(flat)[1], np.sqrt(26 / 3), rtol=1e-5)

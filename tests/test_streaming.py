@@ -237,3 +237,30 @@ def test_coefficients_that_cancel_and_bad_arguments_are_refused(refuses):
     traced = jax.jit(lambda d: folded(average.ema(d), [x, 2 * x]))
     assert is_nan(traced(1.0))
     assert_close(traced(0.5), jnp.full(2, 5 / 3, FLOAT), units=4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_decay_in_half_precision_is_taken_from_one_in_single(dtype):
+    decay = dtype(0.9)
+
+    def after_two(decay):
+        moving = average.ema(decay)
+        state = moving.update(moving.init(jnp.zeros(1)), jnp.ones(1))
+        return moving.value(moving.update(state, 3 * jnp.ones(1)))
+
+    beta = float(decay)
+    wanted = (beta + 3) / (beta + 1)
+    for known in (decay, lambda _: decay):
+        np.testing.assert_allclose(after_two(known), wanted, rtol=1e-6)
+    for traced in (after_two, lambda decay: after_two(lambda _: decay)):
+        np.testing.assert_allclose(jax.jit(traced)(decay), wanted, rtol=1e-6)
+
+
+def test_coefficients_whose_sum_overflows_are_refused(refuses):
+    running = average.running_mean()
+    state = running.init(jnp.zeros(1))
+    for _ in range(2):
+        state = running.update(state, jnp.full(1, 0.1), 2e38)
+    with refuses(ValueError, match="sum to inf, out of the range of float32"):
+        running.value(state)
+    assert jnp.isnan(jax.jit(running.value)(state)).all()

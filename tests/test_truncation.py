@@ -95,6 +95,35 @@ def test_factors_of_the_randomized_method_are_balanced():
     assert narrow.factors.left.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("power", [-110, 0, 110])
+def test_a_tail_is_the_distance_at_every_scale(power):
+    """Nothing that is left out counts as nothing because its square does."""
+    x = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+    values = np.linalg.svd(x.astype(float), compute_uv=False)
+    scale, exact = np.float32(2.0**power), np.linalg.norm(values[2:])
+    given = jnp.asarray(scale * x)
+    cut = lowrank.truncate(given, 2)
+    np.testing.assert_allclose(np.float64(cut.tail) / 2.0**power, exact, rtol=1e-5)
+    at_random = lowrank.truncate(
+        given, 2, method="randomized", key=jax.random.key(0), block=2, steps=3
+    )
+    edit = np.asarray(lowrank.materialize(at_random.factors), float) / 2.0**power
+    assert at_random.approximate
+    np.testing.assert_allclose(
+        np.float64(at_random.tail) / 2.0**power, np.linalg.norm(x - edit), rtol=1e-5
+    )
+    base = {"w": jnp.zeros((24, 16)), "b": jnp.zeros(16)}
+    adapter = lowrank.extract(base, {"w": given, "b": given[0]}, 2, vectors=False)
+    whole = np.hypot(exact, np.linalg.norm(x[0].astype(float)))
+    np.testing.assert_allclose(np.float64(adapter.tail) / 2.0**power, whole, rtol=1e-5)
+    seen = lowrank.truncate_outputs(given, jnp.eye(24), 2)
+    np.testing.assert_allclose(np.float64(seen.tail) / 2.0**power, exact, rtol=1e-5)
+    assert (
+        lowrank.rank_for(scale * jnp.asarray(values, jnp.float32), energy=0.5)
+        == np.argmax(np.cumsum(values**2) >= 0.5 * np.sum(values**2)) + 1
+    )
+
+
 def test_the_exact_method_is_taken_where_it_is_the_cheaper_one():
     x = large("noise", (12, 10), 0)
     edit = lowrank.truncate(x, 10).factors

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from wspace.typing import Scalar
 
@@ -88,6 +88,28 @@ def gap_times(c: Scalar, x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[
     """`c * (x - y)`, also where the difference overflows and the product does not."""
     far = jnp.isinf(x - y)
     return jnp.where(far, 2 * c, c) * jnp.where(far, x / 2 - y / 2, x - y)
+
+
+def exponent_of(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """The exponent of the power of two nearest to the size of `x`, without derivative.
+
+    0 where `x` is zero or not finite, so that what is multiplied by the power shows it.
+    """
+    share, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.abs(x)))
+    nearest = jnp.where(share < math.sqrt(0.5), exponent - 1, exponent)
+    return jnp.where((share > 0) & jnp.isfinite(x), nearest, 0)
+
+
+def power_of_two(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The power of two nearest to the size of `x`, the powers whose inverse overflows left out."""
+    most = jnp.finfo(x.dtype).maxexp - 2
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent_of(x), -most, most))
+
+
+def length(x: Float[Array, "*s"]) -> Float[Array, ""]:
+    """The norm of an array, whose squares may be out of range."""
+    unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
+    return unit * safe_sqrt(jnp.sum((x / unit) ** 2))
 
 
 def with_nan_of(x: Any, *others: Any) -> Any:

@@ -130,10 +130,11 @@ def exponent_of(width: ScalarLike) -> float:
     """
     widest = math.sqrt(1 / 12) * (1 + 4 * np.finfo(float).eps)  # its rounding, either way
     words = "above 0 and at most 1/sqrt(12), that of the mean of the whole run"
-    sigma = _on_host("width", width, lambda s: 0 < s <= widest, words)
-    r = math.sqrt(1 + 3 / sigma**2) / 3
-    q = (2 + 36 / sigma**2) / 27
-    return max(2 * r * math.cos(math.acos(-q / (2 * r**3)) / 3) - 7 / 3, 0.0)
+    sigma = _on_host("width", width, lambda s: 0 < s <= widest and 1 / s < math.inf, words)
+    # Times sigma and its cube, since the inverse of a square overflows.
+    r = math.sqrt(sigma**2 + 3) / 3
+    q = (2 * sigma**3 + 36 * sigma) / 27
+    return max(2 * r * math.cos(math.acos(-q / (2 * r**3)) / 3) / sigma - 7 / 3, 0.0)
 
 
 @_checks.of_points
@@ -274,11 +275,15 @@ def _profile(name: str, profile: AnyProfile) -> Profile | np.ndarray:
     if not isinstance(profile, Profile):
         if _checks.is_traced(profile):
             raise TypeError(f"{name} is computed with on the host, so it must be known, not traced")
+        _checks.ordered(name, profile)
+        if _checks.is_complex(np.asarray(profile)):
+            raise TypeError(f"{name} must hold real numbers, got complex ones")
         steps = np.asarray(profile, np.float64)
         if steps.ndim != 1 or not np.isfinite(steps).all():
             raise ValueError(
                 f"{name} must be a Profile or one finite coefficient an update, got {profile!r}"
             )
+        steps = np.asarray(_checks.to_one(steps))
         total, size = steps.sum(), np.abs(steps).sum()
         if _checks.cancels(total, size):
             raise ValueError(

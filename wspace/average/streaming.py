@@ -145,7 +145,7 @@ def running_mean() -> Average:
         An [`Average`][wspace.average.Average] whose `update(state, weights, coefficient=1.0)` adds
             weights, with a negative coefficient also takes them out again, and whose `value`
             raises a `ValueError` if the coefficients sum to less than $10^{-6} \sum_i |c_i|$ in
-            size (NaN if they are traced).
+            size, or that is out of the range of the dtype (NaN if they are traced).
 
     Examples:
         >>> import jax.numpy as jnp
@@ -182,6 +182,14 @@ def running_mean() -> Average:
         total = sums.high[1] + sums.low[1]
         cancels = _checks.cancels(total, size) & (sums.count > 0)
         high, mass = sums.high
+        mass = _checks.poisoned(
+            mass,
+            ~jnp.isfinite(size),
+            lambda: (
+                f"the sizes of the coefficients of {sums.count} weights sum to {size:g}, out of "
+                f"the range of {size.dtype}: only their ratios matter, so make all of them smaller"
+            ),
+        )
         mass = _checks.poisoned(
             mass,
             cancels,
@@ -239,7 +247,7 @@ def ema(decay: ScalarLike | Callable[[Array], ScalarLike], *, debias: bool = Tru
         [arXiv:1412.6980](https://arxiv.org/abs/1412.6980).
     """
     if isinstance(decay, Callable):
-        return _moving(lambda count: 1 - decay(count), debias)
+        return _moving(lambda count: 1 - _checks.scalar("decay", decay(count)), debias)
     words = "in [0, 1), or a function of the step"
     rate = 1 - _checks.scalar("decay", decay, lambda d: (d >= 0) & (d < 1), words)
     return _moving(lambda _: rate, debias)

@@ -110,8 +110,8 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
             ahead = tree.vdot(tree.combine((1, -1), (weights, center)), way)
             distance = jnp.where(distance <= close, ahead, distance)
         size = jnp.asarray(radius).astype(distance.dtype)
-        inside = distance < size
-        return jnp.where(inside, (size - distance) / size, 0 * size) + undefined
+        outside = distance >= size  # NaN is neither
+        return jnp.where(outside, 0 * size, (size - distance) / size) + undefined
 
     return Away(penalty, 0.0, "hinge")
 
@@ -164,7 +164,7 @@ def entropy(logits: Callable[..., Float[Array, "... classes"]], *, keyed: bool =
     $$
 
     The divergence of the $n$ predictions over $k$ classes from the uniform one. Zero for those
-    that say nothing.
+    that say nothing. An output of $-\infty$ masks its class, whose $p \log p$ is zero.
 
     Args:
         logits: The outputs $z$ `(..., k)`, a function of the weights, or of the weights and a key.
@@ -193,7 +193,10 @@ def entropy(logits: Callable[..., Float[Array, "... classes"]], *, keyed: bool =
     def penalty(f: Callable[[PyTree], Array], weights: PyTree) -> Scalar:
         scores = jax.nn.log_softmax(tree.upcast(f(weights)))
         chance = jnp.log(jnp.asarray(scores.shape[-1], scores.dtype))
-        gap = jnp.sum(jnp.exp(scores) * scores, axis=-1) + chance
+        # A class that is masked out has no share, and no part in the entropy.
+        masked = scores == -jnp.inf
+        terms = jnp.where(masked, 0, jnp.exp(scores) * jnp.where(masked, 0, scores))
+        gap = jnp.sum(terms, axis=-1) + chance
         return jnp.maximum(jnp.mean(gap), 0)
 
     return Away(_of("logits", logits, keyed, penalty), 0.0, "entropy", keyed)

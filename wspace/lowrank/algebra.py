@@ -9,7 +9,14 @@ from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
-from wspace._numerics import placed_like, replicated, safe_sqrt
+from wspace._numerics import (
+    exponent_of,
+    length,
+    placed_like,
+    power_of_two,
+    replicated,
+    safe_sqrt,
+)
 from wspace.lowrank.factors import (
     LowRank,
     as_matrix,
@@ -177,8 +184,8 @@ def vdot(x: PyTree, y: PyTree) -> Scalar:
     \langle U V^\top, D \rangle = \operatorname{sum}\bigl(U \circ (D V)\bigr)
     $$
 
-    Symmetric, bilinear and the same in every gauge; it rounds at the size of the factors. The
-    cosine of two edits needs nothing else.
+    Symmetric, bilinear and the same in every gauge, however unequal the factors are; it rounds at
+    the size of the factors. The cosine of two edits needs nothing else.
 
     Args:
         x: An edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
@@ -208,13 +215,28 @@ def _vdot(x: Leaf | LowRank, y: Leaf | LowRank) -> Scalar:
         x, y = y, x
     if not isinstance(x, LowRank):
         return tree.vdot(x, y)
-    left, right = factors_of(x)
+    left, right = _balanced(x)
     if isinstance(y, LowRank):
-        other_left, other_right = factors_of(y)
+        other_left, other_right = _balanced(y)
         return tree.vdot(
             product(transposed(left), other_left), product(transposed(right), other_right)
         )
     return tree.vdot(replicated(left), product(as_matrix(y), right))
+
+
+def _balanced(x: LowRank) -> tuple[Array, Array]:
+    """The factors in a gauge in which each column has its length from both of them, exactly.
+
+    In another gauge the inner products of the columns of one factor may be out of range.
+    """
+    left, right = factors_of(x)
+    exponents = [
+        exponent_of(jnp.max(jnp.abs(factor), axis=-2, keepdims=True, initial=0))
+        for factor in (left, right)
+    ]
+    shift = (exponents[0] - exponents[1]) // 2
+    one = jnp.ones((), left.dtype)
+    return left * jnp.ldexp(one, -shift), right * jnp.ldexp(one, shift)
 
 
 def norm(x: PyTree) -> Scalar:
@@ -246,16 +268,21 @@ def norm(x: PyTree) -> Scalar:
         Array(10., dtype=float32)
     """
     rows, _ = side_by_side(x=x)
-    return tree.norm([_norm(leaf) for (leaf,) in rows])
+    wide = tree.widened(*(_norm(leaf) for (leaf,) in rows))
+    return length(jnp.stack(wide)) if wide else jnp.zeros(())
 
 
 def _norm(x: Leaf | LowRank) -> Scalar:
     if not isinstance(x, LowRank):
         return tree.norm(x)
     core, _ = core_of(jax.lax.stop_gradient(x))
+    unit = power_of_two(jnp.max(jnp.abs(core), initial=0))
+    left, right = factors_of(x)
+    scaled = LowRank(left / unit, right)
     # The value of the core, and the derivatives of the polynomial that its square is.
-    polynomial = _vdot(x, x)
-    return safe_sqrt(jnp.sum(core**2) + (polynomial - jax.lax.stop_gradient(polynomial)))
+    polynomial = _vdot(scaled, scaled)
+    square = jnp.sum((core / unit) ** 2)
+    return unit * safe_sqrt(square + (polynomial - jax.lax.stop_gradient(polynomial)))
 
 
 def apply(base: WeightsLike, edit: PyTree) -> Weights:

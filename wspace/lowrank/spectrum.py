@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks
+from wspace._numerics import power_of_two, safe_sqrt
 from wspace.lowrank.factors import LowRank, core_of
 from wspace.typing import Leaf, ScalarLike
 
@@ -53,6 +54,12 @@ def tail_curve(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
     return jnp.concatenate([tails, 0 * jnp.sum(squares, keepdims=True)])
 
 
+def tails_of(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
+    r"""Distances left after rank 0, 1, ..., k, of singular values of any size."""
+    unit = power_of_two(jnp.max(values, initial=0))
+    return unit * safe_sqrt(tail_curve(values / unit))
+
+
 def rank_for(
     singular_values: Float[Array, "... k"],
     *,
@@ -94,13 +101,15 @@ def rank_for(
     _checks.finite(singular_values=singular_values)
     if (energy is None) == (tail is None):
         raise ValueError("give exactly one of energy and tail")
-    squares = tail_curve(_checks.floating(singular_values))
+    values = _checks.floating(singular_values)
+    unit = power_of_two(jnp.max(values, initial=0))
+    squares = tail_curve(values / unit)
     if tail is None:
         kept = _checks.scalar("energy", energy, lambda e: (e > 0) & (e <= 1), "in (0, 1]")
         bound = jnp.asarray(1 - kept).astype(squares.dtype) * squares[0]
     else:
         left = _checks.nonnegative("tail", tail)
-        bound = jnp.asarray(left).astype(squares.dtype) ** 2
+        bound = (jnp.asarray(left).astype(squares.dtype) / unit) ** 2
     rank = jnp.sum(squares > bound, dtype=jnp.int32)
     return jnp.where(jnp.isnan(squares[0] + bound), jnp.int32(-1), rank)
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, tree
-from wspace._numerics import matmul, safe_sqrt
+from wspace._numerics import length, matmul, power_of_two, safe_sqrt
 from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
-from wspace.lowrank.spectrum import rank_for, tail_curve
+from wspace.lowrank.spectrum import rank_for, tails_of
 from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
@@ -165,7 +165,7 @@ def _exact(x: Decomposition, rank: int | None, energy: Any, tail: Any) -> Trunca
                 "give a rank, chosen outside by rank_for"
             )
         rank = int(rank_for(x.values, energy=energy, tail=tail))
-    left = safe_sqrt(tail_curve(x.values)[min(rank, x.values.shape[-1])])
+    left = tails_of(x.values)[min(rank, x.values.shape[-1])]
     return Truncation(x.refit(x.values, rank), left, jnp.asarray(False))
 
 
@@ -206,20 +206,20 @@ def _randomized(key: Array, x: Array, rank: int, block: int, steps: int) -> Trun
     core = matmul(jnp.concatenate(seen, axis=-2), transposed(images))
     cut = _decomposed(core, (transposed(space), transposed(images)))
     edit = cut.refit(cut.values, rank)
-    tail = safe_sqrt(_squared_distance(x, edit))
+    tail = _distance(x, edit)
     edit = LowRank(edit.right, edit.left) if flipped else edit
     return Truncation(edit, tail, jnp.asarray(True))
 
 
-def _squared_distance(x: Array, edit: LowRank, blocks: int = 8) -> Scalar:
+def _distance(x: Array, edit: LowRank, blocks: int = 8) -> Scalar:
     """By blocks of rows, so that the product is never whole in memory."""
-    rows = -(-x.shape[-2] // blocks)
+    unit, rows = power_of_two(jnp.max(jnp.abs(x))), -(-x.shape[-2] // blocks)
     right = transposed(edit.right)
     squares = [
-        jnp.sum((x[..., i : i + rows, :] - matmul(edit.left[..., i : i + rows, :], right)) ** 2)
-        for i in range(0, x.shape[-2], rows)
+        jnp.sum(((x[..., at, :] - matmul(edit.left[..., at, :], right)) / unit) ** 2)
+        for at in (slice(i, i + rows) for i in range(0, x.shape[-2], rows))
     ]
-    return jax.tree.reduce_associative(jnp.add, squares)
+    return unit * safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
 
 
 def _orthonormalized(key: Array, rows: Array, space: Array) -> Array:
@@ -334,14 +334,14 @@ def truncate_leaves(
     ]
     return Truncation(
         structure.unflatten(cut.factors for cut in cuts),
-        tree.norm([cut.tail for cut in cuts]),
+        length(jnp.stack(tree.widened(*(cut.tail for cut in cuts)))) if cuts else jnp.zeros(()),
         jnp.any(jnp.array([cut.approximate for cut in cuts], bool)),
     )
 
 
 def _truncated_column(x: Array, rank: int) -> Truncation:
     x = tree.upcast(x)
-    tail = jnp.zeros((), x.dtype) if rank else tree.norm(x)
+    tail = jnp.zeros((), x.dtype) if rank else length(x)
     return Truncation(x if rank else 0 * x, tail, jnp.asarray(False))
 
 
@@ -394,5 +394,5 @@ def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: i
         )
     seen = decomposed(product(inputs, matrix))
     right = seen.right[..., :rank]
-    tail = safe_sqrt(tail_curve(seen.values)[right.shape[-1]])
+    tail = tails_of(seen.values)[right.shape[-1]]
     return Truncation(LowRank(product(matrix, right), right), tail, jnp.asarray(False))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
-from wspace._numerics import safe_sqrt
+from wspace._numerics import power_of_two, safe_sqrt
 from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
@@ -122,10 +122,14 @@ def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
 
 def curve_of(spectra: Spectra) -> Float[Array, " ranks"]:
     """Distance left after rank 0, 1, 2, ... in every matrix, from the singular values."""
-    tails = tree.widened([tail_curve(x) for x in spectra])[0]
-    length = max((x.size for x in tails), default=1)
-    squares = [jnp.pad(x, (0, length - x.size)) for x in tails] or [jnp.zeros(length)]
-    return safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
+    values = tree.widened(spectra)[0]
+    if not values:
+        return jnp.zeros(1)
+    unit = power_of_two(jnp.max(jnp.stack([jnp.max(x, initial=0) for x in values])))
+    tails = [tail_curve(x / unit) for x in values]
+    longest = max(x.size for x in tails)
+    squares = [jnp.pad(x, (0, longest - x.size)) for x in tails]
+    return unit * safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))
 
 
 def rank_to_reach(average: WeightsLike, target: WeightsLike, radius: ScalarLike) -> Int[Array, ""]:

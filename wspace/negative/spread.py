@@ -1,13 +1,23 @@
 """Spreading a shift: over its singular directions, or over the points that are to make it."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul, placed_like, replicated, safe_sqrt, with_nan_of
+from wspace._checks import Numbers
+from wspace._numerics import (
+    matmul,
+    placed_like,
+    power_of_two,
+    replicated,
+    safe_sqrt,
+    with_nan_of,
+)
 from wspace.lowrank import LowRank
 from wspace.lowrank.truncation import decomposed
 from wspace.typing import Coefficients, Leaf, ScalarLike, Weights, WeightsLike
@@ -65,7 +75,9 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
         least = max(matrix.shape[-2:]) * jnp.finfo(leaf.dtype).eps if rtol is None else rtol
         least = jnp.asarray(least).astype(leaf.dtype)
         kept = values > least * values[..., :1]
-        norm = with_nan_of(safe_sqrt(jnp.sum(matrix**2, axis=(-2, -1))), least)
+        unit = power_of_two(values[..., 0])
+        squares = (matrix / unit[..., None, None]) ** 2
+        norm = with_nan_of(unit * safe_sqrt(jnp.sum(squares, axis=(-2, -1))), least)
         level = norm / safe_sqrt(jnp.maximum(jnp.sum(kept, axis=-1), 1).astype(leaf.dtype))
         levels = jnp.where(kept | jnp.isnan(least), level[..., None], 0)
         flattened = matmul(u * levels[..., None, :], vt)
@@ -128,6 +140,7 @@ def split_rank(
         >>> [jnp.round(jnp.abs(lowrank.materialize(edit).diagonal())) for edit in edits]
         [Array([6., 0.], dtype=float32), Array([0., 2.], dtype=float32)]
     """
+    _checks.ordered("ranks", ranks)
     if len(ranks) != len(coefficients):
         raise ValueError(
             f"ranks has {len(ranks)} numbers for {len(coefficients)} coefficients: give one a point"
@@ -140,18 +153,29 @@ def split_rank(
     lowrank.norm(shift)  # refuses what is no edit
     _checks.finite(shift=shift)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shift, is_leaf=_checks.is_factored)
+    roots = _roots(a, c)
     columns = [
-        _dealt(leaf, _checks.path_of(path), jnp.asarray(a), jnp.asarray(c), ranks, rtol)
+        _dealt(leaf, _checks.path_of(path), jnp.asarray(a), jnp.asarray(roots), ranks, rtol)
         for path, leaf in leaves
     ]
     return [structure.unflatten(column[i] for column in columns) for i in range(len(ranks))]
+
+
+def _roots(a: Numbers, c: Numbers) -> Numbers:
+    r"""The $|a_i| / \sqrt{c_i}$ over the largest of them, whose squares decide who takes what."""
+    if isinstance(a, np.ndarray) and isinstance(c, np.ndarray):
+        roots = np.abs(a) / np.sqrt(c)
+        return roots / roots.max(initial=0)
+    a, c = tree.widened(_checks.floating(a), _checks.floating(c))
+    roots = jnp.abs(a) / jnp.sqrt(c)
+    return roots / jax.lax.stop_gradient(jnp.max(roots, initial=0))
 
 
 def _dealt(
     leaf: Leaf | LowRank,
     path: str,
     a: Array,
-    c: Array,
+    roots: Array,
     ranks: list[int],
     rtol: ScalarLike | None,
 ) -> list[Array | LowRank]:
@@ -167,7 +191,7 @@ def _dealt(
         (column,) = tree.widened(leaf)
         values, sides = tree.norm(column)[None], None
     dtype, count = values.dtype, values.shape[-1]
-    a, c = a.astype(dtype), c.astype(dtype)
+    a, roots = a.astype(dtype), roots.astype(dtype)
     longest = max(side.shape[-2] for side in sides) if sides else 1
     least = longest * jnp.finfo(dtype).eps if rtol is None else jnp.asarray(rtol).astype(dtype)
     k = jnp.sum(values > least * values[..., :1], axis=-1, keepdims=True, dtype=jnp.int32)
@@ -175,12 +199,17 @@ def _dealt(
 
     # The blocks J_i: one after another, in the order of a_i^2 / c_i, on a ring of k triples.
     sizes = jnp.where(a == 0, 0, jnp.asarray(ranks, jnp.int32))
-    order = jnp.argsort(-(a**2) / c, stable=True)
+    order = jnp.argsort(-roots, stable=True)
     ends = jnp.cumsum(sizes[order], dtype=jnp.int32)
     starts = jnp.zeros_like(sizes).at[order].set(ends - sizes[order])
     triples = jnp.arange(count, dtype=jnp.int32).reshape((*(1 for _ in k.shape[1:]), count))
     taken = [(triples - starts[i]) % ring < sizes[i] for i in range(len(ranks))]
-    shares = [jnp.where(t, a[i] ** 2 / c[i], 0) for i, t in enumerate(taken)]
+    # Over the largest root of those that take a triple, so that the squares of them do not vanish.
+    tops = functools.reduce(
+        jnp.maximum, [jnp.where(t, roots[i], 0) for i, t in enumerate(taken)], jnp.zeros((), dtype)
+    )
+    tops = jax.lax.stop_gradient(jnp.where(tops == 0, 1, tops))
+    shares = [jnp.where(t, (roots[i] / tops) ** 2, 0) for i, t in enumerate(taken)]
     total = sum(shares, jnp.zeros((), dtype))
 
     def message() -> str:
@@ -193,7 +222,9 @@ def _dealt(
 
     undefined = _checks.refuse(jnp.any(k > ends[-1]), message)
     pulls = [
-        jnp.where(t & (triples < k), a[i] / c[i] / jnp.where(total == 0, 1, total), 0) + undefined
+        jnp.where(t & (triples < k), shares[i] / jnp.where(total == 0, 1, total), 0)
+        / jnp.where(a[i] == 0, 1, a[i])
+        + undefined
         for i, t in enumerate(taken)
     ]
     if sides is None:

@@ -238,9 +238,14 @@ def _combined(
     together = sum(kept[1:], kept[0])
     if divide == "one":
         return together
-    shares = [jnp.ones((), sign.dtype)] * len(edits) if divide == "count" else coefficients
+    if divide == "count":
+        by = sum(jnp.where(a, jnp.ones((), sign.dtype), 0) for a in agree)
+        return together / jnp.where(by == 0, 1, by)
+    # Coefficients brought to one, whose sum does not overflow.
+    shares = list(_checks.to_one(jnp.stack(coefficients)))
     by = sum(jnp.where(a, c, 0) for a, c in zip(agree, shares, strict=True))
-    return together / jnp.where(by == 0, 1, by)
+    parts = [jnp.where(a, c * x, 0) for a, c, x in zip(agree, shares, edits, strict=True)]
+    return jnp.where(by == 0, together, sum(parts[1:], parts[0]) / jnp.where(by == 0, 1, by))
 
 
 def agreed(
