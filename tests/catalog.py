@@ -286,7 +286,7 @@ CASES = (
         peak=4.6,
     ),
     Case("lowrank.norm", 1, lowrank.norm, peak=0.1),
-    Case("lowrank.norm, factored", 1, lambda x: lowrank.norm(thin(x)), peak=0.9),
+    Case("lowrank.norm, factored", 1, lambda x: lowrank.norm(thin(x)), peak=0.6),
     Case("lowrank.scale", 1, lambda x: lowrank.scale(-0.7, x), peak=1.0),
     Case(
         "lowrank.singular_values",

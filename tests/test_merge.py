@@ -422,3 +422,13 @@ def test_a_density_a_model_is_its_own(name):
         kept, exact = jnp.count_nonzero(got), name in ("ties", "breadcrumbs", "breadcrumbs_ties")
         spread = 0 if exact else 5 * (size * density * (1 - density)) ** 0.5
         assert abs(int(kept) - size * density) <= spread
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 1.0, 2.0**126])
+def test_where_the_sum_of_weights_divides_only_their_ratios_matter(size):
+    """Their sum may be out of range, and a mean is no edit of zero then."""
+    edits = [jnp.array([0.1, 0.2, -0.3], jnp.float32), jnp.array([0.3, -0.4, -0.1], jnp.float32)]
+    signs = jnp.array([1.0, -1.0, -1.0], jnp.float32)
+    c = np.float32(size) * np.array([3.0, 3.0], np.float32)
+    merged = merge.disjoint_merge(edits, signs, c, divide="weight")
+    np.testing.assert_allclose(merged, [0.2, -0.4, -0.2], rtol=1e-6)

@@ -489,8 +489,10 @@ def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
         y: Second tree, of the same layout.
 
     Returns:
-        A scalar in at least float32. Products beyond its range are infinite or zero; entries
-        between $10^{-18}$ and $10^{18}$ in size are safe.
+        A scalar in at least float32. The sum and its terms must be in the range of its dtype: in
+        float32, norms up to $1.8 \cdot 10^{19}$ however many entries there are, beyond which it
+        is infinite, and entries from $10^{-18}$ on, since squares of less than $10^{-38}$ count as
+        zero.
 
     Raises:
         ValueError: If the trees differ in structure or in a leaf's shape.

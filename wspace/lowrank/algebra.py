@@ -15,7 +15,6 @@ from wspace._numerics import (
     placed_like,
     power_of_two,
     replicated,
-    safe_sqrt,
 )
 from wspace.lowrank.factors import (
     LowRank,
@@ -224,19 +223,24 @@ def _vdot(x: Leaf | LowRank, y: Leaf | LowRank) -> Scalar:
     return tree.vdot(replicated(left), product(as_matrix(y), right))
 
 
-def _balanced(x: LowRank) -> tuple[Array, Array]:
-    """The factors in a gauge in which each column has its length from both of them, exactly.
+def _gauge(left: Array, right: Array) -> tuple[Array, Array]:
+    """What to multiply the columns of two factors by, so that each has its length from both.
 
-    In another gauge the inner products of the columns of one factor may be out of range.
+    Powers of two, so that the product stays the same exactly. In another gauge the inner products
+    of the columns of one factor may be out of range.
     """
-    left, right = factors_of(x)
-    exponents = [
+    ours, theirs = (
         exponent_of(jnp.max(jnp.abs(factor), axis=-2, keepdims=True, initial=0))
         for factor in (left, right)
-    ]
-    shift = (exponents[0] - exponents[1]) // 2
-    one = jnp.ones((), left.dtype)
-    return left * jnp.ldexp(one, -shift), right * jnp.ldexp(one, shift)
+    )
+    shift, one = (ours - theirs) // 2, jnp.ones((), left.dtype)
+    return jnp.ldexp(one, -shift), jnp.ldexp(one, shift)
+
+
+def _balanced(x: LowRank) -> tuple[Array, Array]:
+    left, right = factors_of(x)
+    ours, theirs = _gauge(left, right)
+    return left * ours, right * theirs
 
 
 def norm(x: PyTree) -> Scalar:
@@ -273,16 +277,28 @@ def norm(x: PyTree) -> Scalar:
 
 
 def _norm(x: Leaf | LowRank) -> Scalar:
-    if not isinstance(x, LowRank):
-        return tree.norm(x)
-    core, _ = core_of(jax.lax.stop_gradient(x))
-    unit = power_of_two(jnp.max(jnp.abs(core), initial=0))
-    left, right = factors_of(x)
-    scaled = LowRank(left / unit, right)
-    # The value of the core, and the derivatives of the polynomial that its square is.
-    polynomial = _vdot(scaled, scaled)
-    square = jnp.sum((core / unit) ** 2)
-    return unit * safe_sqrt(square + (polynomial - jax.lax.stop_gradient(polynomial)))
+    return _factored_norm(*factors_of(x)) if isinstance(x, LowRank) else tree.norm(x)
+
+
+@jax.custom_jvp
+def _factored_norm(left: Array, right: Array) -> Scalar:
+    core, _ = core_of(LowRank(left, right))
+    return length(core)
+
+
+# By inner products of the factors: those of triangular cores ask for independent columns.
+@_factored_norm.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (left, right), (d_left, d_right) = primals, tangents
+    value = _factored_norm(left, right)
+    unit, (ours, theirs) = power_of_two(value), _gauge(left, right)
+    left, right = left * (ours / unit), right * theirs
+    d_left, d_right = d_left * (ours / unit), d_right * theirs
+    rate = tree.vdot(
+        product(transposed(d_left), left), product(transposed(right), right)
+    ) + tree.vdot(product(transposed(left), left), product(transposed(d_right), right))
+    share = value / unit
+    return value, unit * jnp.where(share == 0, 0, rate / jnp.where(share == 0, 1, share))
 
 
 def apply(base: WeightsLike, edit: PyTree) -> Weights:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._checks import Numbers
@@ -75,15 +75,20 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
         least = max(matrix.shape[-2:]) * jnp.finfo(leaf.dtype).eps if rtol is None else rtol
         least = jnp.asarray(least).astype(leaf.dtype)
         kept = values > least * values[..., :1]
-        unit = power_of_two(values[..., 0])
-        squares = (matrix / unit[..., None, None]) ** 2
-        norm = with_nan_of(unit * safe_sqrt(jnp.sum(squares, axis=(-2, -1))), least)
+        norm = with_nan_of(_norms(matrix, power_of_two(values[..., 0])), least)
         level = norm / safe_sqrt(jnp.maximum(jnp.sum(kept, axis=-1), 1).astype(leaf.dtype))
         levels = jnp.where(kept | jnp.isnan(least), level[..., None], 0)
         flattened = matmul(u * levels[..., None, :], vt)
         return placed_like(flattened.reshape(leaf.shape), leaf)
 
     return tree.cast_like(jax.tree.map(flat, tree.upcast(edit)), edit)
+
+
+@jax.jit
+def _norms(matrix: Float[Array, "... m n"], unit: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The norms of the matrices of a stack, whose squares may be out of range but over a unit."""
+    squares = (matrix / unit[..., None, None]) ** 2
+    return unit * safe_sqrt(jnp.sum(squares, axis=(-2, -1)))
 
 
 def split_rank(
