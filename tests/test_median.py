@@ -101,6 +101,20 @@ def test_a_certified_median_is_that_of_long_doubles(kind):
         assert off < 1e-3 * size, (seed, off, size)
 
 
+@pytest.mark.parametrize("light", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("shift", [0.0, 1e-3, 4.0])
+def test_a_light_point_is_the_median_where_the_others_pull_less_than_it_holds(light, shift):
+    """A pull that cancels is measured, since of its square only half of the digits are left."""
+    ends = np.eye(5, 6, dtype=np.float32)[:2]
+    rows = np.concatenate([ends, -ends, np.float32(shift * light) * ends[:1]])
+    c = np.array([1, 1, 1, 1, light], np.float32)
+    for solve in (median, traced):
+        found = solve([jnp.asarray(x) for x in rows], jnp.asarray(c))
+        wanted = exact_median(rows, c)
+        assert found.converged
+        np.testing.assert_allclose(found.weights, wanted, atol=1e-6)
+
+
 def test_what_has_no_median_is_never_certified(refuses):
     rows = drawn(0)
     for bad in (np.nan, np.inf):

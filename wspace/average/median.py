@@ -41,8 +41,9 @@ def geometric_median(
     A median that is one of the points is found by the test for it, and returned exactly. Else
     Newton's method, guarded by Weiszfeld's step, which never raises the sum, runs on one number
     a point. Two passes over the leaves give what it needs: the distances between the points, and
-    the inner products of their differences from the one with the least sum of distances; a third
-    if points are so far off that this one does not show in rounded sums. Sums of distances are
+    the inner products of their differences from the one with the least sum of distances; one more
+    if points are so far off that this one does not show in rounded sums, and one if its coefficient
+    is small, for the pull of the others. Sums of distances are
     compared by the differences of their terms, beside which no far point is large. Points on a
     line may have a whole segment of medians, as two points of equal coefficients have; then it is
     the middle of the segment, as for numbers.
@@ -96,11 +97,14 @@ def geometric_median(
     entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
     undefined = _refuse_lost(gaps, reach, near, entries, points)
     # Differences from a far outlier would have lost what lies between the others.
-    gram = _seen_from(points, middle)
+    start, gram = _seen_from(points, middle)
     if _checks.is_traced(gram) or int(_center(gram, gaps, middle, c)) != int(middle):
         middle = _center(gram, gaps, middle, c)
-        gram = _seen_from(points, middle)
-    found = _median(gram, gaps, middle, c, tol + undefined, max_steps)
+        start, gram = _seen_from(points, middle)
+    shares, pull = _shares_of_pull(gram, c), None
+    if _checks.is_traced(shares) or bool(shares.held < _LIGHT):
+        pull = safe_sqrt(_pull_square(list(shares.pulls), [start, *points]))
+    found = _median(gram, gaps, middle, c, pull, tol + undefined, max_steps)
     return Solution(
         tree.weighted_sum(list(found.w), points), found.residual, found.steps, found.converged
     )
@@ -125,15 +129,42 @@ def _refuse_lost(
     return _checks.measured(~jnp.isfinite(largest) | lost, points, gaps.dtype)
 
 
-def _seen_from(points: Sequence[WeightsLike], middle: Int[Array, ""]) -> _Gram:
-    """The inner products of the differences of points from one of them."""
+def _seen_from(points: Sequence[WeightsLike], middle: Int[Array, ""]) -> tuple[WeightsLike, _Gram]:
+    """One of the points, and the inner products of the differences of all from it."""
     count = len(points)
     if _checks.is_traced(middle):
         places = [jnp.where(middle == i, 1, 0) for i in range(count)]
         start = tree.combine(places, points, rounded=False)
     else:
         start = points[int(middle)]
-    return geometry.symmetric(geometry.pair_sums_from_first((), [start, *points]), count)
+    return start, geometry.symmetric(geometry.pair_sums_from_first((), [start, *points]), count)
+
+
+class _Shares(NamedTuple):
+    """What each point away from the center pulls with, and what holds at the center."""
+
+    pulls: Float[Array, " k"]
+    held: Scalar
+
+
+_LIGHT = 2.0**-8
+"""Coefficients of a center so small that the root of a rounded square may be as large."""
+
+
+@jax.jit
+def _shares_of_pull(gram: _Gram, c: _Numbers) -> _Shares:
+    gram, c = jax.lax.stop_gradient((gram, c))
+    lengths = safe_sqrt(jnp.diagonal(gram))
+    away = lengths > 0
+    pulls = jnp.where(away, c / jnp.where(away, lengths, 1), 0)
+    return _Shares(pulls, jnp.sum(jnp.where(away, 0, c)))
+
+
+@tree.reduction
+def _pull_square(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    start, *points = arrays
+    terms = [c * (x - start) for c, x in zip(scalars, points, strict=True)]
+    return sum(terms[1:], terms[0]) ** 2
 
 
 class _Median(NamedTuple):
@@ -190,10 +221,14 @@ def _median(
     gaps: _Gram,
     center: Int[Array, ""],
     c: _Numbers,
+    measured: Scalar | None,
     tol: Scalar,
     max_steps: ScalarLike,
 ) -> _Median:
-    """The coefficients of the median, from inner products of differences from one point."""
+    """The coefficients of the median, from inner products of differences from one point.
+
+    The pull of the others at that point may be measured; else it is found from them too.
+    """
     eps = jnp.finfo(c.dtype).eps
     far, apart, shares = jax.lax.stop_gradient((gram, gaps, c))
     lengths = safe_sqrt(jnp.diagonal(far))
@@ -205,7 +240,11 @@ def _median(
     sizes = jnp.where(away, lengths, unit)
     scaled = gram / sizes[:, None] / sizes[None, :]
     pulls = jnp.where(away, shares, 0)
-    pull, most = fixed_point.length(pulls, jax.lax.stop_gradient(scaled))
+    if measured is None:
+        pull, most = fixed_point.length(pulls, jax.lax.stop_gradient(scaled))
+    else:
+        pull = jax.lax.stop_gradient(measured)
+        most = pull + 4 * eps
     held = jnp.sum(jnp.where(away, 0, shares))
     at_point = ~(pull > held * (1 + 8 * eps))
 
