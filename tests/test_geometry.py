@@ -304,7 +304,7 @@ def test_points_that_are_affinely_dependent_are_refused_and_nan_where_traced():
         got = coordinates(y, corners)
         assert is_nan(got.coefficients)
         assert is_nan(got.residual)
-    with pytest.raises(ValueError, match=r"points\[1\] is nan .* or are not finite"):
+    with pytest.raises(ValueError, match=r"leaf \(root\) of points\[1\] holds NaN"):
         geometry.coordinates(y, [x, jnp.nan * y])
     with pytest.raises(ValueError, match=r"directions\[1\] has norm nan .* or not finite"):
         geometry.orthonormalize([x, jnp.nan * y])
@@ -411,3 +411,11 @@ def test_directions_of_subspaces_are_refused_by_their_names(refuses):
         geometry.coordinates(x, [])
     with refuses(TypeError, match="points must be a sequence of trees"):
         geometry.coordinates(x, {"w": x})
+
+
+def test_coordinates_name_the_leaf_that_is_not_finite(refuses):
+    sound = {"w": jnp.ones(2), "b": jnp.zeros(2)}
+    broken = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}
+    for corners, i in (([broken, sound], 0), ([sound, broken], 1)):
+        with refuses(ValueError, match=rf"leaf \['w'\] of points\[{i}\] holds NaN"):
+            geometry.coordinates(sound, corners)

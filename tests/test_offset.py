@@ -283,3 +283,21 @@ def test_the_curve_has_a_kink_only_where_equal_singular_values_meet_at_its_rank(
     np.testing.assert_allclose(down[:3], [1 / 1.5, 1 / np.sqrt(1.25), 0], atol=h)
     slopes = jax.jacobian(left)(jnp.zeros((), FLOAT))
     np.testing.assert_allclose(slopes[np.array([0, 2])], [1 / 1.5, 0], atol=64 * UNIT)
+
+
+@pytest.mark.parametrize("power", [-110, 110])
+def test_the_curve_is_that_at_every_scale(power):
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    values = np.linalg.svd(x.astype(float), compute_uv=False)
+    got = negative.curve(jnp.zeros((4, 3)), jnp.asarray(np.float32(2.0**power) * x))
+    wanted = [np.linalg.norm(values[r:]) for r in range(4)]
+    np.testing.assert_allclose(np.asarray(got, float) / 2.0**power, wanted, rtol=1e-5)
+
+
+def test_how_near_nan_is_nothing_says(refuses):
+    x, broken, edit = jnp.ones(2), jnp.array([1.0, jnp.nan]), jnp.ones(2)
+    with refuses(ValueError, match=r"leaf \(root\) of where holds NaN"):
+        negative.gate(x, broken, edit, 1.0)
+    with refuses(ValueError, match=r"leaf \(root\) of point holds NaN"):
+        negative.gate(broken, x, edit, 1.0)
+    assert jnp.isnan(jax.jit(negative.gate)(x, broken, edit, 1.0)).all()

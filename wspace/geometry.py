@@ -486,6 +486,9 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
         return Coordinates(jnp.ones((1,), residual.dtype), residual)
 
     def length_of(i: int, left: Scalar) -> Scalar:
+        if not _checks.is_traced(left) and not bool(jnp.isfinite(left)):
+            _checks.finite(**_checks.each("points", points))
+
         def dependent(_: int, size: Scalar, left: Scalar) -> str:
             return (
                 f"points[{i + 1}] is {size:.3g} from points[0] and {left:.3g} from the affine span "

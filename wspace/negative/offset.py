@@ -237,8 +237,9 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
             itself, bit for bit.
 
     Raises:
-        ValueError: If `radius` is known and negative or not finite (NaN weights if it is traced),
-            or the trees differ in structure or in a leaf's shape.
+        ValueError: If `radius` is negative or not finite, or `point` or `where` holds NaN, which
+            is neither near nor far (NaN weights if this is traced); or if the trees differ in
+            structure or in a leaf's shape.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -251,8 +252,10 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
     """
     radius = _checks.nonnegative("radius", radius)
     far = geometry.distance(point, where)
+    if not _checks.is_traced(far) and bool(jnp.isnan(far)):
+        _checks.finite(point=point, where=where)
     radius = jnp.asarray(radius).astype(far.dtype)
-    inside, undefined = far <= radius, jnp.isnan(radius)
+    inside, undefined = far <= radius, jnp.isnan(radius + far)
     return jax.tree.map(
         lambda moved, x: jnp.where(undefined, jnp.nan, jnp.where(inside, moved, jnp.asarray(x))),
         lowrank.apply(point, edit),
