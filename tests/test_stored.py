@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import struct
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wspace import checkpoint
+from wspace.checkpoint import folder as folders
+from wspace.checkpoint import header
 
 safetensors = pytest.importorskip("safetensors")
 library = pytest.importorskip("safetensors.numpy")
@@ -191,21 +194,85 @@ def test_the_other_files_of_a_folder_are_listed(tmp_path):
         assert [file.name for file in opened.others] == sorted(
             ["README.md", "a", "config.json", "to-config.json", "tokenizer.model", "vocab.txt"]
         )
-        (tmp_path / "secret.txt").symlink_to("/etc/hostname")
-        with pytest.raises(ValueError, match=r"secret\.txt is a link that leaves its folder"):
-            _ = opened.others
 
 
-def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    folder_of(blobs, {"a.safetensors": {"x": TWO["x"]}, "b.safetensors": {"y": TWO["y"]}})
-    (blobs / "abcd").write_text("{}")
-    for name in ("a.safetensors", "b.safetensors", "model.safetensors.index.json"):
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
-    (snapshot / "config.json").symlink_to("../../blobs/abcd")
+SHARDS = {"a.safetensors": {"x": TWO["x"]}, "b.safetensors": {"y": TWO["y"]}}
+FILES = ("a.safetensors", "b.safetensors", "model.safetensors.index.json", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "blobs", "shared"),
+    [
+        ("snapshots/0123", "blobs", None),
+        ("snapshots/0123/unet", "blobs", None),
+        ("snapshots/0123/unet/deep", "blobs", "../blobs/ab"),
+        ("snapshots/0123", "blobs", "../blobs/ab"),
+        ("mine", "../store", None),
+        ("mine", "mine/files", None),
+    ],
+)
+def test_links_are_followed_wherever_they_lead(tmp_path, snapshot, blobs, shared):
+    """Caches of the hub, with blobs of a repository or of all of them; folders of one's own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    snapshot, blobs = home / snapshot, home / blobs
+    kept = home / shared if shared else blobs
+    for made in (snapshot, blobs, kept):
+        made.mkdir(parents=True, exist_ok=True)
+    folder_of(kept, SHARDS)
+    (kept / "config.json").write_text("{}")
+    for name in FILES:
+        if kept != blobs:
+            (blobs / name).symlink_to(os.path.relpath(kept / name, blobs))
+        (snapshot / name).symlink_to(os.path.relpath(blobs / name, snapshot))
     with checkpoint.open(snapshot) as opened:
         assert same(opened["y"].read(), TWO["y"])
+        assert [file.name for file in opened.others] == ["config.json"]
+        assert opened.files == (snapshot / FILES[0], snapshot / FILES[1])
+    (kept / "b.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"b\.safetensors is a link to .*b\.safetensors, wh"
+    ):
+        checkpoint.open(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "name"),
+    [
+        ({"model.safetensors": TWO}, "", "model"),
+        ({"diffusion_pytorch_model.safetensors": TWO}, "", "diffusion_pytorch_model"),
+        ({"ae.v2.safetensors": TWO}, "", "ae.v2"),
+        ({"ae.safetensors": TWO}, "ae.safetensors", "model"),
+        ({"model.fp16.safetensors": TWO}, "model.fp16.safetensors", "model.fp16"),
+        ({"model.safetensors.index.json": None}, "", "model"),
+        ({"unet.safetensors.index.fp16.json": None}, "", "unet.fp16"),
+        ({"a.safetensors.index.json": None}, "a.safetensors.index.json", "a"),
+    ],
+)
+def test_a_checkpoint_is_called_what_its_files_are_called(tmp_path, files, path, name):
+    for file, tensors in files.items():
+        if tensors:
+            library.save_file(tensors, tmp_path / file)
+        else:
+            folder_of(tmp_path, SHARDS).joinpath("model.safetensors.index.json").rename(
+                tmp_path / file
+            )
+    with checkpoint.open(tmp_path / path) as opened:
+        assert opened.name == name
+        assert same(opened["y"].read(), TWO["y"])
+        assert opened.others == ()
+
+
+def test_of_several_indices_the_one_that_is_given_is_read(tmp_path):
+    folder_of(tmp_path, SHARDS)
+    (tmp_path / "config.json").write_text("{}")
+    variant = tmp_path / "model.safetensors.index.fp16.json"
+    library.save_file({"x": TWO["x"]}, tmp_path / "c.safetensors")
+    variant.write_text(json.dumps({"weight_map": {"x": "c.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.fp16\.json.*give the path of the one"):
+        checkpoint.open(tmp_path)
+    with checkpoint.open(variant) as opened:
+        assert list(opened) == ["x"]
         assert [file.name for file in opened.others] == ["config.json"]
 
 
@@ -219,7 +286,6 @@ def test_a_link_that_the_user_gives_is_followed(tmp_path):
             assert same(opened["x"].read(), TWO["x"])
 
 
-SHARDS = {"a.safetensors": {"x": TWO["x"]}, "b.safetensors": {"y": TWO["y"]}}
 RIGHT = {"x": "a.safetensors", "y": "b.safetensors"}
 
 
@@ -255,16 +321,11 @@ def test_an_index_that_lies_is_refused(tmp_path, index, error, match):
         checkpoint.open(tmp_path)
 
 
-def test_a_tensor_in_two_shards_and_a_shard_that_leaves_the_folder_are_refused(tmp_path):
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
     both = {"a.safetensors": TWO, "b.safetensors": {"y": TWO["y"]}}
     folder_of(tmp_path / "twice", both, RIGHT)
     with pytest.raises(ValueError, match=r"a\.safetensors has a tensor 'y', which is in b\.safet"):
         checkpoint.open(tmp_path / "twice")
-    folder = folder_of(tmp_path / "link", SHARDS)
-    (folder / "b.safetensors").rename(tmp_path / "b.safetensors")
-    (folder / "b.safetensors").symlink_to("../b.safetensors")
-    with pytest.raises(ValueError, match=r"b\.safetensors is a link that leaves its folder: put"):
-        checkpoint.open(folder)
 
 
 def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path):
@@ -350,6 +411,50 @@ def test_a_header_that_lies_is_refused_with_the_cause(folder, data, cause):
         ValueError, match=rf"lie\.safetensors is truncated or no safetensors file \(.*{cause}"
     ):
         checkpoint.open(file)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 9\n")
+    with pytest.raises(ValueError, match=r"x\.safetensors .*pointer of Git LFS.*download it again"):
+        checkpoint.open(file)
+
+
+@pytest.mark.parametrize("long", [b"n", b"dtype", b"shape", b"offsets", b"twice", b"index"])
+def test_no_message_is_as_long_as_what_it_speaks_of(tmp_path, long):
+    x = 10**6 * b"x"
+    numbers = b"[" + b",".join([b"1"] * 10**5) + b"]"
+    one = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    data = {
+        b"n": packed(b'{"%b":1}' % x),
+        b"dtype": packed(b'{"x":{"dtype":"%b","shape":[1],"data_offsets":[0,4]}}' % x),
+        b"shape": packed(b'{"x":{"dtype":"F32","shape":%b,"data_offsets":[0,4]}}' % numbers),
+        b"offsets": packed(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":%b}}' % numbers),
+        b"twice": packed(b'{"%b":%b,"%b":%b}' % (x, one, x, one)),
+    }.get(long)
+    if data is None:
+        folder_of(tmp_path, SHARDS, {x.decode(): x.decode()})
+    else:
+        (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="again") as error:
+        checkpoint.open(tmp_path)
+    assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("read", [header.read, folders._index])
+def test_one_name_of_many_twice_is_refused_in_linear_time(tmp_path, read):
+    names = [f"a{i}" for i in range(50_000)]
+    names.append(names[-1])
+    said = {
+        header.read: b"{%b}" % b",".join(b'"%b":%b' % (x.encode(), b"{}") for x in names),
+        folders._index: b'{"weight_map":{%b}}' % b",".join(b'"%b":"b"' % x.encode() for x in names),
+    }[read]
+    file = tmp_path / "file"
+    file.write_bytes(packed(said) if read is header.read else said)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="'a49999' twice"):
+        read(file)
+    assert time.process_time() - start < 2
 
 
 def test_a_long_header_is_refused_unread(tmp_path):

@@ -1,15 +1,25 @@
 """Which files of a folder hold the tensors of a checkpoint, and which are carried over."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from wspace.checkpoint import header
+from wspace.checkpoint.header import shown
 
-_TENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
+_TENSORS = ".safetensors"
+_INDEX = re.compile(r"(.+)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
+"""Of a folder's shards, or of a variant of them, such as model.safetensors.index.fp16.json."""
+
+_ANY_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json", re.DOTALL)
+_ROLE = re.compile(r"(model|diffusion_pytorch_model|adapter_model)(\.[^.]+)?")
+"""The names by which other programs look for the weights in a folder, and variants of these."""
+
 _USUAL = f"model{_TENSORS}"
 _SMALL = 2**26
 _LONGEST = 100_000_000
+_LONGEST_NAME = 255
 
 _PICKLE = (
     "a pickle, which can run code and is never read: convert it where you trust it, by "
@@ -30,46 +40,61 @@ _OTHERS = frozenset(
 """The suffixes of files that hold weights, and so are not carried over."""
 
 
-def headers_of(path: Path) -> dict[Path, header.Header]:
-    """The headers of the files with tensors: of one file, or of those that a folder's index names.
+def found(path: Path) -> tuple[str, dict[Path, header.Header]]:
+    """The headers of one file, or of those that an index names, and what they are called together.
 
     Raises as `open` does.
     """
     if not path.is_dir():
         if path.suffix.lower() in _FOREIGN and path.is_file():
             raise ValueError(f"{path} is {_FOREIGN[path.suffix.lower()]}")
-        return {path: header.read(path)}
+        if is_index(path):
+            return _named(path.name), _sharded(path.parent, path.name, _index(path))
+        # Of a file that is given alone, the name may say whose it is, and not what it is for.
+        name = _named(path.name)
+        return name if _ROLE.fullmatch(name) else "model", {path: header.read(path)}
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): check its permissions"
         ) from error
-    indices = [name for name in names if name.endswith(_INDEX)]
+    indices = [name for name in names if _INDEX.fullmatch(name)]
     if not indices:
         file = path / _only(path, names)
-        return {file: header.read(file)}
+        return _named(file.name), {file: header.read(file)}
     if len(indices) > 1:
         raise ValueError(
-            f"{path} has several indices, {', '.join(indices)}: leave one of them, or give one file"
+            f"{path} has several indices, {', '.join(indices[:8])}: give the path of the one that "
+            "is meant, or of one file"
         )
     shards = _index(path / indices[0])
     if _USUAL in names and _USUAL not in shards.values():
         raise ValueError(
-            f"{path} has both {_USUAL} and {indices[0]}, which names other files: remove what is "
-            f"not meant, or give {path / _USUAL}"
+            f"{path} has both {_USUAL} and {indices[0]}, which names other files: give "
+            f"{path / _USUAL} or {path / indices[0]}, or remove what is not meant"
         )
-    return _sharded(path, indices[0], shards)
+    return _named(indices[0]), _sharded(path, indices[0], shards)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is that of an index, by its name."""
+    return _INDEX.fullmatch(path.name) is not None
+
+
+def _named(name: str) -> str:
+    """What shards are called by the name of their index, and a single file by its own."""
+    parts = _INDEX.fullmatch(name)
+    return name.removesuffix(_TENSORS) if parts is None else parts[1] + (parts[2] or "")
 
 
 def others_of(folder: Path) -> tuple[Path, ...]:
     """The small files of a folder that hold no weights, as `Checkpoint.others` tells."""
     others = []
     for file in sorted(folder.iterdir()):
-        hidden, indexes = file.name.startswith("."), file.name.endswith(".index.json")
-        if hidden or indexes or file.suffix.lower() in _OTHERS or not file.is_file():
+        is_weights = file.suffix.lower() in _OTHERS or _ANY_INDEX.fullmatch(file.name)
+        if file.name.startswith(".") or is_weights or not file.is_file():
             continue
-        _stays(folder, file)
         if file.stat().st_size <= _SMALL:
             others.append(file)
     return tuple(others)
@@ -83,7 +108,7 @@ def _only(folder: Path, names: list[str]) -> str:
     if len(files) > 1:
         raise ValueError(
             f"{folder} has {len(files)} {_TENSORS} files and no index: give one of "
-            f"{', '.join(files[:8])}, or restore the *{_INDEX} that belongs to them"
+            f"{', '.join(files[:8])}, or restore the *{_TENSORS}.index.json that belongs to them"
         )
     if files:
         return files[0]
@@ -105,7 +130,9 @@ def _index(file: Path) -> dict[str, str]:
             raise ValueError("it has no weight_map")
         for name, shard in shards.items():
             if not _is_plain(shard):
-                raise ValueError(f"{name!r} is in {shard!r}, which names no {_TENSORS} file there")
+                raise ValueError(
+                    f"{shown(name)} is in {shown(shard)}, which names no {_TENSORS} file there"
+                )
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is no index of the files beside it ({error}): copy or download it again"
@@ -120,6 +147,7 @@ def _is_plain(name: Any) -> bool:
         and name.isprintable()
         and name.endswith(_TENSORS)
         and not {"/", "\\", ":"} & set(name)
+        and len(name.encode()) <= _LONGEST_NAME
     )
 
 
@@ -134,29 +162,18 @@ def _sharded(folder: Path, index: str, shards: dict[str, str]) -> dict[Path, hea
         )
     headers = {}
     for shard, file in files.items():
-        _stays(folder, file)
         headers[file] = header.read(file)
         for name in headers[file].entries:
             if shards.get(name) != shard:
                 where = f"is in {shards[name]}" if name in shards else "does not exist"
                 raise ValueError(
-                    f"{file} has a tensor {name!r}, which {where} as {index} says: restore the "
-                    "files and the index as they were saved together"
+                    f"{file} has a tensor {shown(name)}, which {where} as {index} says: restore "
+                    "the files and the index as they were saved together"
                 )
     for name, shard in shards.items():
         if name not in headers[files[shard]].entries:
             raise ValueError(
-                f"{files[shard]} lacks the tensor {name!r} that {index} says it has: restore the "
-                "files and the index as they were saved together"
+                f"{files[shard]} lacks the tensor {shown(name)} that {index} says it has: restore "
+                "the files and the index as they were saved together"
             )
     return headers
-
-
-def _stays(folder: Path, file: Path) -> None:
-    """Raises if a file is a link out of its folder, and not into the blobs of a hub's snapshot."""
-    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if target.parent not in homes:
-        raise ValueError(f"{file} is a link that leaves its folder: put a copy of {target} there")

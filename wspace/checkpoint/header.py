@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -48,6 +49,8 @@ _LARGEST = 2**63
 _MOST_AXES = 64
 _METADATA = "__metadata__"
 _ALIGNMENT = 64
+_SHOWN = 120
+_POINTER = b"version https://git-lfs"
 
 
 class Unreadable(ValueError):
@@ -81,6 +84,8 @@ def read(file: Path) -> Header:
         state = state_of(stream.fileno())
         size, start = state[0], stream.read(8)
         length = int.from_bytes(start, "little")
+        if start == _POINTER[:8] and start + stream.read(len(_POINTER) - 8) == _POINTER:
+            raise ValueError("it is a pointer of Git LFS, without the content")
         if len(start) < 8 or length > size - 8:
             raise ValueError(f"its header should take {length} bytes, of {size} of the file")
         if length > _LONGEST:
@@ -139,6 +144,11 @@ def opened(file: Path) -> BinaryIO:
             return os.fdopen(number, "rb")
         os.close(number)
     except FileNotFoundError as error:
+        if os.path.islink(file):
+            raise FileNotFoundError(
+                f"{file} is a link to {os.path.realpath(file)}, where there is no file: download "
+                "it, or mend the link"
+            ) from error
         raise FileNotFoundError(f"there is no file {file}: check the path") from error
     except (OSError, ValueError) as error:
         raise Unreadable(
@@ -169,14 +179,20 @@ def mapping(text: bytes, number: Callable[[str], Any] | None = None) -> dict[str
     return said
 
 
+def shown(value: Any) -> str:
+    """A value that a file or a caller gives, as it stands in a message: the middle left out."""
+    text = repr(value)
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, _ in pairs:
         name.encode()  # refuses half of a surrogate pair
     said = dict(pairs)
     if len(said) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the name {twice!r} twice")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"it has the name {shown(twice)} twice")
     return said
 
 
@@ -199,10 +215,10 @@ def _metadata(said: Any) -> dict[str, str]:
 def _entry(name: str, said: Any, first: int) -> Entry:
     """The tensor that a part of the header speaks of."""
     if not isinstance(said, dict) or not said.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} has not dtype, shape and data_offsets")
+        raise ValueError(f"{shown(name)} has not dtype, shape and data_offsets")
     code, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{name!r} has the unknown dtype {code!r}")
+        raise ValueError(f"{shown(name)} has the unknown dtype {shown(code)}")
     dtype = DTYPES[code]
     # Axes of length 0 do not hide that the others are too long for any array.
     if (
@@ -210,12 +226,12 @@ def _entry(name: str, said: Any, first: int) -> Entry:
         or len(shape) > _MOST_AXES
         or dtype.itemsize * math.prod(max(n, 1) for n in shape) >= _LARGEST
     ):
-        raise ValueError(f"{name!r} has the shape {shape!r}, which no array has")
+        raise ValueError(f"{shown(name)} has the shape {shown(shape)}, which no array has")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name!r} has the offsets {offsets!r}, not a begin and an end")
+        raise ValueError(f"{shown(name)} has the offsets {shown(offsets)}, not a begin and an end")
     begin, end = offsets
     if dtype.itemsize * math.prod(shape) != end - begin:
-        raise ValueError(f"{name!r} is {code} of shape {shape!r} in {end - begin} bytes")
+        raise ValueError(f"{shown(name)} is {code} of shape {shown(shape)} in {end - begin} bytes")
     return Entry(dtype, tuple(shape), first + begin, end - begin)
 
 
@@ -227,7 +243,7 @@ def _cover(entries: list[tuple[str, Entry]], first: int, size: int) -> None:
     """Raises unless the tensors, in order, follow each other up to the end of the file."""
     for name, entry in entries:
         if entry.offset != first:
-            raise ValueError(f"{name!r} starts at byte {entry.offset}, not {first}")
+            raise ValueError(f"{shown(name)} starts at byte {entry.offset}, not {first}")
         first += entry.nbytes
     if first != size:
         raise ValueError(f"its tensors end at byte {first}, the file at {size}")
@@ -237,8 +253,8 @@ def _refuse_narrow(file: Path, said: dict[str, Any]) -> None:
     for name, entry in said.items():
         if isinstance(entry, dict) and entry.get("dtype") in _NARROW:
             raise ValueError(
-                f"tensor {name!r} of {file} has dtype {entry['dtype']}, whose values are narrower "
-                "than a byte: convert it to a dtype of NumPy where the file is written"
+                f"tensor {shown(name)} of {file} has dtype {entry['dtype']}, whose values are "
+                "narrower than a byte: convert it to a dtype of NumPy where the file is written"
             )
 
 

@@ -57,7 +57,7 @@ def planned(
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     texts = {} if metadata is None else named("metadata", metadata)
     if not all(isinstance(text, str) for text in texts.values()):
-        raise TypeError(f"metadata must map from strings to strings, got {texts}")
+        raise TypeError("metadata must map from strings to strings: write other values as text")
     files = Files(is_file, {}, {}, {})
     for file, shard in zip(names, shards, strict=True):
         files.starts[file], entries = header.packed({x: tensors[x] for x in shard}, texts)
@@ -73,10 +73,15 @@ def _described(name: str, leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
     dtype, shape = getattr(leaf, "dtype", None), getattr(leaf, "shape", None)
     if shape is None or dtype not in header.NAMES:
         raise TypeError(
-            f"layout[{name!r}] is {leaf!r}, but a tensor has a shape and one of the dtypes "
-            f"{', '.join(map(str, header.NAMES))}"
+            f"layout[{header.shown(name)}] is {_kind(leaf)}, but a tensor has a shape and one of "
+            f"the dtypes {', '.join(map(str, header.NAMES))}"
         )
     return np.dtype(dtype), tuple(map(operator.index, shape))
+
+
+def _kind(leaf: Any) -> str:
+    dtype = getattr(leaf, "dtype", None)
+    return f"a {type(leaf).__name__}" + ("" if dtype is None else f" of {dtype}")
 
 
 def _shards(
@@ -114,7 +119,9 @@ def refuse_name(files: Files, name: str) -> None:
         raise ValueError(f"{name} cannot be put beside the tensors in one file: write a folder")
     is_plain = name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
     if not is_plain or name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"{name!r} is no name for a file beside the tensors: give another")
+        raise ValueError(
+            f"{header.shown(name)} is no name for a file beside the tensors: give another"
+        )
 
 
 def digest(files: Files, plan: str | None) -> str:

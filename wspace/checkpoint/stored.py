@@ -90,8 +90,8 @@ class Stored:
         """
         if not 0 <= start <= stop <= self.size:
             raise ValueError(
-                f"elements {start} to {stop} of tensor {self.name!r} of {self.file} are asked "
-                f"for, but it has {self.size}"
+                f"elements {start} to {stop} of tensor {header.shown(self.name)} of {self.file} "
+                f"are asked for, but it has {self.size}"
             )
         return _aligned(self._mapped(start, stop))
 
@@ -109,6 +109,8 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
 
     Attributes:
         path: The file or folder that was opened.
+        name: What the files are called: `model` of a file `model.safetensors`, and of its shards;
+            also `diffusion_pytorch_model.fp16` or what else they have in their folder.
         files: The files with tensors.
         metadata: What the headers of the files say in `__metadata__`; where two differ, the last.
 
@@ -124,9 +126,10 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
         ['config.json'] {'w': (2, 3)}
     """
 
-    def __init__(self, path: Path, headers: Mapping[Path, header.Header]) -> None:
+    def __init__(self, path: Path, name: str, headers: Mapping[Path, header.Header]) -> None:
         """Collects the tensors of files whose headers were read."""
         self.path = path
+        self.name = name
         self.files = tuple(headers)
         self._headers = headers
         self.metadata: dict[str, str] = {}
@@ -144,12 +147,10 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
         """The configuration, tokenizer and other small files of a folder, to be carried over.
 
         All regular files of up to 64 MiB in the folder itself, sorted, but for hidden ones, files
-        of weights in any format and their indices. Empty for a single file.
-
-        Raises:
-            ValueError: If one is a symbolic link that leads out of the folder, and not to the
-                `blobs` of a snapshot of the Hugging Face hub.
+        of weights in any format and their indices. Links are followed. Empty for a single file.
         """
+        if folder.is_index(self.path):
+            return folder.others_of(self.path.parent)
         return folder.others_of(self.path) if self.path.is_dir() else ()
 
     def fingerprint(self) -> str:
@@ -204,8 +205,8 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
             if tensor is None or not tensor.shape or not 0 <= count <= tensor.shape[0]:
                 shape = "is not there" if tensor is None else f"has shape {tensor.shape}"
                 raise ValueError(
-                    f"the first {count} rows of tensor {name!r} of {self.path} are asked for, "
-                    f"which {shape}: ask for at most as many as it has"
+                    f"the first {count} rows of tensor {header.shown(name)} of {self.path} are "
+                    f"asked for, which {shape}: ask for at most as many as it has"
                 )
             length = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
             cut._tensors[name] = dataclasses.replace(
@@ -237,18 +238,19 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a checkpoint of any size: its headers are read, its tensors when they are asked for.
 
     A folder holds `model.safetensors`, or another single `.safetensors` file, or several with an
-    index `*.safetensors.index.json`. Every header is checked in full: a file whose tensors do not
-    cover it exactly, or whose header says anything twice, is refused before a tensor is read.
-    Nothing is ever unpickled.
+    index `*.safetensors.index.json`, or of a variant, such as `*.safetensors.index.fp16.json`. Of a
+    folder with several, the path of an index opens the files that it names. Every header is checked
+    in full: a file whose tensors do not cover it exactly, or whose header says anything twice, is
+    refused before a tensor is read. Nothing is ever unpickled.
 
-    An index can name only files of its folder. A symbolic link in the folder is followed, but one
-    that an index names may lead only into the folder, or to the `blobs` of a snapshot of the
-    Hugging Face hub, which keeps its files so. The files must stay as they are while they are
-    open: one that was replaced or changed before it is first read is refused, but the system ends
-    a process that reads what was cut off since.
+    Symbolic links are followed, wherever they lead: caches of the Hugging Face hub and folders of
+    links to one copy of large files are read as any folder is. An index can name only what lies
+    beside it, and no name in a file is taken for a path. The files must stay as they are while they
+    are open: one that was replaced or changed before it is first read is refused, but the system
+    ends a process that reads what was cut off since.
 
     Args:
-        path: A file or a folder.
+        path: A file, a folder, or an index in one.
 
     Returns:
         A mapping from the names of the tensors to [`Stored`][wspace.checkpoint.Stored]; also a
@@ -275,7 +277,7 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
     path = Path(path)
-    return Checkpoint(path, folder.headers_of(path))
+    return Checkpoint(path, *folder.found(path))
 
 
 class _Maps:

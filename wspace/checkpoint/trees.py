@@ -130,7 +130,7 @@ def load(
 
 
 def _array(tensor: Stored, sharding: Sharding | None) -> Array:
-    where = f"tensor {tensor.name!r} of {tensor.file}"
+    where = f"tensor {header.shown(tensor.name)} of {tensor.file}"
     refuse_dtype(where, tensor.dtype)
     refuse_cut(where, tensor.shape, sharding)
     # Copied, so that no array keeps the map of the file open.
@@ -156,7 +156,8 @@ def shardings(
         for name in sorted(tensors.keys() ^ sharding.keys()):
             which = "lacks tensor" if name in tensors else "has a name that is no tensor"
             raise ValueError(
-                f"sharding {which} {name!r} of {where}: give one for each tensor, or None"
+                f"sharding {which} {header.shown(name)} of {where}: give one for each tensor, "
+                "or None"
             )
         chosen = {name: sharding[name] for name in tensors}
     elif callable(sharding):
@@ -166,8 +167,9 @@ def shardings(
     for name, one in chosen.items():
         if one is not None and not isinstance(one, Sharding):
             raise TypeError(
-                f"sharding of tensor {name!r} is {one!r}, but must be a Sharding of jax.sharding, "
-                "or None: give such as jax.sharding.NamedSharding(mesh, spec)"
+                f"sharding of tensor {header.shown(name)} is {header.shown(one)}, but must be a "
+                "Sharding of jax.sharding, or None: give such as "
+                "jax.sharding.NamedSharding(mesh, spec)"
             )
     return chosen
 
