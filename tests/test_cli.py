@@ -469,6 +469,30 @@ def test_an_error_shows_where_only_if_asked(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_outputs_have_the_names_of_the_files_of_the_input(folder):
+    for name in ("A", "C"):
+        (folder / name / "model.safetensors").rename(folder / name / "unet.safetensors")
+    assert run("merge linear A C -o out --quiet") == 0
+    assert (folder / "out" / "unet.safetensors").exists()
+    assert run("merge linear A C -o shards --shard-size 100B --quiet") == 0
+    assert (folder / "shards" / "unet.safetensors.index.json").exists()
+    assert run("merge linear A/unet.safetensors C/unet.safetensors -o alone --quiet") == 0
+    assert (folder / "alone" / "model.safetensors").exists()
+
+
+def test_models_are_called_by_the_path_that_is_given(folder):
+    (folder / "link").symlink_to("A")
+    assert run("steer retarget link ./C/../C --target P -o out --quiet") == 0
+    assert sorted(x.name for x in (folder / "out").iterdir()) == ["C", "link"]
+
+
+def test_an_output_around_what_is_read_by_links_is_refused(folder, capsys):
+    (folder / "link").mkdir()
+    (folder / "link" / "model.safetensors").symlink_to("../C/model.safetensors")
+    assert run("merge linear A link -o C --force") == 2
+    assert "overlap" in capsys.readouterr().err
+
+
 def test_force_replaces_the_output(points):
     assert run("merge", "linear", "A", "C", "-o", "P", "--force") == 0
     assert_same("P", average.mean([points["A"], points["C"]]))

@@ -222,7 +222,7 @@ def test_a_writer_is_closed_with_its_block(tmp_path):
         ({"layout": {1: MODEL["w"]}}, TypeError, "names of tensors are strings"),
         ({"layout": {"__metadata__": MODEL["w"]}}, ValueError, "rename"),
         ({"layout": {"\ud800": MODEL["w"]}}, ValueError, "surrogate"),
-        ({"layout": {"w": 3}}, TypeError, r"layout\['w'\] is 3"),
+        ({"layout": {"w": 3}}, TypeError, r"layout\['w'\] is of type int"),
         ({"layout": {"w": np.zeros(1, np.complex128)}}, TypeError, r"layout\['w'\]"),
         ({"layout": {"w": np.zeros(1, ">f4")}}, TypeError, r"layout\['w'\]"),
         ({"path": "x.safetensors", "shard_bytes": 8}, ValueError, "give a folder"),
@@ -252,6 +252,26 @@ def test_a_header_that_no_reader_takes_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the format allows 1000: write fewer tensors"):
         written(tmp_path / "out", MODEL, metadata={"a": 1000 * "b"})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model", "diffusion_pytorch_model.fp16", "ae.1", "ae"])
+@pytest.mark.parametrize("shard_bytes", [None, 20])
+def test_an_output_has_the_names_of_its_input(tmp_path, name, shard_bytes):
+    for out in ("one", "two"):
+        written(tmp_path / out, MODEL, shard_bytes=shard_bytes, name=name)
+        with checkpoint.open(tmp_path / out) as opened:
+            assert opened.name == name
+            assert opened.keys() == MODEL.keys()
+            name = opened.name
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    index = "diffusion_pytorch_model.safetensors.index.fp16.json"
+    assert (tmp_path / "one" / index).exists() == bool(shard_bytes and "fp16" in name)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_a_name_with_a_folder_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="name must be that of a file"):
+        written(tmp_path / "out", MODEL, name=name)
 
 
 def test_other_files_are_carried_over_and_added(tmp_path):

@@ -48,6 +48,7 @@ def run(job: Adapter) -> None:
         checkpoint.open(job.target) as target,
         wide_enough((start, target)),
     ):
+        records.refuse_overlap(job.output, (), (*start.files, *target.files))
         alike((start, target))
         weights = [x for x in start.values() if x.dtype in WEIGHT_DTYPES]
         layers = [x.name for x in weights if _is_layer(x)]

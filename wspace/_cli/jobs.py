@@ -41,6 +41,7 @@ def run(recipe: Recipe, output: Output) -> None:
     recipe.checked()
     with contextlib.ExitStack() as stack:
         layouts = [stack.enter_context(checkpoint.open(path)) for path in recipe.sources]
+        records.refuse_overlap(output.path, recipe.sources, [y for x in layouts for y in x.files])
         stack.enter_context(wide_enough(layouts))
         sources = _in_common(recipe, layouts)
         alike(sources)
@@ -146,7 +147,7 @@ def _targets(recipe: Recipe, output: Output) -> dict[int, Path]:
         return {0: output.path}
     if output.path.suffix == ".safetensors":
         raise Misuse(f"{output.path} is one file, but every model is moved: give a folder")
-    names = [path.resolve().name.removesuffix(".safetensors") for path in recipe.models]
+    names = [records.called(path) for path in recipe.models]
     return {
         i: output.path / (name if names.count(name) == 1 else f"{i + 1}-{name}")
         for i, name in enumerate(names)
@@ -179,6 +180,7 @@ def _write(job: _Job, target: Path, index: int) -> None:
         layout,
         shard_bytes=None if is_file else job.output.shard_bytes or SHARD,
         metadata=layout.metadata | {"wspace": json.dumps(job.record)},
+        name=layout.name,
         others=() if is_file else layout.others,
         force=job.output.force,
         plan=job.record["plan"],

@@ -3,13 +3,15 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wspace._cli.words import Misuse
 from wspace.checkpoint import Checkpoint
+from wspace.checkpoint.folder import is_index
 
 NAME = "wspace.json"
 _PIECE = 2**24
@@ -49,12 +51,18 @@ def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
     return said | {"blake2b_of_files": state.hexdigest()}
 
 
-def refuse_overlap(output: Path, sources: Sequence[Path]) -> None:
-    """Raises if the output is an input, in one, or around one."""
+def called(path: Path) -> str:
+    """What a model is called that a path leads to: by the path, not by where links lead from it."""
+    path = Path(os.path.abspath(path))
+    return (path.parent if is_index(path) else path).name.removesuffix(".safetensors")
+
+
+def refuse_overlap(output: Path, sources: Sequence[Path], files: Iterable[Path] = ()) -> None:
+    """Raises if the output is an input, in one, or around one or a file that is read by links."""
     out = output.resolve()
-    for source in sources:
+    for source in (*sources, *files):
         path = source.resolve()
-        if out == path or path in out.parents or out in path.parents:
+        if out == path or out in path.parents or (source in sources and path in out.parents):
             raise Misuse(
                 f"the output {output} and the input {source} overlap: give an output that is "
                 "neither an input, nor inside or around one"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wspace.checkpoint.planned import INDEX, Files, index
+from wspace.checkpoint.planned import Files, index
 from wspace.checkpoint.tensors import writing
 
 _PIECE = 2**20
@@ -50,7 +50,7 @@ def output(
             refuse_existing(target, force, files.is_file)
             with writing(target):
                 if len(files.starts) > 1:
-                    (aside / "data" / INDEX).write_bytes(index(files))
+                    (aside / "data" / files.index).write_bytes(index(files))
                 place(aside, target, files.is_file)
         except BaseException as error:
             fails_again = isinstance(error, TypeError | ValueError) and not keep_on_error

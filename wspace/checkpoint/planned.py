@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wspace.checkpoint import header
+from wspace.checkpoint.folder import is_index
 from wspace.checkpoint.tensors import named
-
-MODEL = "model.safetensors"
-INDEX = f"{MODEL}.index.json"
 
 
 class Place(NamedTuple):
@@ -29,6 +27,7 @@ class Files(NamedTuple):
     """The files to be written: how they start, how long they are, and where each tensor goes."""
 
     is_file: bool
+    index: str
     starts: dict[str, bytes]
     sizes: dict[str, int]
     places: dict[str, Place]
@@ -39,9 +38,12 @@ def planned(
     layout: Mapping[str, Any],
     shard_bytes: int | None,
     metadata: Mapping[str, str] | None,
+    name: str,
 ) -> Files:
     """The files that hold the tensors of a layout, and how each of them starts."""
     tensors = {name: _described(name, leaf) for name, leaf in named("layout", layout).items()}
+    if not name or not _is_plain(name):
+        raise ValueError(f"name must be that of a file, without a folder, got {header.shown(name)}")
     is_file = target.suffix == ".safetensors"
     if is_file and shard_bytes is not None:
         raise ValueError(f"{target} is one file: give a folder to write shards of shard_bytes")
@@ -51,20 +53,28 @@ def planned(
     if is_file:
         names = [target.name]
     elif len(shards) == 1:
-        names = [MODEL]
+        names = [f"{name}.safetensors"]
     else:
         count = len(shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        names = [f"{name}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     texts = {} if metadata is None else named("metadata", metadata)
     if not all(isinstance(text, str) for text in texts.values()):
         raise TypeError("metadata must map from strings to strings: write other values as text")
-    files = Files(is_file, {}, {}, {})
+    files = Files(is_file, _index_of(name), {}, {}, {})
     for file, shard in zip(names, shards, strict=True):
         files.starts[file], entries = header.packed({x: tensors[x] for x in shard}, texts)
         taken = sum(entry.nbytes for entry in entries.values())
         files.sizes[file] = len(files.starts[file]) + taken
         files.places.update({name: Place(file, entry) for name, entry in entries.items()})
     return files
+
+
+def _index_of(name: str) -> str:
+    """The name of an index, in which a variant stands last, as diffusers and transformers do it."""
+    stem, dot, variant = name.rpartition(".")
+    if stem and variant.isidentifier():
+        return f"{stem}.safetensors.index{dot}{variant}.json"
+    return f"{name}.safetensors.index.json"
 
 
 def _described(name: str, leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
@@ -81,7 +91,7 @@ def _described(name: str, leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
 
 def _kind(leaf: Any) -> str:
     dtype = getattr(leaf, "dtype", None)
-    return f"a {type(leaf).__name__}" + ("" if dtype is None else f" of {dtype}")
+    return f"of type {type(leaf).__name__}" + ("" if dtype is None else f" and {dtype}")
 
 
 def _shards(
@@ -117,11 +127,14 @@ def refuse_name(files: Files, name: str) -> None:
     """Raises unless a file of this name can be put beside the tensors."""
     if files.is_file:
         raise ValueError(f"{name} cannot be put beside the tensors in one file: write a folder")
-    is_plain = name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
-    if not is_plain or name.endswith((".safetensors", ".safetensors.index.json")):
+    if not _is_plain(name) or name.endswith(".safetensors") or is_index(Path(name)):
         raise ValueError(
             f"{header.shown(name)} is no name for a file beside the tensors: give another"
         )
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def digest(files: Files, plan: str | None) -> str:

@@ -245,6 +245,7 @@ def create(
     *,
     shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    name: str = "model",
     others: Iterable[str | os.PathLike[str]] = (),
     force: bool = False,
     plan: str | None = None,
@@ -274,11 +275,13 @@ def create(
 
     Args:
         path: The output: one file if it ends in `.safetensors`, else a folder with
-            `model.safetensors`, or with several files and an index.
+            `model.safetensors`, or with several files and an index, by the `name`.
         layout: The tensors, by name, with their dtypes and shapes.
         shard_bytes: Of a folder, how many bytes of tensors a file may have; a larger tensor is in
             a file of its own. One file if `None`.
         metadata: Strings by name for the `__metadata__` of every file.
+        name: Of a folder, what its files are called, such as the `name` of an open checkpoint:
+            programs look for weights by that, as diffusers does for `diffusion_pytorch_model`.
         others: Files to be copied into the folder, as `Checkpoint.others` lists them.
         force: Whether to replace an output that exists. A folder is replaced as a whole, and only
             if it is empty or has `.safetensors` files.
@@ -321,7 +324,7 @@ def create(
     hosts = Hosts(target)
     with contextlib.ExitStack() as output, contextlib.ExitStack() as opened:
         with hosts.together():
-            files = planned(target, layout, shard_bytes, metadata)
+            files = planned(target, layout, shard_bytes, metadata, name)
             copies = carried(files, others)
             if hosts.count > 1 and plan is not None:
                 raise ValueError("plan is for one process: leave it out in a run of several")
