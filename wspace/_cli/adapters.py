@@ -17,7 +17,7 @@ from wspace._cli import records
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
 from wspace._cli.words import Misuse, in_bytes, table
-from wspace.checkpoint import Checkpoint, Stored
+from wspace.checkpoint import Checkpoint, Stored, places
 from wspace.checkpoint.streaming import alike
 
 
@@ -36,6 +36,7 @@ class Adapter:
     dry_run: bool
     quiet: bool
     full_hash: bool
+    remove_partial: bool
 
 
 def run(job: Adapter) -> None:
@@ -49,9 +50,10 @@ def run(job: Adapter) -> None:
         wide_enough((start, target)),
     ):
         records.refuse_overlap(job.output, (), (*start.files, *target.files))
-        alike((start, target))
         weights = [x for x in start.values() if x.dtype in WEIGHT_DTYPES]
         layers = [x.name for x in weights if _is_layer(x)]
+        _refuse_output(job, _most_bytes(job, weights))
+        alike((start, target))
         named = {glob: fnmatch.filter(layers, glob) for glob in job.embeddings}
         for glob, names in named.items():
             if not names:
@@ -59,10 +61,6 @@ def run(job: Adapter) -> None:
         if job.dry_run:
             print(_plan(job, weights, layers))
             return
-        if os.path.lexists(job.output) and not job.force:
-            raise FileExistsError(
-                f"{job.output} exists: give another path, or --force to replace an adapter in it"
-            )
         edit, rows = _edit(job, weights, start, target)
         if not edit:
             raise ValueError(
@@ -75,6 +73,28 @@ def run(job: Adapter) -> None:
     )
     (job.output / records.NAME).write_text(json.dumps(record, indent=2) + "\n")
     print(_table(rows))
+
+
+def _most_bytes(job: Adapter, weights: Sequence[Stored]) -> int:
+    """How many bytes the factors take at most."""
+    shapes = [x.shape for x in weights if _is_layer(x)]
+    return sum(4 * min(job.rank, *shape) * sum(shape) for shape in shapes)
+
+
+def _refuse_output(job: Adapter, nbytes: int) -> None:
+    """Raises, before a tensor is read, if the adapter cannot be written where it is to be."""
+    places.refuse_place(job.output)
+    places.refuse_size(job.output, nbytes)
+    if not os.path.lexists(job.output):
+        return
+    if not job.force:
+        raise FileExistsError(
+            f"{job.output} exists: give another path, or --force to replace an adapter in it"
+        )
+    if not job.output.is_dir():
+        raise FileExistsError(
+            f"{job.output} is a file, not the folder of an adapter: give another path"
+        )
 
 
 def _is_layer(tensor: Stored) -> bool:
@@ -140,8 +160,6 @@ def _share(part: float, whole: float) -> str:
 
 def _plan(job: Adapter, weights: Sequence[Stored], layers: Sequence[str]) -> str:
     nbytes = sum(x.nbytes for x in weights)
-    shapes = [x.shape for x in weights if x.name in set(layers)]
-    factors = sum(4 * min(job.rank, *shape) * sum(shape) for shape in shapes)
     return "\n".join(
         [
             job.command,
@@ -150,7 +168,7 @@ def _plan(job: Adapter, weights: Sequence[Stored], layers: Sequence[str]) -> str
             f"  rank    {job.rank}",
             f"  output  {job.output}: an adapter of {len(layers)} of {len(weights)} tensors",
             f"  reads   {in_bytes(2 * nbytes)}",
-            f"  writes  at most {in_bytes(factors)}",
+            f"  writes  at most {in_bytes(_most_bytes(job, weights))}",
             "  how     tensor by tensor; the factors stay in memory",
         ]
     )

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(words: Sequence[str]) -> int:
         if name not in COMMANDS:
             prog = "wspace"
             raise Misuse(f"there is no command {name!r}{near(name, COMMANDS)}")
-        with _terminated():
+        with _terminated(), _warned(prog):
             COMMANDS[name][0](rest)
         sys.stdout.flush()
     except Misuse as error:
@@ -108,6 +109,23 @@ def _terminated() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _warned(prog: str) -> Generator[None]:
+    """Says warnings in a line, as errors are said, and each once."""
+    said = set()
+
+    def tell(message: Warning | str, *_: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            print(f"{prog}: {text}", file=sys.stderr)
+        said.add(text)
+
+    module: Any = warnings
+    with warnings.catch_warnings():
+        module.showwarning = tell
+        yield
+
+
 def _run(command: str, words: Sequence[str]) -> None:
     """`merge` and `steer`."""
     if not words:
@@ -130,6 +148,7 @@ def _run(command: str, words: Sequence[str]) -> None:
             options.dry_run,
             options.quiet,
             options.full_hash,
+            options.remove_partial,
         ),
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
-from wspace.checkpoint import Checkpoint, Writer, partial
+from wspace.checkpoint import Checkpoint, Writer, partial, places
 from wspace.checkpoint.streaming import alike, stream
+from wspace.checkpoint.tensors import writing
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Output:
     dry_run: bool = False
     quiet: bool = False
     full_hash: bool = False
+    remove_partial: bool = False
 
 
 def run(recipe: Recipe, output: Output) -> None:
@@ -44,9 +47,10 @@ def run(recipe: Recipe, output: Output) -> None:
         records.refuse_overlap(output.path, recipe.sources, [y for x in layouts for y in x.files])
         stack.enter_context(wide_enough(layouts))
         sources = _in_common(recipe, layouts)
+        targets = _targets(recipe, output)
+        _refuse_targets(recipe, output, targets, layouts)
         alike(sources)
         _check_names(recipe, sources[0])
-        targets = _targets(recipe, output)
         record = records.record(
             {
                 "command": recipe.command,
@@ -66,15 +70,21 @@ def run(recipe: Recipe, output: Output) -> None:
             left = [i for i in targets if not _is_done(targets[i], record)]
         for i in left:
             _refuse(targets[i], output)
+        said = records.of_targets([targets[i] for i in left], layouts[0].others)
         if output.dry_run:
-            print(_plan(recipe, output, sources))
+            print(_plan(recipe, output, sources, said))
             return
+        if not output.quiet and "replaces" in said:
+            print(f"replaces {said['replaces']}", file=sys.stderr)
         job = _Job(output, layouts, sources, record, Call(recipe), recipe.table.entry.lazy, started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
             elif not output.quiet:
                 print(f"{target} is there from an earlier run of this command", file=sys.stderr)
+        said = records.of_targets(targets.values(), ())
+        if not output.quiet and "left" in said:
+            print(f"left of interrupted runs: {said['left']}", file=sys.stderr)
 
 
 @dataclass
@@ -154,10 +164,28 @@ def _targets(recipe: Recipe, output: Output) -> dict[int, Path]:
     }
 
 
+def _refuse_targets(
+    recipe: Recipe, output: Output, targets: Mapping[int, Path], layouts: Sequence[Checkpoint]
+) -> None:
+    """Raises, before a tensor is read, if the outputs cannot be written where they are to be."""
+    several = recipe.table.returns == "list"
+    if several and not os.path.lexists(output.path):
+        places.refuse_place(output.path)
+    else:
+        for target in targets.values():
+            places.refuse_place(target)
+    if not several:
+        _refuse(output.path, output)
+    left = {i: x for i, x in targets.items() if output.force or not os.path.lexists(x)}
+    sizes = [sum(tensor.nbytes for tensor in layouts[i].values()) for i in left]
+    kept = sum(partial.held(x) for target in left.values() for x in partial.leftovers(target))
+    places.refuse_size(output.path, sum(sizes) - kept)
+
+
 def _refuse(target: Path, output: Output) -> None:
     is_file = target.suffix == ".safetensors"
     try:
-        partial.refuse_existing(target, output.force, is_file)
+        places.refuse_existing(target, output.force, is_file)
     except FileExistsError as error:
         raise FileExistsError(str(error).replace("force=True", "--force")) from error
 
@@ -174,7 +202,8 @@ def _write(job: _Job, target: Path, index: int) -> None:
     """Writes the output that is like the source of this index."""
     layout, is_file = job.layouts[index], target.suffix == ".safetensors"
     if target != job.output.path:
-        job.output.path.mkdir(exist_ok=True)
+        with writing(job.output.path):
+            job.output.path.mkdir(exist_ok=True)
     with checkpoint.create(
         target,
         layout,
@@ -183,6 +212,7 @@ def _write(job: _Job, target: Path, index: int) -> None:
         name=layout.name,
         others=() if is_file else layout.others,
         force=job.output.force,
+        remove_partial=job.output.remove_partial,
         plan=job.record["plan"],
         keep_on_error=False,
     ) as writer:
@@ -219,7 +249,9 @@ def _fill(job: _Job, writer: Writer, index: int) -> None:
                 progress.advance(tensor.nbytes - job.sources[index][name].nbytes)
 
 
-def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:
+def _plan(
+    recipe: Recipe, output: Output, sources: Sequence[Checkpoint], said: Mapping[str, str]
+) -> str:
     """What would be done."""
     sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
     whole = any(recipe.is_whole(own) for _, own in recipe.settings())
@@ -232,6 +264,7 @@ def _plan(recipe: Recipe, output: Output, sources: Sequence[Checkpoint]) -> str:
         **{f"where {glob}": str(dict(own)) for glob, own in recipe.patterns},
         **({"seed": str(recipe.seed)} if recipe.table.seeded else {}),
         "output": str(output.path),
+        **said,
         "reads": in_bytes(sum(sizes) * passes) + (", and more for the sums" if whole else ""),
         "writes": in_bytes(sum(sizes[: recipe.outputs])),
         "how": HOW[how],

@@ -8,6 +8,7 @@ from typing import Any
 from wspace._cli.calls import Recipe
 from wspace._cli.methods import TABLES, checked, found
 from wspace._cli.words import Misuse, near
+from wspace.checkpoint.tensors import reading
 
 _KEYS = ("method", "models", "seed", "common_rows", "options", "patterns")
 _PRESET = "mergekit-0.1.5"
@@ -32,7 +33,8 @@ _YAML = {
 def read(file: Path, seed: int | None) -> Recipe:
     """The recipe of a merge in a file."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with reading(file):
+            text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise Misuse(f"{file} is no text in UTF-8, but a recipe is: give another file") from error
     if file.suffix.lower() in (".yml", ".yaml"):

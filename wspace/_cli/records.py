@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wspace._cli.words import Misuse
-from wspace.checkpoint import Checkpoint
+from wspace._cli.words import Misuse, in_bytes
+from wspace.checkpoint import Checkpoint, partial, places
 from wspace.checkpoint.folder import is_index
+from wspace.checkpoint.tensors import reading
 
 NAME = "wspace.json"
 _PIECE = 2**24
+_MOST = 16
 
 
 def record(recipe: Mapping[str, Any], sources: Sequence[Checkpoint], full: bool) -> dict[str, Any]:
@@ -45,10 +47,31 @@ def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
         return said | {"blake2b_of_headers_sizes_and_times": source.fingerprint()}
     state = hashlib.blake2b(digest_size=16)
     for file in source.files:
-        with open(file, "rb") as stream:
+        with reading(file), open(file, "rb") as stream:
             while piece := stream.read(_PIECE):
                 state.update(piece)
     return said | {"blake2b_of_files": state.hexdigest()}
+
+
+def of_targets(targets: Iterable[Path], others: Sequence[Path]) -> dict[str, str]:
+    """What outputs replace, what stays in them, and what earlier runs left of them, in words."""
+    gone, kept, left = [], [], []
+    for target in targets:
+        goes, stays = places.replaced(target, [NAME, *(other.name for other in others)])
+        gone += [str(target)] if os.path.isfile(target) else [str(target / x) for x in goes]
+        kept += [str(target / x) for x in stays]
+        left += [f"{x} ({in_bytes(partial.held(x))})" for x in partial.leftovers(target)]
+    mend = "; give their commands again to go on, or --remove-partial to remove them"
+    said = {
+        "replaces": _listed(gone) + (f", and keeps {_listed(kept)}" if kept else ""),
+        "left": _listed(left) + mend if left else "",
+    }
+    return {key: value for key, value in said.items() if value}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
 
 
 def called(path: Path) -> str:
@@ -59,9 +82,9 @@ def called(path: Path) -> str:
 
 def refuse_overlap(output: Path, sources: Sequence[Path], files: Iterable[Path] = ()) -> None:
     """Raises if the output is an input, in one, or around one or a file that is read by links."""
-    out = output.resolve()
+    out = Path(os.path.realpath(output))
     for source in (*sources, *files):
-        path = source.resolve()
+        path = Path(os.path.realpath(source))
         if out == path or out in path.parents or (source in sources and path in out.parents):
             raise Misuse(
                 f"the output {output} and the input {source} overlap: give an output that is "

@@ -132,7 +132,17 @@ def in_bytes(nbytes: int) -> str:
 def add_run_options(parser: Parser) -> None:
     """The options of every command that writes."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="required")
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an output that exists: weights of any format in it go, with their indices, "
+        "configuration and tokenizer; other files stay",
+    )
+    parser.add_argument(
+        "--remove-partial",
+        action="store_true",
+        help="remove what interrupted runs of other commands left of this output",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument(

@@ -45,8 +45,8 @@ def found(path: Path) -> tuple[str, dict[Path, header.Header]]:
 
     Raises as `open` does.
     """
-    if not path.is_dir():
-        if path.suffix.lower() in _FOREIGN and path.is_file():
+    if not os.path.isdir(path):
+        if path.suffix.lower() in _FOREIGN and os.path.isfile(path):
             raise ValueError(f"{path} is {_FOREIGN[path.suffix.lower()]}")
         if is_index(path):
             return _named(path.name), _sharded(path.parent, path.name, _index(path))
@@ -88,12 +88,16 @@ def _named(name: str) -> str:
     return name.removesuffix(_TENSORS) if parts is None else parts[1] + (parts[2] or "")
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, in any format, or is an index of such files."""
+    return Path(name).suffix.lower() in _OTHERS or _ANY_INDEX.fullmatch(name) is not None
+
+
 def others_of(folder: Path) -> tuple[Path, ...]:
     """The small files of a folder that hold no weights, as `Checkpoint.others` tells."""
     others = []
     for file in sorted(folder.iterdir()):
-        is_weights = file.suffix.lower() in _OTHERS or _ANY_INDEX.fullmatch(file.name)
-        if file.name.startswith(".") or is_weights or not file.is_file():
+        if file.name.startswith(".") or is_weights(file.name) or not file.is_file():
             continue
         if file.stat().st_size <= _SMALL:
             others.append(file)

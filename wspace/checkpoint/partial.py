@@ -9,21 +9,25 @@ For an output `out`, all of them in the folder of `out`:
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wspace.checkpoint import places
 from wspace.checkpoint.planned import Files, index
-from wspace.checkpoint.tensors import writing
+from wspace.checkpoint.tensors import reading, writing
 
 _PIECE = 2**20
 _FLUSHED = 2**26
+_LACKING = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 Part: TypeAlias = tuple[int, int, int]
 """A range of the bytes of a tensor, from `start` up to `stop`, and its checksum."""
@@ -37,17 +41,24 @@ def output(
     target: Path,
     force: bool,
     keep_on_error: bool,
+    remove_partial: bool,
 ) -> Generator[None]:
     """Files of full size while they are written, put in place at the end if nothing raises."""
+    places.refuse_place(target)
     with locked(target):
         with writing(target):
             recover(target)
-        refuse_existing(target, force, files.is_file)
+            for other in leftovers(target) if remove_partial else ():
+                if other != aside:
+                    remove(other, target)
+        places.refuse_existing(target, force, files.is_file)
+        nbytes = sum(files.sizes.values()) + sum(x.stat().st_size for x in copies.values())
+        places.refuse_size(target, nbytes - held(aside))
         try:
             with writing(target):
                 _make(files, copies, aside / "data")
             yield
-            refuse_existing(target, force, files.is_file)
+            places.refuse_existing(target, force, files.is_file)
             with writing(target):
                 if len(files.starts) > 1:
                     (aside / "data" / files.index).write_bytes(index(files))
@@ -70,13 +81,36 @@ def _make(files: Files, copies: Mapping[str, Path], data: Path) -> None:
         number = os.open(data / file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(number, size)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(number, 0, size)
+            _allocate(number, size)
             pwrite(number, files.starts[file], 0)
         finally:
             os.close(number)
     for name, other in copies.items():
-        shutil.copyfile(other, data / name)
+        _copy(other, data / name)
+
+
+def _allocate(number: int, size: int) -> None:
+    """Takes the space of an open file, where the file system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(number, 0, size)
+        except OSError as error:
+            if error.errno not in (*_LACKING, errno.EINVAL, errno.ENODEV):
+                raise
+
+
+def _copy(source: Path, copy: Path) -> None:
+    """Copies a file; an error says which of the two is at fault."""
+    with contextlib.ExitStack() as opened:
+        with reading(source):
+            stream = opened.enter_context(open(source, "rb"))
+        written = opened.enter_context(open(copy, "wb"))
+        while True:
+            with reading(source):
+                piece = stream.read(_PIECE)
+            if not piece:
+                break
+            written.write(piece)
 
 
 @contextlib.contextmanager
@@ -99,6 +133,16 @@ def locked(target: Path) -> Generator[None]:
                 f"{target} is being written by another process: wait until it ends, or give "
                 "another path"
             ) from error
+        except OSError as error:
+            if error.errno in _LACKING:
+                _tell(
+                    f"files cannot be locked ({error.strerror}): see to it yourself that "
+                    "no other process writes the same output",
+                )
+                break
+            os.close(number)
+            with writing(file):
+                raise
         except BaseException:
             os.close(number)
             raise
@@ -202,18 +246,34 @@ def verified(number: int, offset: int, nbytes: int, parts: list[Part]) -> bool:
     return end == nbytes
 
 
+def leftovers(target: Path) -> list[Path]:
+    """What is left beside an output of jobs that were to write it, or is being written."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
+    if not target.parent.is_dir():
+        return []
+    return [x for x in sorted(target.parent.iterdir()) if pattern.fullmatch(x.name)]
+
+
+def held(partial: Path) -> int:
+    """How many bytes of the disk the files in a folder take."""
+    nbytes = 0
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # its writer has put it in place
+                nbytes += 512 * os.lstat(os.path.join(folder, name)).st_blocks
+    return nbytes
+
+
 def recover(target: Path) -> None:
     """Clears up after processes that died while writing this output, to be called when locked.
 
     An output that was being replaced is put back, and what cannot be resumed is removed.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
-    for sibling in sorted(target.parent.iterdir()):
-        if pattern.fullmatch(sibling.name):
-            if os.path.lexists(sibling / "old") and not os.path.lexists(target):
-                os.rename(sibling / "old", target)
-            if not is_resumable(sibling):
-                remove(sibling, target)
+    for partial in leftovers(target):
+        if os.path.lexists(partial / "old") and not os.path.lexists(target):
+            os.rename(partial / "old", target)
+        if not is_resumable(partial):
+            remove(partial, target)
 
 
 def is_resumable(partial: Path) -> bool:
@@ -221,21 +281,6 @@ def is_resumable(partial: Path) -> bool:
     journal, data = partial / "journal", partial / "data"
     begun = journal.is_file() and journal.stat().st_size > 0
     return begun and data.is_dir() and any(data.iterdir())
-
-
-def refuse_existing(target: Path, force: bool, is_file: bool) -> None:
-    """Raises if the output exists and may not be replaced."""
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise FileExistsError(f"{target} exists: give another path, or force=True to replace it")
-    if is_file and target.is_dir():
-        raise FileExistsError(f"{target} is a folder, which no file replaces: give another path")
-    if not is_file and not (target.is_dir() and _is_checkpoint(target)):
-        raise FileExistsError(
-            f"{target} holds no .safetensors file, so it is not replaced by a checkpoint: remove "
-            "it yourself, or give another path"
-        )
 
 
 def place(partial: Path, target: Path, is_file: bool) -> None:
@@ -255,14 +300,28 @@ def place(partial: Path, target: Path, is_file: bool) -> None:
             if os.path.lexists(old) and not os.path.lexists(target):
                 os.rename(old, target)
             raise
+        _keep(old, target)
     synced(target.parent)
+
+
+def _keep(old: Path, target: Path) -> None:
+    """Moves what is not of a checkpoint from a folder that was replaced to what replaced it."""
+    if old.is_dir() and target.is_dir() and not os.path.samefile(old, target):
+        with writing(target):
+            _, kept = places.replaced(old, os.listdir(target))
+            for name in kept:
+                os.rename(old / name, target / name)
+            if kept:
+                synced(target)
 
 
 def remove(partial: Path, target: Path) -> None:
     """Removes what was written, or replaced; never the only copy of the output that there was."""
     old = partial / "old"
-    if os.path.lexists(old) and not os.path.lexists(target):
-        return
+    if os.path.lexists(old):
+        if not os.path.lexists(target):
+            return
+        _keep(old, target)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -271,6 +330,13 @@ def synced(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (*_LACKING, errno.EINVAL):
+            raise
+        _tell(
+            f"folders cannot be flushed ({error.strerror}): if the machine fails within "
+            "the next minute, look whether the output is there",
+        )
     finally:
         os.close(number)
 
@@ -283,6 +349,6 @@ def pwrite(number: int, data: Any, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    names = os.listdir(folder)
-    return not names or any(name.endswith(".safetensors") for name in names)
+def _tell(what: str) -> None:
+    """Warns of what a file system cannot do; of the same words, Python says them once."""
+    warnings.warn(f"on the file system of the output, {what}", stacklevel=3)

@@ -1,5 +1,6 @@
 """Which files a checkpoint is to be written to, and where in them each tensor goes."""
 
+import errno
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 from wspace.checkpoint import header
 from wspace.checkpoint.folder import is_index
-from wspace.checkpoint.tensors import named
+from wspace.checkpoint.tensors import named, reading
 
 
 class Place(NamedTuple):
@@ -119,6 +120,9 @@ def carried(files: Files, others: Iterable[str | os.PathLike[str]]) -> dict[str,
             raise ValueError(f"{copies[other.name]} and {other} have one name: leave out one")
         if not other.is_file():
             raise FileNotFoundError(f"there is no file {other} to be carried over")
+        with reading(other):
+            if not os.access(other, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         copies[other.name] = other
     return copies
 

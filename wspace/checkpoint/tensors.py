@@ -1,6 +1,7 @@
 """Named tensors as the bytes of a file, and files put in place at once."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Generator, Mapping
@@ -55,16 +56,33 @@ def write_all(files: Mapping[Path, bytes]) -> None:
         raise
 
 
-@contextlib.contextmanager
-def writing(file: Path) -> Generator[None]:
+_MENDS = {
+    errno.EFBIG: "write smaller files, or to another file system, with space left",
+    errno.EIO: "see to its disk, or give a path on another",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def writing(file: Path) -> contextlib.AbstractContextManager[None]:
     """Says of an error of the system what could not be written, and how to mend it."""
+    mend = "give a path in a folder that exists, can be written and has space left"
+    return _named(f"cannot write {file}", _MENDS, mend)
+
+
+def reading(file: Path) -> contextlib.AbstractContextManager[None]:
+    """Says of an error of the system what could not be read, and how to mend it."""
+    return _named(f"cannot read {file}", {}, "check its path and its permissions, or leave it out")
+
+
+@contextlib.contextmanager
+def _named(what: str, mends: Mapping[int, str], mend: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"cannot write {file} ({error.strerror}): give a path in a folder that exists, can be "
-            "written and has space left"
-        ) from error
+        if error.strerror is None:  # it has been said what failed
+            raise
+        said = f"{what} ({error.strerror}): {mends.get(error.errno or 0, mend)}"
+        raise type(error)(said) from error
 
 
 def flat(**mappings: object) -> None:

@@ -250,6 +250,7 @@ def create(
     force: bool = False,
     plan: str | None = None,
     keep_on_error: bool = True,
+    remove_partial: bool = False,
 ) -> Generator[Writer]:
     """Writes a checkpoint of any size, tensor by tensor; a context manager.
 
@@ -271,7 +272,10 @@ def create(
     beside the disk: it is to find accidents, not forgeries). Only the others need to be written.
     This is for one process.
     What is left of a job is a hidden folder `.<name>.<hash>.partial` beside the output, used for
-    the same job alone; remove it to give the job up.
+    the same job alone; remove it to give the job up, or have another job for the same output
+    remove it.
+
+    On file systems that cannot lock files, or flush folders, this goes on with a warning.
 
     Args:
         path: The output: one file if it ends in `.safetensors`, else a folder with
@@ -283,13 +287,16 @@ def create(
         name: Of a folder, what its files are called, such as the `name` of an open checkpoint:
             programs look for weights by that, as diffusers does for `diffusion_pytorch_model`.
         others: Files to be copied into the folder, as `Checkpoint.others` lists them.
-        force: Whether to replace an output that exists. A folder is replaced as a whole, and only
-            if it is empty or has `.safetensors` files.
+        force: Whether to replace an output that exists. A folder is replaced only if it is empty
+            or has `.safetensors` files. Weights of any format in it go, and indices, configuration
+            and tokenizer; all else stays, but for what the new files replace by name.
         plan: A text that says what is computed from what, such as a recipe with the hashes of the
             inputs.
         keep_on_error: Whether, with a plan, what is written is kept where the block raises a
             `ValueError` or a `TypeError`, as a computation does that would fail again. After an
             interruption and any other error, such as that of a full disk, it is always kept.
+        remove_partial: Whether what interrupted jobs with other plans left of this output is
+            removed first.
 
     Returns:
         A context manager that gives the [`Writer`][wspace.checkpoint.Writer].
@@ -337,7 +344,9 @@ def create(
         with hosts.together():
             if leads():
                 output.enter_context(
-                    partial.output(files, copies, aside, target, force, keep_on_error)
+                    partial.output(
+                        files, copies, aside, target, force, keep_on_error, remove_partial
+                    )
                 )
         with hosts.together(), writing(target):
             if not aside.is_dir():
