@@ -331,13 +331,14 @@ def test_the_record_is_in_the_metadata_and_beside(folder):
     assert beside["versions"]["jax"] == jax.__version__
     assert beside["certificates"]["converged"] is True
     keys = [set(x) for x in beside["inputs"]]
-    assert keys == [{"path", "blake2b_of_headers_sizes_and_times"}] * 3
+    assert keys == [{"path", "blake2b_of_headers_states_and_samples"}] * 3
     file = folder / "A" / "model.safetensors"
     content, state = file.read_bytes(), file.stat()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    hashed = header + f"{file.name} {state.st_size} {state.st_mtime_ns}".encode()
+    seen = [state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+    hashed = header + f"{file.name} {state.st_size} {seen}".encode() + 16 * content  # all of it
     wanted = hashlib.blake2b(hashed, digest_size=16).hexdigest()
-    assert beside["inputs"][0]["blake2b_of_headers_sizes_and_times"] == wanted
+    assert beside["inputs"][0]["blake2b_of_headers_states_and_samples"] == wanted
     assert run("merge", "linear", "A", "-o", "FULL", "--hash") == 0
     assert "blake2b_of_files" in (folder / "FULL" / "wspace.json").read_text()
 

@@ -157,6 +157,29 @@ def test_a_file_that_changed_since_is_refused(folder):
         opened["x"].read()
 
 
+@pytest.mark.parametrize("change", ["in place", "replaced", "copied", "sampled"])
+def test_a_fingerprint_tells_files_apart_that_a_program_dated_alike(tmp_path, monkeypatch, change):
+    file, now = tmp_path / "x.safetensors", (10**18, 10**18)
+    tensors = {"x": np.zeros(10**5, np.float32)}
+
+    def fingerprint():
+        with checkpoint.open(file) as opened:
+            return opened.fingerprint()
+
+    library.save_file(tensors, file)
+    os.utime(file, ns=now)
+    if change == "sampled":  # and nothing of it is seen by the system
+        monkeypatch.setattr(header, "state_of", lambda _: (os.path.getsize(file), 1, 1, 1, 1))
+    before = fingerprint()
+    assert fingerprint() == before
+    tensors["x"][:] = change != "copied"
+    written = tmp_path / "other" if change in ("replaced", "copied") else file
+    library.save_file(tensors, written)
+    os.utime(written, ns=now)
+    os.replace(written, file)
+    assert fingerprint() != before
+
+
 def test_a_folder_is_read_by_its_index_or_its_only_file(tmp_path):
     (tmp_path / "one").mkdir()
     library.save_file(TWO, tmp_path / "one" / "some.safetensors")

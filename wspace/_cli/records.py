@@ -44,7 +44,7 @@ def _version() -> str:
 def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
     said = {"path": str(source.path)}
     if not full:
-        return said | {"blake2b_of_headers_sizes_and_times": source.fingerprint()}
+        return said | {"blake2b_of_headers_states_and_samples": source.fingerprint()}
     state = hashlib.blake2b(digest_size=16)
     for file in source.files:
         with reading(file), open(file, "rb") as stream:

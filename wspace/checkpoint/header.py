@@ -160,9 +160,12 @@ def opened(file: Path) -> BinaryIO:
 
 
 def state_of(number: int) -> tuple[int, ...]:
-    """Size, place and time of change of an open file: other ones mean another content."""
+    """Size, place and times of an open file: other ones mean another content.
+
+    Last the time of change of the inode, which no program sets, but links and permissions do.
+    """
     now = os.fstat(number)
-    return now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns
+    return now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns
 
 
 def mapping(text: bytes, number: Callable[[str], Any] | None = None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from wspace.checkpoint import folder, header
 
 __all__ = ["Checkpoint", "Stored", "open"]
 
+_SAMPLES, _SAMPLE = 16, 2**12
+"""Pieces of a file that its fingerprint is taken of, and the bytes of each."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -154,10 +157,12 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
         return folder.others_of(self.path) if self.path.is_dir() else ()
 
     def fingerprint(self) -> str:
-        """A hash of the headers of all files, their names, sizes and times of change.
+        """A hash of the headers of all files, their names, sizes, inodes and times, and samples.
 
-        All of these are as they were when the files were opened. No tensor is read: files with the
-        same headers are told apart by their times, not by their numbers.
+        All but the samples are as they were when the files were opened. Of the tensors a few
+        kilobytes are read, spread over each file: files with the same headers are told apart by
+        what the system says of them, and hardly by their numbers. A copy of a file has another
+        hash, and so has a file to which a link or other permissions were given.
 
         Examples:
             >>> import tempfile
@@ -171,9 +176,13 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
         """
         state = hashlib.blake2b(digest_size=16)
         for file, head in self._headers.items():
-            size, *_, changed = head.state
+            size, _, *place_and_times = head.state
             state.update(head.text)
-            state.update(f"{file.name} {size} {changed}".encode())
+            state.update(f"{file.name} {size} {place_and_times}".encode())
+            mapped = self._maps.of(file)
+            for i in range(_SAMPLES):
+                start = max(size - _SAMPLE, 0) * i // (_SAMPLES - 1)
+                state.update(mapped[start : start + _SAMPLE])
         return state.hexdigest()
 
     def first_rows(self, counts: Mapping[str, int]) -> "Checkpoint":
@@ -303,9 +312,17 @@ class _Maps:
 
     def _map(self, file: Path) -> mmap.mmap:
         with header.opened(file) as stream:
-            if header.state_of(stream.fileno()) != self._states[file]:
+            *now, _ = header.state_of(stream.fileno())
+            *before, _ = self._states[file]
+            if now != before:
                 raise ValueError(f"{file} changed since it was opened: open it again")
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise OSError(
+                    f"{file} cannot be mapped into memory ({error.strerror}): copy it to another "
+                    "file system"
+                ) from error
         if hasattr(mmap, "MADV_SEQUENTIAL"):
             mapped.madvise(mmap.MADV_SEQUENTIAL)
         return mapped
