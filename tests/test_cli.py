@@ -30,7 +30,7 @@ from wspace import (
     tree,
 )
 from wspace.__main__ import main
-from wspace._cli import methods, signatures
+from wspace._cli import adapters, methods, signatures
 from wspace._cli.words import Parser, size
 from wspace.checkpoint.writer import Writer
 from wspace.selection import top
@@ -222,6 +222,106 @@ def test_adapters_are_not_replaced_unless_forced(capsys):
     words = "extract A C --rank 1 -o OUT"
     assert [run(words), run(words), run(words, "--force")] == [0, 1, 0]
     assert "OUT exists: give another path, or --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--energy 0.7", "--tail 0.15", "--energy 0.9 --rank 1"])
+def test_the_rank_of_an_adapter_is_the_least_by_energy_or_tail(words, points):
+    assert run("extract A C", words, "--embeddings embed.* -o OUT --quiet") == 0
+    a, c = ({k: x for k, x in points[p].items() if k.endswith("weight")} for p in "AC")
+    edit = checkpoint.load_adapter("OUT", a)
+    for name, x in a.items():
+        values = np.linalg.svd(np.float64(c[name]) - np.float64(x), compute_uv=False)
+        tails = np.sqrt(np.append(np.cumsum(values[::-1] ** 2)[::-1], 0))
+        shares = 1 - tails**2 / tails[0] ** 2
+        rank = np.argmax(tails <= 0.15 if "tail" in words else shares >= float(words.split()[1]))
+        assert edit[name].rank == min(rank, 1 if "rank" in words else 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give --rank, --energy or --tail"),
+        ("--energy 0.5 --tail 1", "give one of them"),
+        ("--energy 0", "must be in (0, 1]"),
+        ("--tail -1", "must be at least 0"),
+    ],
+)
+def test_an_adapter_of_no_rank_is_refused(words, message, capsys):
+    assert run("extract A C -o OUT", words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_large_matrices_are_cut_by_the_randomized_method(capsys, monkeypatch):
+    monkeypatch.setattr(adapters, "_LARGE", 4)
+    monkeypatch.setattr(adapters, "_FEW", 4)
+    seen = []
+    truncate = lowrank.truncate
+
+    def told(*arguments, **options):
+        seen.append(options.get("method", "exact"))
+        return truncate(*arguments, **options)
+
+    monkeypatch.setattr(lowrank, "truncate", told)
+    assert run("extract A C --rank 1 -o OUT --dry-run") == 0
+    assert "1 of them by the randomized method" in capsys.readouterr().out
+    assert run("extract A C --rank 1 -o OUT --quiet") == 0
+    assert run("extract A C --rank 1 -o EXACT --quiet --exact") == 0
+    assert sorted(seen) == ["exact"] * 3 + ["randomized"]
+
+
+def test_an_adapter_that_was_interrupted_goes_on_with_what_was_cut(folder, monkeypatch, capsys):
+    cut, cuts = adapters._cut, []
+
+    def stops(job, tensor, *sources):
+        cuts.append(tensor.name)
+        if len(cuts) == 3:
+            raise KeyboardInterrupt
+        return cut(job, tensor, *sources)
+
+    words = "extract A C --rank 2 --quiet -o"
+    assert run(words, "WHOLE") == 0
+    monkeypatch.setattr(adapters, "_cut", stops)
+    assert run(words, "OUT") == 1
+    assert "run it again to go on" in capsys.readouterr().err
+    assert run("extract A C --rank 1 -o OUT --dry-run") == 0
+    assert ".OUT." in capsys.readouterr().out
+    assert run(words, "OUT") == 0
+    assert sorted(cuts) == sorted([*{*cuts}, cuts[2]])  # but for that at which it stopped, once
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "OUT" / name).read_bytes() == (folder / "WHOLE" / name).read_bytes()
+    assert not [x for x in folder.iterdir() if x.name.startswith(".")]
+    said = json.loads((folder / "OUT" / "wspace.json").read_text())
+    assert (
+        said["certificates"]
+        == json.loads((folder / "WHOLE" / "wspace.json").read_text())["certificates"]
+    )
+
+
+def test_embeddings_by_usual_names_are_kept_as_such_and_others_are_named(folder, capsys):
+    layout = {
+        "model.embed_tokens.weight": ((5, 3), np.float32),
+        "model.my_embedder.weight": ((4, 3), np.float32),
+        "model.up.weight": ((4, 3), np.float32),
+    }
+    for i, name in enumerate(("X", "Y")):
+        written(folder / name, i, 0.1, layout)
+    assert run("extract X Y --rank 3 -o OUT --quiet") == 0
+    told = capsys.readouterr().err
+    assert "kept as embeddings: model.embed_tokens.weight" in told
+    assert "kept as linear layers: model.my_embedder.weight" in told
+    assert {x.split(".")[-1] for x in checkpoint.open("OUT/adapter_model.safetensors")} == {
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "weight",
+    }
+
+
+def test_a_difference_that_is_not_finite_is_refused_by_the_name_of_its_tensor(folder, capsys):
+    layout = {"one.weight": ((4, 3), np.float32), "two.bias": ((2,), np.float32)}
+    for i, name in enumerate(("X", "Y")):
+        written(folder / name, i, np.inf if i else 0.1, layout)
+    assert run("extract X Y --rank 1 -o OUT --quiet") == 1
+    assert "at tensor 'one.weight'" in capsys.readouterr().err
 
 
 def test_distances_and_angles_are_those_of_geometry(points, capsys):

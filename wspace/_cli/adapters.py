@@ -4,31 +4,66 @@ import fnmatch
 import json
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from wspace import checkpoint, geometry, negative
+from wspace import checkpoint, geometry, lowrank, tree
 from wspace._checks import WEIGHT_DTYPES
 from wspace._cli import records
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
 from wspace._cli.words import Misuse, in_bytes, table
 from wspace.checkpoint import Checkpoint, Stored, places
+from wspace.checkpoint.header import shown
+from wspace.checkpoint.kept import Kept, kept
 from wspace.checkpoint.streaming import alike
+from wspace.checkpoint.tensors import write
+
+_LARGE, _FEW = 1024, 16
+"""From this many rows and columns on the randomized method pays, for a rank of a 16th of them."""
+
+_USUAL = {
+    *("embed", "embed_tokens", "embed_positions", "embed_in", "embedding", "embeddings", "shared"),
+    *("word_embeddings", "position_embeddings", "token_type_embeddings", "tok_embeddings"),
+    *("token_embedding", "position_embedding", "wte", "wpe"),
+}
+"""What layers of torch.nn.Embedding are called in the usual models."""
+
+_SIDES = ("left", "right")
+_NUMBERS = ("rank", "difference", "tail")
+
+
+class Row(NamedTuple):
+    """A tensor, the rank of its edit, how far the models are apart in it, and what is left."""
+
+    tensor: Stored
+    rank: int
+    difference: float
+    tail: float
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is to be written: the edit of this rank that brings `start` nearest to `target`."""
+    """What is to be written: the edit of low rank that brings `start` nearest to `target`.
+
+    The rank of a matrix is `rank`, or the least that keeps this share of the energy of the
+    difference, or leaves no more than this tail, but `rank` at most if it is given, too.
+    """
 
     command: str
     start: Path
     target: Path
-    rank: int
+    rank: int | None
+    energy: float | None
+    tail: float | None
+    exact: bool
     output: Path
     fan_in_fan_out: bool
     embeddings: Sequence[str]
@@ -54,37 +89,77 @@ def run(job: Adapter) -> None:
         layers = [x.name for x in weights if _is_layer(x)]
         _refuse_output(job, _most_bytes(job, weights))
         alike((start, target))
-        named = {glob: fnmatch.filter(layers, glob) for glob in job.embeddings}
-        for glob, names in named.items():
-            if not names:
-                raise Misuse(f"--embeddings {glob!r} matches no matrix of {job.start}")
+        embeddings = _embeddings(job, layers)
         if job.dry_run:
-            print(_plan(job, weights, layers))
+            print(_plan(job, weights, layers, embeddings))
+            _tell_left(job)
             return
-        edit, rows = _edit(job, weights, start, target)
-        if not edit:
-            raise ValueError(
-                f"{job.start} and {job.target} differ in no matrix: there is no adapter"
+        record = records.record(_recipe(job), (start, target), job.full_hash)
+        with kept(job.output, record["plan"], job.remove_partial) as done:
+            edit, rows = _edit(job, weights, start, target, done)
+            if not edit:
+                more = "" if job.tail is None else " by more than --tail"
+                raise ValueError(
+                    f"{job.start} and {job.target} differ in no matrix{more}: there is no adapter"
+                )
+            checkpoint.save_adapter(
+                job.output,
+                edit,
+                fan_in_fan_out=job.fan_in_fan_out,
+                embeddings=[name for name in embeddings if name in edit],
             )
-        record = _record(job, (start, target), rows)
-    embeddings = {name for names in named.values() for name in names if name in edit}
-    checkpoint.save_adapter(
-        job.output, edit, fan_in_fan_out=job.fan_in_fan_out, embeddings=embeddings
-    )
-    (job.output / records.NAME).write_text(json.dumps(record, indent=2) + "\n")
+            said = record | {"certificates": _certificates(rows)}
+            write(job.output / records.NAME, json.dumps(said, indent=2).encode() + b"\n")
     print(_table(rows))
+    _tell_embeddings(job, edit, embeddings)
+    if not job.quiet:
+        _tell_left(job, sys.stderr)
+
+
+def _tell_left(job: Adapter, stream: Any = None) -> None:
+    left = records.of_targets([job.output], ()).get("left")
+    if left:
+        print(f"left of interrupted runs: {left}", file=stream)
+
+
+def _embeddings(job: Adapter, layers: Sequence[str]) -> list[str]:
+    """The layers that PEFT keeps by other names: those that are asked for, or have usual names."""
+    named = {glob: fnmatch.filter(layers, glob) for glob in job.embeddings}
+    for glob, names in named.items():
+        if not names:
+            raise Misuse(f"--embeddings {glob!r} matches no matrix of {job.start}")
+    if named:
+        return [name for name in layers if any(name in names for names in named.values())]
+    return [name for name in layers if name.split(".")[-2] in _USUAL]
+
+
+def _tell_embeddings(job: Adapter, edit: Iterable[str], embeddings: Sequence[str]) -> None:
+    """Says what was taken for embeddings, where nobody said what is: PEFT loads no others."""
+    if job.embeddings:
+        return
+    found = [name for name in edit if name in embeddings]
+    others = [x for x in edit if x not in found and "emb" in x.split(".")[-2].lower()]
+    for names, what in ((found, "embeddings"), (others, "linear layers")):
+        if names:
+            print(
+                f"kept as {what}: {records.listed(names)}; else PEFT loads nothing of them, so "
+                "where that is wrong give --embeddings",
+                file=sys.stderr,
+            )
 
 
 def _most_bytes(job: Adapter, weights: Sequence[Stored]) -> int:
     """How many bytes the factors take at most."""
     shapes = [x.shape for x in weights if _is_layer(x)]
-    return sum(4 * min(job.rank, *shape) * sum(shape) for shape in shapes)
+    ranks = [min(shape if job.rank is None else (job.rank, *shape)) for shape in shapes]
+    return sum(4 * rank * sum(shape) for rank, shape in zip(ranks, shapes, strict=True))
 
 
 def _refuse_output(job: Adapter, nbytes: int) -> None:
     """Raises, before a tensor is read, if the adapter cannot be written where it is to be."""
     places.refuse_place(job.output)
-    places.refuse_size(job.output, nbytes)
+    if job.rank is not None:  # else the size shows at the end
+        places.refuse_size(job.output, nbytes)
     if not os.path.lexists(job.output):
         return
     if not job.force:
@@ -103,53 +178,98 @@ def _is_layer(tensor: Stored) -> bool:
 
 
 def _edit(
-    job: Adapter, weights: Sequence[Stored], start: Checkpoint, target: Checkpoint
-) -> tuple[dict[str, Any], list[tuple[Stored, int, float, float]]]:
+    job: Adapter,
+    weights: Sequence[Stored],
+    start: Checkpoint,
+    target: Checkpoint,
+    done: Kept,
+) -> tuple[dict[str, Any], list[Row]]:
     """The factors, and for each tensor its rank, the difference and what is left of it."""
     edit, rows = {}, []
     with Progress(2 * sum(x.nbytes for x in weights), job.quiet) as progress:
         for tensor in weights:
             name = tensor.name
-            x, y = (jax.device_put(source[name].read()) for source in (start, target))
-            difference = float(geometry.distance(x, y))
-            tail, rank = difference, 0
-            if _is_layer(tensor) and difference:
-                cut = negative.offset(x, y, job.rank)
-                edit[name], tail = cut.factors, float(cut.tail)
-                rank = min(job.rank, *tensor.shape)
-            rows.append((tensor, rank, difference, tail))
-            progress.advance(2 * tensor.nbytes)
+            before = done.get(name)
+            if before is None:
+                try:
+                    row, factors = _cut(job, tensor, start, target)
+                except (TypeError, ValueError) as error:
+                    error.add_note(f"at tensor {shown(name)}")
+                    raise
+                done.put(name, factors, {x: repr(getattr(row, x)) for x in _NUMBERS})
+                progress.advance(2 * tensor.nbytes)
+            else:
+                factors, said = before
+                distances = float(said["difference"]), float(said["tail"])
+                row = Row(tensor, int(said["rank"]), *distances)
+                progress.skip(2 * tensor.nbytes)
+            if factors:
+                edit[name] = lowrank.LowRank(*(jnp.asarray(factors[x]) for x in _SIDES))
+            rows.append(row)
     return edit, rows
 
 
-def _record(
-    job: Adapter,
-    sources: Sequence[Checkpoint],
-    rows: Sequence[tuple[Stored, int, float, float]],
-) -> dict[str, Any]:
-    recipe = {
+def _cut(
+    job: Adapter, tensor: Stored, start: Checkpoint, target: Checkpoint
+) -> tuple[Row, dict[str, np.ndarray]]:
+    """What is written of a tensor, and what it leaves out."""
+    x, y = (jax.device_put(source[tensor.name].read()) for source in (start, target))
+    difference = float(geometry.distance(x, y))
+    if not math.isfinite(difference):
+        raise ValueError(
+            "the difference of the models is NaN or infinite: mend the model that is, or convert "
+            "both to float32"
+        )
+    if not _is_layer(tensor) or not difference:
+        return Row(tensor, 0, difference, difference), {}
+    edit = tree.combine((1.0, -1.0), (y, x), rounded=False)
+    cut = _truncated(job, edit)
+    row = Row(tensor, cut.factors.rank, difference, float(cut.tail))
+    return row, {x: np.asarray(getattr(cut.factors, x)) for x in _SIDES if row.rank}
+
+
+def _truncated(job: Adapter, edit: Any) -> Any:
+    rank = job.rank
+    if job.energy is not None or job.tail is not None:
+        cut = lowrank.truncate(edit, energy=job.energy, tail=job.tail)
+        if rank is None or cut.factors.rank <= rank:
+            return cut
+    if rank is not None and _pays(rank, edit.shape) and not job.exact:
+        return lowrank.truncate(edit, rank, method="randomized", key=jax.random.key(0))
+    return lowrank.truncate(edit, rank)
+
+
+def _pays(rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether the randomized method is much faster, and as near but for rounding as a rule."""
+    return min(shape) >= max(_LARGE, _FEW * rank)
+
+
+def _recipe(job: Adapter) -> dict[str, Any]:
+    how = {name: getattr(job, name) for name in ("rank", "energy", "tail", "exact")}
+    return {
         "command": job.command,
         "models": [str(job.start), str(job.target)],
-        "rank": job.rank,
+        **{name: value for name, value in how.items() if value},
         "fan_in_fan_out": job.fan_in_fan_out,
         "embeddings": list(job.embeddings),
     }
-    return records.record(recipe, sources, job.full_hash) | {
-        "certificates": {
-            "difference": math.hypot(*(row[2] for row in rows)),
-            "tail": math.hypot(*(row[3] for row in rows)),
-            "tails": {row[0].name: row[3] for row in rows},
-        }
+
+
+def _certificates(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "difference": math.hypot(*(row.difference for row in rows)),
+        "tail": math.hypot(*(row.tail for row in rows)),
+        "tails": {row.tensor.name: row.tail for row in rows},
     }
 
 
-def _table(rows: Sequence[tuple[Stored, int, float, float]]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     lines = [("tensor", "shape", "rank", "difference", "tail", "left")]
     for tensor, rank, difference, tail in rows:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         lines.append((tensor.name, shape, str(rank), f"{difference:.4g}", f"{tail:.4g}", ""))
         lines[-1] = (*lines[-1][:-1], _share(tail, difference))
-    whole = [math.hypot(*(row[i] for row in rows)) for i in (2, 3)]
+    whole = [math.hypot(*(getattr(row, x) for row in rows)) for x in _NUMBERS[1:]]
     lines.append(("all", "", "", f"{whole[0]:.4g}", f"{whole[1]:.4g}", _share(whole[1], whole[0])))
     return table(lines)
 
@@ -158,17 +278,32 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "0.0%"
 
 
-def _plan(job: Adapter, weights: Sequence[Stored], layers: Sequence[str]) -> str:
+def _rank(job: Adapter) -> str:
+    most = "" if job.rank is None else f", at most {job.rank}"
+    if job.energy is not None:
+        return f"to keep {job.energy:g} of the energy of each difference{most}"
+    if job.tail is not None:
+        return f"to leave {job.tail:g} of each difference{most}"
+    return f"{job.rank}"
+
+
+def _plan(
+    job: Adapter, weights: Sequence[Stored], layers: Sequence[str], embeddings: Sequence[str]
+) -> str:
     nbytes = sum(x.nbytes for x in weights)
+    cut = job.rank if job.energy is None and job.tail is None and not job.exact else None
+    pays = [x for x in weights if cut and _is_layer(x) and _pays(cut, x.shape)]
+    by = f", {len(pays)} of them by the randomized method" if pays else ""
     return "\n".join(
         [
             job.command,
             f"  from    {job.start}",
             f"  to      {job.target}",
-            f"  rank    {job.rank}",
-            f"  output  {job.output}: an adapter of {len(layers)} of {len(weights)} tensors",
+            f"  rank    {_rank(job)}",
+            f"  output  {job.output}: an adapter of {len(layers)} of {len(weights)} tensors, "
+            f"{len(embeddings)} of them embeddings",
             f"  reads   {in_bytes(2 * nbytes)}",
             f"  writes  at most {in_bytes(_most_bytes(job, weights))}",
-            "  how     tensor by tensor; the factors stay in memory",
+            f"  how     tensor by tensor{by}; the factors stay in memory",
         ]
     )

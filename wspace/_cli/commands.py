@@ -244,7 +244,24 @@ def _adapter(command: str, words: Sequence[str]) -> None:
     else:
         parser.add_argument("start", type=Path, metavar="BASE", help="the base")
         parser.add_argument("target", type=Path, metavar="TUNED", help="what was tuned from it")
-    parser.add_argument("--rank", type=count, required=True, metavar="N", help="required")
+    parser.add_argument("--rank", type=count, metavar="N", help="the rank, or the most of --energy")
+    parser.add_argument(
+        "--energy",
+        type=number,
+        metavar="X",
+        help="the least rank that keeps this share of the squared norm of each difference",
+    )
+    parser.add_argument(
+        "--tail",
+        type=number,
+        metavar="X",
+        help="the least rank that leaves no more than this distance in each tensor",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="by all singular values, also where the randomized method is much faster",
+    )
     parser.add_argument(
         "--fan-in-fan-out",
         action="store_true",
@@ -255,10 +272,19 @@ def _adapter(command: str, words: Sequence[str]) -> None:
         nargs="+",
         default=[],
         metavar="GLOB",
-        help="the tensors that are embeddings, which PEFT keeps by other names",
+        help="the tensors that are embeddings, which PEFT keeps by other names; default: those "
+        "with usual names of embeddings, which are told",
     )
     add_run_options(parser)
     options = parser.parse(words)
+    if options.energy is not None and options.tail is not None:
+        raise Misuse("--energy and --tail each choose the rank: give one of them")
+    if options.rank is None and options.energy is None and options.tail is None:
+        raise Misuse("give --rank, --energy or --tail: one of them says how large the adapter is")
+    if options.energy is not None and not 0 < options.energy <= 1:
+        raise Misuse(f"--energy must be in (0, 1], got {options.energy:g}")
+    if options.tail is not None and options.tail < 0:
+        raise Misuse(f"--tail must be at least 0, got {options.tail:g}")
     from wspace._cli import adapters
 
     told = vars(options)

@@ -63,13 +63,13 @@ def of_targets(targets: Iterable[Path], others: Sequence[Path]) -> dict[str, str
         left += [f"{x} ({in_bytes(partial.held(x))})" for x in partial.leftovers(target)]
     mend = "; give their commands again to go on, or --remove-partial to remove them"
     said = {
-        "replaces": _listed(gone) + (f", and keeps {_listed(kept)}" if kept else ""),
-        "left": _listed(left) + mend if left else "",
+        "replaces": listed(gone) + (f", and keeps {listed(kept)}" if kept else ""),
+        "left": listed(left) + mend if left else "",
     }
     return {key: value for key, value in said.items() if value}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
     return ", ".join(names[:_MOST]) + more
 

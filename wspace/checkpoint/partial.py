@@ -47,10 +47,7 @@ def output(
     places.refuse_place(target)
     with locked(target):
         with writing(target):
-            recover(target)
-            for other in leftovers(target) if remove_partial else ():
-                if other != aside:
-                    remove(other, target)
+            cleared(target, aside, remove_partial)
         places.refuse_existing(target, force, files.is_file)
         nbytes = sum(files.sizes.values()) + sum(x.stat().st_size for x in copies.values())
         places.refuse_size(target, nbytes - held(aside))
@@ -262,6 +259,14 @@ def held(partial: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # its writer has put it in place
                 nbytes += 512 * os.lstat(os.path.join(folder, name)).st_blocks
     return nbytes
+
+
+def cleared(target: Path, aside: Path, remove_partial: bool) -> None:
+    """Recovers, and removes what other jobs than that of `aside` left if asked."""
+    recover(target)
+    for other in leftovers(target) if remove_partial else ():
+        if other != aside:
+            remove(other, target)
 
 
 def recover(target: Path) -> None:
