@@ -6,6 +6,7 @@ program, and small lazy leaves are flat arrays of few lengths.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -91,14 +92,21 @@ def _place(row: Sequence[Any]) -> Any:
 
 
 def put_off(
-    kernel: Callable[[Sequence[Any], Any], Any], row: Sequence[Any], in_pieces: bool
+    kernel: Callable[[Sequence[Any], Any], Any],
+    row: Sequence[Any],
+    in_pieces: bool,
+    traced: Callable[[Sequence[Any], Any], Any] | None = None,
 ) -> Any:
-    """Lazy results of a kernel, which takes leaves' entries and the flat index of the first."""
+    """Lazy results of a kernel, which takes leaves' entries and the flat index of the first.
+
+    Their shapes and dtypes are what `traced` gives of the leaves', or tracing the kernel does.
+    """
     shape = row[0].shape
     # To learn the dtypes; one shape, where any will do, is traced once for leaves of many.
     asked = (1,) if in_pieces else shape
     alike = [jax.ShapeDtypeStruct(asked, leaf.dtype) for leaf in row]
-    like = jax.eval_shape(kernel, alike, np.uint32(0))
+    traced = traced or functools.partial(jax.eval_shape, kernel)
+    like = traced(alike, np.uint32(0))
     inputs = [leaf if isinstance(leaf, Lazy) else _in_memory(leaf) for leaf in row]
 
     def compute(span: Span, given: Sequence[Any]) -> Any:

@@ -119,7 +119,11 @@ def elementwise(
         def on_span(leaves: Sequence[Any], start: Any) -> Any:
             return kernel(scalars, _as_columns(own), _as_columns(leaves), start)[0]
 
-        return _pieces.put_off(on_span, leaves, in_pieces=scope == "entry")
+        # Of the kernel itself, which is traced once for leaves of the same kind.
+        def traced(leaves: Sequence[Any], start: Any) -> Any:
+            return jax.eval_shape(kernel, scalars, [own], [leaves], start)[0]
+
+        return _pieces.put_off(on_span, leaves, scope == "entry", traced)
 
     def on_trees(
         scalars: Sequence[ScalarLike | Key[Array, ""]],
@@ -198,7 +202,7 @@ def reduction(
     def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
         """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
         like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
-        terms = jax.eval_shape(lambda c, leaves: on_leaf(c, leaves, wide), scalars, like)
+        (terms,) = jax.eval_shape(kernel, scalars, [like], wide)
         exact = jnp.issubdtype(terms.dtype, jnp.integer)
         if not exact and kind == "sum":
             return kernel(scalars, _as_columns(_pieces.whole(row)), wide)[0]
