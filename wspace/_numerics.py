@@ -7,9 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
-
-from wspace.typing import Scalar
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 Wide: TypeAlias = type
 """A dtype that arithmetic runs in."""
@@ -84,7 +82,9 @@ def _(primals: Any, tangents: Any) -> Any:
     return plus(x, step), dx + d_step
 
 
-def gap_times(c: Scalar, x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
+def gap_times(
+    c: Float[Array, ""], x: Float[Array, "*s"], y: Float[Array, "*s"]
+) -> Float[Array, "*s"]:
     """`c * (x - y)`, also where the difference overflows and the product does not."""
     far = jnp.isinf(x - y)
     return jnp.where(far, 2 * c, c) * jnp.where(far, x / 2 - y / 2, x - y)
@@ -117,6 +117,16 @@ def with_nan_of(x: Any, *others: Any) -> Any:
     for y in others:
         x = x + 0 * y
     return x
+
+
+def where_kept(kept: Bool[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The entries that are kept, and zero elsewhere; NaN, which no comparison tells, stays NaN."""
+    return jnp.where(kept | jnp.isnan(x), x, 0)
+
+
+def larger(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Of each two entries the one of larger magnitude, of equal ones the first; NaN before all."""
+    return jnp.where((jnp.abs(y) > jnp.abs(x)) | jnp.isnan(y), y, x)
 
 
 # sin(sqrt w) / sqrt w = sum_k (-w)^k / (2k+1)!; for |w| <= 1 nine terms leave less than 1e-17.

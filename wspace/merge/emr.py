@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, tree
+from wspace._numerics import where_kept
 from wspace.merge.parts.elect import disjoint_merge, elect
-from wspace.merge.task import added, differences, siblings
+from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["Unified", "emr", "emr_model"]
@@ -74,7 +75,7 @@ def emr(base: WeightsLike, tuned: Sequence[WeightsLike]) -> Unified:
     edits = differences(base, tuned)
     edit = disjoint_merge(edits, elect(edits), divide="largest")
     masks = [_same_sign((), (x, edit)) for x in edits]
-    kept = [_under(edit, mask) for mask in masks]
+    kept = [_masked((), (edit, mask)) for mask in masks]
     return Unified(
         edit, masks, jnp.stack([_rescaling(x, y) for x, y in zip(edits, kept, strict=True)])
     )
@@ -108,7 +109,13 @@ def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
         Array([ 4., -2.], dtype=float32)
     """
     _checks.same_layout(base=base, edit=unified.edit)
-    return added(base, _under(unified.edit, unified.masks[index]), unified.scales[index])
+    return _of_task((unified.scales[index],), (base, unified.edit, unified.masks[index]))
+
+
+@tree.elementwise
+def _of_task(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (scale,), (base, edit, mask) = scalars, arrays
+    return base + scale * where_kept(mask, edit)
 
 
 @tree.elementwise
@@ -120,11 +127,7 @@ def _same_sign(_: Sequence[Scalar], arrays: Sequence[Array]) -> Bool[Array, "*s"
 @tree.elementwise
 def _masked(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     edit, mask = arrays
-    return jnp.where(mask, edit, 0)
-
-
-def _under(edit: WeightsLike, mask: PyTree) -> Weights:
-    return _masked((), (edit, mask))
+    return where_kept(mask, edit)
 
 
 def _rescaling(whole: WeightsLike, part: WeightsLike) -> Scalar:

@@ -3,10 +3,10 @@ r"""MagMax: each entry from the model that changed it most."""
 import functools
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
+from wspace._numerics import larger
 from wspace.merge.task import siblings
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -63,5 +63,4 @@ def magmax(
 def _largest(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *coefficients), (base, *tuned) = scalars, arrays
     terms = [c * (x - base) for c, x in zip(coefficients, tuned, strict=True)]
-    winner = functools.reduce(lambda x, y: jnp.where(jnp.abs(y) > jnp.abs(x), y, x), terms)
-    return base + scale * winner
+    return base + scale * functools.reduce(larger, terms)

@@ -62,4 +62,5 @@ def _less_consensus(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array
     signs = [jnp.sign(x) for x in edits]
     agree = functools.reduce(jnp.logical_and, [s == signs[0] for s in signs])
     mean = sum(edits[1:], edits[0]) / len(edits)
-    return base - strength * jnp.where(agree, mean, 0)
+    undefined = functools.reduce(jnp.logical_or, map(jnp.isnan, edits))
+    return base - strength * jnp.where(agree | undefined, mean, 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
-from wspace._numerics import unstacked, with_nan_of
+from wspace._numerics import unstacked, where_kept, with_nan_of
 from wspace.merge.parts.numbers import peak_of
 from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -84,7 +84,7 @@ def ram(
         cuts = [jnp.asarray(threshold).astype(peak.dtype) * peak for peak in map(peak_of, edits)]
     plain = not _checks.is_traced(boost) and boost == 0
     boosts = [1.0] * len(edits) if plain else _boosts(cuts, edits, boost, cap)
-    scale = with_nan_of(_checks.scalar("scale", scale), threshold, cap, boost)
+    scale = with_nan_of(_checks.scalar("scale", scale), threshold, cap, boost, *cuts)
     return _shared((scale, *cuts, *boosts), (base, *edits))
 
 
@@ -115,7 +115,7 @@ def _shared(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     number = sum(c.astype(base.dtype) for c in changed)
     alone = number == 1
     terms = [
-        jnp.where(c, jnp.where(alone, boost * x, x), 0)
+        where_kept(c, jnp.where(alone, boost * x, x))
         for c, x, boost in zip(changed, edits, boosts, strict=True)
     ]
     return base + scale * sum(terms[1:], terms[0]) / jnp.maximum(number, 1)

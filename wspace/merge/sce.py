@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from wspace import _checks, tree
+from wspace._numerics import where_kept
 from wspace.merge.parts.elect import Election, Zero, agreed
 from wspace.merge.parts.numbers import count
 from wspace.merge.task import differences, siblings
@@ -107,4 +108,4 @@ def _energy_shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array
 @tree.elementwise
 def _varying(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, mask, variance = arrays
-    return jnp.where(mask & (variance > 0), x, 0)
+    return where_kept(mask & (variance > 0), x)

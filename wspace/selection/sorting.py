@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from wspace import tree
-from wspace._numerics import accumulator
+from wspace._numerics import accumulator, where_kept
 from wspace.selection.bracket import Count
 from wspace.selection.keys import Keys, code
 
@@ -52,7 +52,7 @@ def kept_in_rows(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     if not x.size:
         return x
     rows = x if x.ndim else x.reshape(1)
-    return jnp.where(_band_of_rows(rows, start, stop), rows, 0).reshape(x.shape)
+    return where_kept(_band_of_rows(rows, start, stop), rows).reshape(x.shape)
 
 
 @functools.partial(tree.elementwise, scope="leaf")
@@ -62,4 +62,4 @@ def kept_in_leaf(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     if not x.size:
         return x
     flat = x.reshape(-1)
-    return jnp.where(_band_of_rows(flat, start, stop), flat, 0).reshape(x.shape)
+    return where_kept(_band_of_rows(flat, start, stop), flat).reshape(x.shape)

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
-from wspace._numerics import Wide, accumulator
+from wspace._numerics import Wide, accumulator, where_kept
 from wspace.selection import bracket
 from wspace.selection.bracket import Count
 from wspace.selection.counting import axes, last_by_counting
@@ -134,7 +134,7 @@ _selected = tree.elementwise(_is_selected, placed=True)
 
 @functools.partial(tree.elementwise, placed=True)
 def _kept(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) -> Array:
-    return jnp.where(_is_selected(scalars, arrays, index), arrays[0], 0)
+    return where_kept(_is_selected(scalars, arrays, index), arrays[0])
 
 
 def _compared(x: WeightsLike, k: Any) -> tuple[Keys, tuple[WeightsLike], list[PyTree]]:
@@ -153,12 +153,12 @@ def _compared(x: WeightsLike, k: Any) -> tuple[Keys, tuple[WeightsLike], list[Py
 
 
 def keep_top(x: WeightsLike, k: Any) -> Weights:
-    """The k entries of largest magnitude, and zero everywhere else."""
+    """The k entries of largest magnitude, and zero everywhere else but where NaN is."""
     return _kept(*_compared(x, k))
 
 
 def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
-    """The `stop` entries of largest magnitude without the `start` largest; zero elsewhere."""
+    """The `stop` entries of largest magnitude without the `start` largest, as `keep_top` does."""
     if not start:
         return keep_top(x, stop)
     return _between((), (x, top_mask(x, stop), top_mask(x, start)))
@@ -167,7 +167,7 @@ def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
 @tree.elementwise
 def _between(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, inside, above = arrays
-    return jnp.where(inside & jnp.logical_not(above), x, 0)
+    return where_kept(inside & jnp.logical_not(above), x)
 
 
 def keep_in_leaves(x: WeightsLike, band: Callable[[int], tuple[int, int]]) -> Weights:

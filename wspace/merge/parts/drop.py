@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wspace import _checks, tree
+from wspace._numerics import where_kept
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop"]
@@ -67,7 +68,7 @@ def _dropping(rescale: Rescale) -> Callable[..., Weights]:
     @functools.partial(tree.elementwise, scope="leaf")
     def drop(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
         (density, key), (x,) = scalars, arrays
-        kept = jnp.where(uniform(key, x) < density.astype(jnp.float32), x, 0)
+        kept = where_kept(uniform(key, x) < density.astype(jnp.float32), x)
         if rescale == "inverse":
             kept = kept / density
         if rescale == "norm":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, tree
+from wspace._numerics import larger, where_kept
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -232,9 +233,9 @@ def _combined(
     terms = [c * x for c, x in zip(coefficients, edits, strict=True)]
     voters = terms if weighted else edits
     agree = [(jnp.sign(v) == sign) & (sign != 0) for v in voters]
-    kept = [jnp.where(a, x, 0) for a, x in zip(agree, terms, strict=True)]
+    kept = [where_kept(a, x) for a, x in zip(agree, terms, strict=True)]
     if divide == "largest":
-        return functools.reduce(lambda x, y: jnp.where(jnp.abs(y) > jnp.abs(x), y, x), kept)
+        return functools.reduce(larger, kept)
     together = sum(kept[1:], kept[0])
     if divide == "one":
         return together

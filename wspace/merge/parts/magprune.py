@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks, tree
-from wspace._numerics import placed_like, replicated
+from wspace._numerics import placed_like, replicated, where_kept
 from wspace.merge.parts.drop import Rescale, norm_ratio, uniform
 from wspace.merge.parts.numbers import part
 from wspace.typing import Weights, WeightsLike
@@ -107,7 +107,7 @@ def _pruning(scope: RankScope, rescale: Rescale) -> Callable[..., Weights]:
         rows = sizes if scope == "row" and x.ndim > 1 else sizes.reshape(-1)
         density, last, step = (n.astype(jnp.float32) for n in (density, last, step))
         probability = placed_like(density + _rise(rows, last, step).reshape(x.shape), x)
-        kept = jnp.where(uniform(key, x) < probability, x, 0)
+        kept = where_kept(uniform(key, x) < probability, x)
         if rescale == "inverse":
             kept = kept / probability.astype(x.dtype)
         if rescale == "norm":
