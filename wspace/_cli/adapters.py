@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from wspace import checkpoint, geometry, lowrank, tree
-from wspace._checks import WEIGHT_DTYPES
 from wspace._cli import records
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
-from wspace._cli.words import Misuse, in_bytes, table
+from wspace._cli.words import Choice, Misuse, in_bytes, table
 from wspace.checkpoint import Checkpoint, Stored, places
+from wspace.checkpoint.chosen import chosen
 from wspace.checkpoint.header import shown
 from wspace.checkpoint.kept import Kept, kept
-from wspace.checkpoint.streaming import alike
 from wspace.checkpoint.tensors import write
 
 _LARGE, _FEW = 1024, 16
@@ -72,6 +71,7 @@ class Adapter:
     quiet: bool
     full_hash: bool
     remove_partial: bool
+    choice: Choice
 
 
 def run(job: Adapter) -> None:
@@ -85,10 +85,12 @@ def run(job: Adapter) -> None:
         wide_enough((start, target)),
     ):
         records.refuse_overlap(job.output, (), (*start.files, *target.files))
-        weights = [x for x in start.values() if x.dtype in WEIGHT_DTYPES]
+        _refuse_output(job, _most_bytes(job, list(start.without(job.choice.skip).values())))
+        points = chosen((start, target), **job.choice._asdict())
+        for text in points.told:
+            print(f"note: {text}", file=sys.stderr)
+        weights = points.of_weights(0)
         layers = [x.name for x in weights if _is_layer(x)]
-        _refuse_output(job, _most_bytes(job, weights))
-        alike((start, target))
         embeddings = _embeddings(job, layers)
         if job.dry_run:
             print(_plan(job, weights, layers, embeddings))
@@ -252,6 +254,7 @@ def _recipe(job: Adapter) -> dict[str, Any]:
         **{name: value for name, value in how.items() if value},
         "fan_in_fan_out": job.fan_in_fan_out,
         "embeddings": list(job.embeddings),
+        **job.choice.said(),
     }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from wspace import merge, tree
 from wspace._cli.methods import TABLES, Method
 from wspace._cli.signatures import named
-from wspace._cli.words import Misuse
+from wspace._cli.words import Choice, Misuse
 from wspace.checkpoint import Checkpoint
 
 
@@ -34,6 +34,7 @@ class Recipe:
         dtype: The dtype that all weights must have, if the recipe says one.
         common_rows: Whether tensors may differ in their number of rows, and then are merged in
             those that all have.
+        choice: Which tensors are combined.
     """
 
     command: str
@@ -45,6 +46,7 @@ class Recipe:
     seed: int = 0
     dtype: str | None = None
     common_rows: bool = False
+    choice: Choice = field(default_factory=Choice)
 
     @property
     def table(self) -> Method:
@@ -77,6 +79,17 @@ class Recipe:
         election = taken.get("election", merge.Election())
         return entry.whole or taken.get("scope") == "tree" or election.zero == "majority"
 
+    def subtracts(self) -> bool:
+        """Whether a model may count negatively, which no statistic of squares stands."""
+        if self.command == "steer" or self.method in ("negmerge", "ext_sub"):
+            return True
+        for _, options in self.settings():
+            numbers = [options.get("scale", 1.0), options.get("strength", 1.0)]
+            numbers += options.get("coefficients", [])
+            if min(numbers) < 0 or not 0 <= options.get("t", 0.5) <= 1:
+                return True
+        return False
+
     def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options as the function takes them: what is given, and for the rest the preset's."""
         given = dict(options)
@@ -99,6 +112,14 @@ class Recipe:
         if count < wanted or (count > wanted and not isinstance(method.models, str)):
             more = " at least" if isinstance(method.models, str) else ""
             raise Misuse(f"{self.method} takes{more} {wanted} model(s), got {count}")
+        for path in self.sources:
+            model, plus, adapter = str(path).partition("+")
+            if plus and not path.exists() and Path(model).exists():
+                raise Misuse(
+                    f"{path} names a model with an adapter, and adapters are not read here: put "
+                    f"the adapter into {model} first, by checkpoint.load_adapter({adapter!r}, "
+                    "base), lowrank.apply and checkpoint.save in Python"
+                )
         for option in method.options:
             if option.required and option.name not in self.options:
                 raise Misuse(f"{self.method} needs {option.name}: give it")

@@ -19,8 +19,10 @@ from wspace._cli.words import (
     MISUSED,
     Misuse,
     Parser,
+    add_choice,
     add_run_options,
     add_traceback,
+    choice,
     count,
     near,
     number,
@@ -149,6 +151,7 @@ def _run(command: str, words: Sequence[str]) -> None:
             options.quiet,
             options.full_hash,
             options.remove_partial,
+            options.allow_nonfinite,
         ),
     )
 
@@ -177,7 +180,11 @@ def _from_file(words: Sequence[str]) -> tuple[Callable[[], Any], Any]:
         from wspace._cli import recipes
 
         read = recipes.read(options.recipe, options.seed)
-        return dataclasses.replace(read, common_rows=read.common_rows or options.common_rows)
+        return dataclasses.replace(
+            read,
+            common_rows=read.common_rows or options.common_rows,
+            choice=read.choice.joined(choice(options)),
+        )
 
     return recipe, options
 
@@ -209,6 +216,7 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
             given(method, options),
             seed=getattr(options, "seed", 0),
             common_rows=options.common_rows,
+            choice=choice(options),
         )
 
     return recipe, options
@@ -216,6 +224,12 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
 
 def _add_weights_options(parser: Parser) -> None:
     add_run_options(parser)
+    add_choice(parser)
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="write entries that are infinite or NaN and finite in all models, which is refused",
+    )
     parser.add_argument(
         "--common-rows",
         action="store_true",
@@ -276,6 +290,7 @@ def _adapter(command: str, words: Sequence[str]) -> None:
         "with usual names of embeddings, which are told",
     )
     add_run_options(parser)
+    add_choice(parser)
     options = parser.parse(words)
     if options.energy is not None and options.tail is not None:
         raise Misuse("--energy and --tail each choose the rank: give one of them")
@@ -287,9 +302,10 @@ def _adapter(command: str, words: Sequence[str]) -> None:
         raise Misuse(f"--tail must be at least 0, got {options.tail:g}")
     from wspace._cli import adapters
 
-    told = vars(options)
-    told.pop("traceback")
-    adapters.run(adapters.Adapter(command=command, **told))
+    told, chosen = vars(options), choice(options)
+    for name in ("traceback", *chosen._fields):
+        told.pop(name)
+    adapters.run(adapters.Adapter(command=command, choice=chosen, **told))
 
 
 def _inspect(words: Sequence[str]) -> None:
@@ -310,11 +326,12 @@ def _distance(words: Sequence[str]) -> None:
     )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     _add_table_options(parser)
+    add_choice(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse(words)
     from wspace._cli import tables
 
-    tables.distance(options.models, options.json, options.quiet)
+    tables.distance(options.models, options.json, options.quiet, choice(options))
 
 
 def _audit(words: Sequence[str]) -> None:
@@ -334,10 +351,18 @@ def _audit(words: Sequence[str]) -> None:
         help="one number for each model; equal if not given",
     )
     _add_table_options(parser)
+    add_choice(parser)
     options = parser.parse(words)
     from wspace._cli import tables
 
-    tables.audit(options.models, options.avoid, options.radius, options.coefficients, options.json)
+    tables.audit(
+        options.models,
+        options.avoid,
+        options.radius,
+        options.coefficients,
+        options.json,
+        choice(options),
+    )
 
 
 def _add_table_options(parser: Parser) -> None:

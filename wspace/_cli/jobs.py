@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from wspace import checkpoint
-from wspace._checks import WEIGHT_DTYPES
 from wspace._cli import records
 from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
 from wspace.checkpoint import Checkpoint, Writer, partial, places
-from wspace.checkpoint.streaming import alike, stream
-from wspace.checkpoint.tensors import writing
+from wspace.checkpoint.chosen import Chosen, chosen, is_weight
+from wspace.checkpoint.streaming import Nonfinite, refuse_nonfinite, streamed
+from wspace.checkpoint.tensors import matches, writing
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Output:
     quiet: bool = False
     full_hash: bool = False
     remove_partial: bool = False
+    allow_nonfinite: bool = False
 
 
 def run(recipe: Recipe, output: Output) -> None:
@@ -46,11 +48,15 @@ def run(recipe: Recipe, output: Output) -> None:
         layouts = [stack.enter_context(checkpoint.open(path)) for path in recipe.sources]
         records.refuse_overlap(output.path, recipe.sources, [y for x in layouts for y in x.files])
         stack.enter_context(wide_enough(layouts))
-        sources = _in_common(recipe, layouts)
+        whole = [x.without(recipe.choice.skip) for x in layouts]
         targets = _targets(recipe, output)
-        _refuse_targets(recipe, output, targets, layouts)
-        alike(sources)
-        _check_names(recipe, sources[0])
+        _refuse_targets(recipe, output, targets, whole)
+        points = chosen(
+            _in_common(recipe, layouts), outputs=recipe.outputs, **recipe.choice._asdict()
+        )
+        layouts, sources = whole, points.sources
+        _check_names(recipe, points)
+        _tell(recipe, points)
         record = records.record(
             {
                 "command": recipe.command,
@@ -61,6 +67,7 @@ def run(recipe: Recipe, output: Output) -> None:
                 "patterns": [{"match": glob, **own} for glob, own in recipe.patterns],
                 **({"seed": recipe.seed} if recipe.table.seeded else {}),
                 **({"common_rows": True} if recipe.common_rows else {}),
+                **recipe.choice.said(),
             },
             sources,
             output.full_hash and not output.dry_run,
@@ -76,7 +83,7 @@ def run(recipe: Recipe, output: Output) -> None:
             return
         if not output.quiet and "replaces" in said:
             print(f"replaces {said['replaces']}", file=sys.stderr)
-        job = _Job(output, layouts, sources, record, Call(recipe), recipe.table.entry.lazy, started)
+        job = _Job(output, layouts, points, record, Call(recipe), recipe.table.entry.lazy, started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
@@ -91,12 +98,12 @@ def run(recipe: Recipe, output: Output) -> None:
 class _Job:
     """What writing takes; `results` has all outputs where they are computed at once.
 
-    The outputs are like `layouts`, of which `sources` may have fewer rows.
+    The outputs are like `layouts`, of which the points may have fewer rows.
     """
 
     output: Output
     layouts: Sequence[Checkpoint]
-    sources: Sequence[Checkpoint]
+    points: Chosen
     record: Mapping[str, Any]
     call: Call
     lazy: bool
@@ -124,6 +131,8 @@ def _in_common(recipe: Recipe, layouts: Sequence[Checkpoint]) -> list[Checkpoint
     """The models, each tensor cut to the rows that all models have."""
     counts = {}
     for name, tensor in layouts[0].items():
+        if matches(name, recipe.choice.carry + recipe.choice.skip):
+            continue
         shapes = [x[name].shape for x in layouts if name in x]
         if len(set(shapes)) == 1 or not all(x and x[1:] == tensor.shape[1:] for x in shapes):
             continue
@@ -137,13 +146,30 @@ def _in_common(recipe: Recipe, layouts: Sequence[Checkpoint]) -> list[Checkpoint
     return [x.first_rows({name: n for name, n in counts.items() if name in x}) for x in layouts]
 
 
-def _check_names(recipe: Recipe, first: Checkpoint) -> None:
+_VARIANCE = re.compile(r"(^|[._])((running|moving)_var(iance)?|var|variance)$")
+
+
+def _tell(recipe: Recipe, points: Chosen) -> None:
+    """Says what was decided without being asked for, and what a negative coefficient reaches."""
+    told = list(points.told)
+    name = next(filter(_VARIANCE.search, points.combined), None)
+    if name is not None and recipe.subtracts():
+        told.append(
+            f"what is subtracted is subtracted from variances, too, such as {name!r}, which may "
+            f"become negative: --carry '*{name.rpartition('.')[2]}' keeps those of the first model"
+        )
+    for text in told:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _check_names(recipe: Recipe, points: Chosen) -> None:
     """Raises unless all patterns match a tensor, and the dtypes are those of the recipe."""
+    first = points.sources[0]
     for glob, _ in recipe.patterns:
         if not fnmatch.filter(first, glob):
             raise Misuse(f"the pattern {glob!r} matches no tensor of {first.path}")
     for tensor in first.values():
-        is_other = tensor.dtype in WEIGHT_DTYPES and tensor.dtype.name != recipe.dtype
+        is_other = is_weight(tensor) and tensor.dtype.name != recipe.dtype
         if recipe.dtype is not None and is_other:
             raise Misuse(
                 f"the recipe asks for {recipe.dtype}, but {tensor.name!r} of {first.path} is "
@@ -216,11 +242,19 @@ def _write(job: _Job, target: Path, index: int) -> None:
         plan=job.record["plan"],
         keep_on_error=False,
     ) as writer:
-        _fill(job, writer, index)
+        found = _fill(job, writer, index)
         certificates = job.call.certificates()
         if not is_file:
+            counts = {name: x._asdict() for name, x in found.items()}
             said = {**job.record, "certificates": certificates}
+            said |= {"nonfinite": counts} if counts else {}
             writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
+    for name, counts in found.items():
+        print(
+            f"note: {name!r} has {counts.made + counts.given} entries that are infinite or NaN, "
+            f"{counts.given} of them in a model, too",
+            file=sys.stderr,
+        )
     for name, value in certificates.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     if not job.output.quiet:
@@ -229,24 +263,24 @@ def _write(job: _Job, target: Path, index: int) -> None:
         print(f"wrote {target}: {len(layout)} tensors, {nbytes}, {seconds:.1f} s", file=sys.stderr)
 
 
-def _fill(job: _Job, writer: Writer, index: int) -> None:
+def _fill(job: _Job, writer: Writer, index: int) -> dict[str, Nonfinite]:
     """Writes the tensors that are not there from before an interruption."""
     layout, finished = job.layouts[index], writer.finished
     with Progress(sum(tensor.nbytes for tensor in layout.values()), job.output.quiet) as progress:
         progress.skip(sum(layout[name].nbytes for name in finished))
-        stream(
+        found = streamed(
             lambda points: job.result(points, index),
-            job.sources,
+            job.points,
             writer,
             lazy=job.lazy,
+            like=index,
+            whole=layout,
             advance=progress.advance,
             look=progress.look,
         )
-        for name, tensor in layout.items():
-            start = job.sources[index][name].size
-            if name not in finished and start < tensor.size:
-                writer.write_part(name, start, tensor.rows(start, tensor.size))
-                progress.advance(tensor.nbytes - job.sources[index][name].nbytes)
+    if not job.output.allow_nonfinite:
+        refuse_nonfinite(found)
+    return found
 
 
 def _plan(
@@ -263,6 +297,7 @@ def _plan(
         **{name: str(value) for name, value in recipe.options.items()},
         **{f"where {glob}": str(dict(own)) for glob, own in recipe.patterns},
         **({"seed": str(recipe.seed)} if recipe.table.seeded else {}),
+        **{name: str(value) for name, value in recipe.choice.said().items()},
         "output": str(output.path),
         **said,
         "reads": in_bytes(sum(sizes) * passes) + (", and more for the sums" if whole else ""),

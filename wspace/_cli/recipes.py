@@ -7,10 +7,11 @@ from typing import Any
 
 from wspace._cli.calls import Recipe
 from wspace._cli.methods import TABLES, checked, found
-from wspace._cli.words import Misuse, near
+from wspace._cli.words import Choice, Misuse, near
 from wspace.checkpoint.tensors import reading
 
-_KEYS = ("method", "models", "seed", "common_rows", "options", "patterns")
+_KEYS = ("method", "models", "seed", "common_rows", "carry", "skip", "common")
+_TABLES = ("options", "patterns")
 _PRESET = "mergekit-0.1.5"
 _WITHOUT = ("linear", "slerp", "karcher")
 """Methods of mergekit that take no base, but for the first model of a slerp."""
@@ -51,7 +52,7 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         raise Misuse(f"{file} names no method: give method = 'linear' or another")
     name = found("merge", said["method"])
     method = TABLES["merge"][name]
-    _refuse_unknown_keys(said, (*_KEYS, *method.named), f"{file}")
+    _refuse_unknown_keys(said, (*_KEYS, *_TABLES, *method.named), f"{file}")
     models = said.get("models", [])
     if not isinstance(models, list) or not all(isinstance(x, str) for x in models):
         raise Misuse(f"models in {file} must be a list of paths, got {models!r}")
@@ -69,8 +70,13 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         seed = said.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise Misuse(f"seed in {file} must be an integer from 0 to {2**32 - 1}, got {seed!r}")
-    if not isinstance(said.get("common_rows", False), bool):
-        raise Misuse(f"common_rows in {file} must be true or false, got {said['common_rows']!r}")
+    for key in ("common_rows", "common"):
+        if not isinstance(said.get(key, False), bool):
+            raise Misuse(f"{key} in {file} must be true or false, got {said[key]!r}")
+    for key in ("carry", "skip"):
+        globs = said.get(key, [])
+        if not isinstance(globs, list) or not all(isinstance(x, str) for x in globs):
+            raise Misuse(f"{key} in {file} must be a list of names or globs, got {globs!r}")
     parted = []
     for i, pattern in enumerate(patterns):
         where = f"pattern {i + 1} of {file}"
@@ -87,6 +93,9 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         tuple(parted),
         seed,
         common_rows=said.get("common_rows", False),
+        choice=Choice(
+            tuple(said.get("carry", [])), tuple(said.get("skip", [])), said.get("common", False)
+        ),
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -13,12 +14,10 @@ import jax
 import numpy as np
 
 from wspace import checkpoint, geometry, negative
-from wspace._checks import WEIGHT_DTYPES
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
-from wspace._cli.words import Misuse, in_bytes, table
-from wspace.checkpoint import Checkpoint
-from wspace.checkpoint.streaming import alike
+from wspace._cli.words import Choice, Misuse, in_bytes, table
+from wspace.checkpoint.chosen import Chosen, chosen
 
 
 def inspect(path: Path, as_json: bool) -> None:
@@ -55,10 +54,9 @@ def inspect(path: Path, as_json: bool) -> None:
         print(table(rows))
 
 
-def distance(paths: Sequence[Path], as_json: bool, quiet: bool) -> None:
+def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) -> None:
     """Prints norms, distances, angles and inner products, and which tensors differ most."""
-    with _opened(paths) as sources:
-        names = [x.name for x in sources[0].values() if x.dtype in WEIGHT_DTYPES]
+    with _opened(paths, choice) as (sources, names, _):
         k = len(sources)
         grams, squares, angles = np.zeros((3, len(names), k, k))
         total = sum(source[name].nbytes for source in sources for name in names)
@@ -141,20 +139,16 @@ def audit(
     radius: float,
     coefficients: Sequence[float] | None,
     as_json: bool,
+    choice: Choice,
 ) -> None:
     """Prints what stands between the average of models and a ball around another one."""
     if coefficients is not None and len(coefficients) != len(paths):
         raise Misuse(f"{len(coefficients)} coefficients for {len(paths)} models: give one a model")
     if not radius > 0:
         raise Misuse(f"--radius must be positive, got {radius:g}")
-    with _opened((*paths, avoid)) as sources:
+    with _opened((*paths, avoid), choice) as (sources, names, _):
         *points, center = (
-            {
-                name: jax.device_put(x.read())
-                for name, x in source.items()
-                if x.dtype in WEIGHT_DTYPES
-            }
-            for source in sources
+            {name: jax.device_put(source[name].read()) for name in names} for source in sources
         )
         report = negative.audit(points, coefficients or [1.0] * len(points), center, radius)
         if not as_json:
@@ -167,13 +161,15 @@ def audit(
 
 
 @contextlib.contextmanager
-def _opened(paths: Sequence[Path]) -> Generator[list[Checkpoint]]:
+def _opened(paths: Sequence[Path], choice: Choice) -> Generator[Chosen]:
     """Checkpoints that are points of one weight space, while they are open."""
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(checkpoint.open(path)) for path in paths]
         stack.enter_context(wide_enough(sources))
-        alike(sources)
-        yield sources
+        points = chosen(sources, **choice._asdict())
+        for text in points.told:
+            print(f"note: {text}", file=sys.stderr)
+        yield points
 
 
 def _print_json(said: Any) -> None:

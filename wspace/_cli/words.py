@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 DONE, FAILED, MISUSED = 0, 1, 2
 
@@ -152,6 +152,51 @@ def add_run_options(parser: Parser) -> None:
         help="hash all bytes of the inputs for the record, which reads them once more",
     )
     add_traceback(parser)
+
+
+class Choice(NamedTuple):
+    """Which tensors are combined, as `checkpoint.stream` takes it.
+
+    Attributes:
+        carry: Names or globs of tensors that are those of the first model.
+        skip: Names or globs of tensors that are left out.
+        common: Whether tensors that not all models have are let pass.
+    """
+
+    carry: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    common: bool = False
+
+    def joined(self, other: "Choice") -> "Choice":
+        """What either of two says."""
+        return Choice(self.carry + other.carry, self.skip + other.skip, self.common or other.common)
+
+    def said(self) -> dict[str, Any]:
+        """What differs from the usual, for a record."""
+        said = {"carry": list(self.carry), "skip": list(self.skip), "common": self.common}
+        return {name: value for name, value in said.items() if value}
+
+
+def add_choice(parser: Parser) -> None:
+    """The options of every command that takes several models."""
+    for name, text in (
+        (
+            "carry",
+            "tensors, such as statistics, that are not combined but those of the first model",
+        ),
+        ("skip", "tensors that are left out everywhere"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="GLOB", help=text)
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="combine the tensors that all models have, and keep the others of the first",
+    )
+
+
+def choice(options: argparse.Namespace) -> Choice:
+    """What was given of these options."""
+    return Choice(tuple(options.carry or ()), tuple(options.skip or ()), options.common)
 
 
 def add_traceback(parser: Parser) -> None:

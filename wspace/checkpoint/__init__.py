@@ -9,13 +9,14 @@ them are data only: reading one runs no code.
 from wspace.checkpoint.adapter import load_adapter, save_adapter
 from wspace.checkpoint.orbax import load_orbax, save_orbax
 from wspace.checkpoint.stored import Checkpoint, Stored, open
-from wspace.checkpoint.streaming import stream
+from wspace.checkpoint.streaming import Nonfinite, stream
 from wspace.checkpoint.trees import load, save
 from wspace.checkpoint.writer import Layout, Writer, create
 
 __all__ = [
     "Checkpoint",
     "Layout",
+    "Nonfinite",
     "Stored",
     "Writer",
     "create",

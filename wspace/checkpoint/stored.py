@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from wspace.checkpoint import folder, header
+from wspace.checkpoint.tensors import matches
 
 __all__ = ["Checkpoint", "Stored", "open"]
 
@@ -222,6 +223,27 @@ class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
                 tensor, shape=(count, *tensor.shape[1:]), nbytes=count * length
             )
         return cut
+
+    def without(self, names: Iterable[str]) -> "Checkpoint":
+        """The same checkpoint without some tensors. Nothing is read; both are closed together.
+
+        Args:
+            names: Names or globs, such as `"*.position_ids"`, with `*`, `?` and `[...]`.
+
+        Examples:
+            >>> import tempfile
+            >>> import jax.numpy as jnp
+            >>> from wspace import checkpoint
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = f"{folder}/a.safetensors"
+            ...     checkpoint.save(file, {"w": jnp.ones(2), "step.0": jnp.ones(1)})
+            ...     with checkpoint.open(file) as opened:
+            ...         print(list(opened.without(["step.*"])))
+            ['w']
+        """
+        left = copy.copy(self)
+        left._tensors = {name: x for name, x in self._tensors.items() if not matches(name, names)}
+        return left
 
     def close(self) -> None:
         """Closes the memory maps, but for those of arrays that are still in use."""

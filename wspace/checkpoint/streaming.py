@@ -1,27 +1,44 @@
 """Functions of trees on checkpoints: tensor by tensor, in the memory of a few tensors."""
 
-import difflib
+import itertools
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from wspace import _checks
 from wspace._lazy import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
+from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer
 
-__all__ = ["stream"]
+__all__ = ["Nonfinite", "stream"]
 
 ALIGNMENT = 64
 """Bytes that the address of an array must be a multiple of for JAX to use it on a processor."""
 
 WAITING = 4
 """Tensors that may be computed ahead of those written."""
+
+_PART = 2**20
+"""Entries that are counted at once of what was written before."""
+
+
+class Nonfinite(NamedTuple):
+    """How many entries of a tensor were written that are infinite or NaN.
+
+    Attributes:
+        made: Those that are finite in all sources: of an overflow, or where nothing is defined.
+        given: Those that are infinite or NaN in a source, too.
+    """
+
+    made: int
+    given: int
 
 
 def stream(
@@ -30,9 +47,13 @@ def stream(
     writer: Writer,
     *,
     lazy: bool = False,
+    carry: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    common: bool = False,
+    allow_nonfinite: bool = False,
     advance: Callable[[int], None] | None = None,
     look: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, Nonfinite]:
     r"""Writes what a function of trees makes of checkpoints, in the memory of a few tensors.
 
     $$
@@ -53,7 +74,12 @@ def stream(
 
     Tensors are read as they are needed and written on threads while the next ones are computed.
     Those that the writer has from before an interruption are skipped. Tensors that are no weights,
-    of integers or booleans, are those of the first source; in the others they must be the same.
+    of integers, booleans or complex numbers, are those of the first source; in the others they
+    must be the same, unless each has one integer, as counters of steps do. `carry`, `skip` and
+    `common` say what becomes of others.
+
+    An output in which entries are infinite or NaN, though they are finite in all sources, is
+    refused when all is written and before it is put in place.
 
     In a run of several processes, by `jax.distributed`, all of them call this, and each computes
     and writes its share of the tensors. Sums are computed by each, so the result does not depend
@@ -66,15 +92,27 @@ def stream(
         writer: Where the result goes; it has the names and dtypes of the first source, and its
             shapes, or more rows, which are left to be written.
         lazy: Whether the function is called once with whole trees.
+        carry: Names or globs, such as `"*.running_var"`, of tensors that are those of the first
+            source, whatever the others have; the function does not get them.
+        skip: Names or globs of tensors that are left out everywhere. The layout of the writer
+            lacks them, too, as [`Checkpoint.without`][wspace.checkpoint.Checkpoint.without] does.
+        common: Whether tensors that not all sources have are let pass: those of the first are
+            carried over.
+        allow_nonfinite: Whether an output is let pass in which entries are infinite or NaN that are
+            finite in all sources.
         advance: Called with the number of bytes that were written, from several threads.
         look: So called with the number that were read, with `lazy`; sums and counts read before
             anything is written.
 
+    Returns:
+        For each tensor with entries that are infinite or NaN, by name, how many: an `Nonfinite`.
+
     Raises:
-        ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; or
-            as the function does.
-        TypeError: If a tensor is of a dtype in which nothing is computed, such as float8; with
-            `lazy`, also if the function is no such function.
+        ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; if
+            a tensor is a factor of an adapter; if entries of the result are infinite or NaN that
+            are finite in all sources; or as the function does.
+        TypeError: If a tensor is of a dtype in which nothing is computed, such as float8, or holds
+            the codes of quantized weights; with `lazy`, also if the function is no such function.
 
     Examples:
         >>> import pathlib, tempfile
@@ -90,28 +128,48 @@ def stream(
         ...     checkpoint.load(folder / "b.safetensors")
         {'w': Array([2., 3.], dtype=float32)}
     """
-    sources = _checks.listed("sources", sources)
-    alike(sources)
+    points = chosen(sources, carry=carry, skip=skip, common=common)
+    found = streamed(function, points, writer, lazy=lazy, advance=advance, look=look)
+    if not allow_nonfinite:
+        refuse_nonfinite(found)
+    return found
+
+
+def streamed(
+    function: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    points: Chosen,
+    writer: Writer,
+    *,
+    lazy: bool,
+    like: int = 0,
+    whole: Mapping[str, Stored] | None = None,
+    advance: Callable[[int], None] | None = None,
+    look: Callable[[int], None] | None = None,
+) -> dict[str, Nonfinite]:
+    """As `stream`, for the output that is like one of the sources.
+
+    With `whole`, that source before some tensors were cut to their first rows, the other rows are
+    carried over.
+    """
+    before = writer.finished
+    counts = _Counts(points, like)
     waiting: deque[Future[None]] = deque()
 
-    def put(name: str, span: Piece | None, leaf: Any) -> None:
+    def put(name: str, start: int, span: Piece | None, leaf: Any) -> None:
         # Here, not where it is called, the computation is waited for.
         array = leaf.read(span) if isinstance(leaf, Lazy) else np.asarray(leaf)
-        writer.write_part(name, span.start if span else 0, array.reshape(-1))
+        array, start = array.reshape(-1), start + (span.start if span else 0)
+        counts.add(name, start, array)
+        writer.write_part(name, start, array)
         if advance is not None:
             advance(array.nbytes)
 
     with Lazy.threads() as pool:
         try:
-            trees = [_lazily(source, look) for source in sources] if lazy else None
-            for name, leaf in _results(function, sources, writer.finished, trees):
-                if leaf.shape != sources[0][name].shape:
-                    raise ValueError(
-                        f"the function returned shape {leaf.shape} for tensor {name!r}, which has "
-                        f"shape {sources[0][name].shape}: return an array of its shape"
-                    )
+            trees = [_lazily(points, i, look) for i in range(len(points.sources))] if lazy else None
+            for name, start, leaf in _results(function, points, like, whole, before, trees):
                 for span in leaf.pieces() if isinstance(leaf, Lazy) else [None]:
-                    waiting.append(pool.submit(put, name, span, leaf))
+                    waiting.append(pool.submit(put, name, start, span, leaf))
                     if len(waiting) > (2 * THREADS if lazy else WAITING):
                         waiting.popleft().result()
             while waiting:
@@ -119,41 +177,116 @@ def stream(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for name in before:
+        counts.add_written(name, writer)
+    return counts.found()
+
+
+def refuse_nonfinite(found: Mapping[str, Nonfinite]) -> None:
+    """Raises if entries were made that are infinite or NaN."""
+    made = {name: counts.made for name, counts in found.items() if counts.made}
+    if made:
+        worst = sorted(made, key=lambda name: -made[name])
+        listed = ", ".join(f"{made[name]} of {name!r}" for name in worst[:8])
+        raise ValueError(
+            f"{sum(made.values())} entries of the result are infinite or NaN and finite in all "
+            f"models ({listed}{', ...' if len(made) > 8 else ''}), so nothing is put in place: "
+            "they are out of the range of the dtype, as beyond 65504 in float16, or not defined "
+            "there; give a model of a wider dtype first or other numbers, or write them by "
+            "--allow-nonfinite (allow_nonfinite=True in Python)"
+        )
+
+
+class _Counts:
+    """Counts what is infinite or NaN in what is written, from several threads."""
+
+    def __init__(self, points: Chosen, like: int) -> None:
+        self._combined, self._own = frozenset(points.combined), points.sources[like]
+        self._sources = points.sources
+        self._lock = threading.Lock()
+        self._found: dict[str, Nonfinite] = {}
+
+    def add(self, name: str, start: int, array: np.ndarray) -> None:
+        """Counts entries of a tensor from a flat index on."""
+        if array.dtype not in _checks.WEIGHT_DTYPES or not (bad := _nonfinite(array)).any():
+            return
+        is_computed = name in self._combined and start < self._own[name].size
+        places = np.flatnonzero(bad)
+        given = np.full(len(places), not is_computed)
+        for source in self._sources if is_computed else ():
+            given |= _nonfinite(source[name].rows(start, start + array.size)[places])
+        with self._lock:
+            made, kept = self._found.get(name, (0, 0))
+            self._found[name] = Nonfinite(made + int((~given).sum()), kept + int(given.sum()))
+
+    def add_written(self, name: str, writer: Writer) -> None:
+        """Counts entries of a tensor that was written before an interruption."""
+        array = writer._written(name)
+        end = self._own[name].size if name in self._combined else 0
+        edges = sorted({*range(0, array.size, _PART), array.size, min(end, array.size)})
+        for start, stop in itertools.pairwise(edges):
+            self.add(name, start, array[start:stop])
+
+    def found(self) -> dict[str, Nonfinite]:
+        """The counts by name, in the order of the files."""
+        order = [*self._own, *self._found]
+        return {name: self._found[name] for name in dict.fromkeys(order) if name in self._found}
+
+
+def _nonfinite(array: np.ndarray) -> np.ndarray:
+    """Which entries are infinite or NaN, by their exponents: of bfloat16, too, without a copy."""
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    top = np.asarray(np.inf, array.dtype).view(bits)
+    return (np.ascontiguousarray(array).view(bits) & top) == top
 
 
 def _results(
     function: Callable[..., Any],
-    sources: Sequence[Checkpoint],
+    points: Chosen,
+    like: int,
+    whole: Mapping[str, Stored] | None,
     finished: frozenset[str],
     trees: list[dict[str, Any]] | None,
-) -> Iterator[tuple[str, Any]]:
-    """The tensors of the result by name, but for those that are finished."""
-    own = list(sources[0].values())[share()]
-    left = [tensor for tensor in own if tensor.name not in finished]
-    weights = [tensor.name for tensor in left if _is_weight(tensor)]
-    whole: dict[str, Any] = {}
-    if trees is not None and weights:
+) -> Iterator[tuple[str, int, Any]]:
+    """The tensors of the result by name, or parts from a flat index on, but for the finished."""
+    sources, combined = points.sources, frozenset(points.combined)
+    left = [x for x in list(sources[like].values())[share()] if x.name not in finished]
+    computed: dict[str, Any] = {}
+    if trees is not None and any(tensor.name in combined for tensor in left):
         try:
-            whole = function(trees)
+            computed = function(trees)
         except NotInMemory as error:
             raise TypeError(str(error)) from error
     for tensor in left:
         name = tensor.name
-        if not _is_weight(tensor):
-            yield name, tensor.read()
+        if name not in combined:
+            yield name, 0, tensor.read()
         elif trees is not None:
-            yield name, whole.pop(name)
+            yield name, 0, _shaped(computed.pop(name), tensor)
         else:
             arrays = [{name: jax.device_put(_for_jax(source[name].read()))} for source in sources]
             try:
-                yield name, function(arrays)[name]
+                leaf = function(arrays)[name]
             except (TypeError, ValueError) as error:
                 error.add_note(f"at tensor {name!r}")
                 raise
+            yield name, 0, _shaped(leaf, tensor)
+        if whole is not None and whole[name].size > tensor.size:
+            yield name, tensor.size, whole[name].rows(tensor.size, whole[name].size)
 
 
-def _lazily(source: Checkpoint, look: Callable[[int], None] | None) -> dict[str, Any]:
-    return {name: _leaf(tensor, look) for name, tensor in source.items() if _is_weight(tensor)}
+def _shaped(leaf: Any, tensor: Stored) -> Any:
+    """A leaf of a result, if it has the shape of the tensor."""
+    if leaf.shape != tensor.shape:
+        raise ValueError(
+            f"the function returned shape {leaf.shape} for tensor {tensor.name!r}, which has "
+            f"shape {tensor.shape}: return an array of its shape"
+        )
+    return leaf
+
+
+def _lazily(points: Chosen, index: int, look: Callable[[int], None] | None) -> dict[str, Any]:
+    return {tensor.name: _leaf(tensor, look) for tensor in points.of_weights(index)}
 
 
 def _leaf(tensor: Stored, look: Callable[[int], None] | None) -> Lazy:
@@ -184,46 +317,3 @@ def _for_jax(array: np.ndarray) -> np.ndarray:
     copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     np.copyto(copy, array)
     return copy
-
-
-def _is_weight(tensor: Stored) -> bool:
-    return tensor.dtype in _checks.WEIGHT_DTYPES
-
-
-def alike(sources: Sequence[Checkpoint]) -> None:
-    """Raises unless checkpoints have the same names and shapes, and others than weights agree."""
-    first, *rest = sources
-    for tensor in first.values():
-        if not _is_weight(tensor) and tensor.dtype.kind not in "iub":
-            raise TypeError(
-                f"tensor {tensor.name!r} of {first.path} is {tensor.dtype}, in which nothing is "
-                "computed: convert it to bfloat16 or float32 where the file is written"
-            )
-    for source in rest:
-        _same_names(first, source)
-        for name, tensor in first.items():
-            other = source[name]
-            if other.shape != tensor.shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {tensor.shape} in {first.path} and {other.shape} "
-                    f"in {source.path}: both must be points of one weight space"
-                )
-            if _is_weight(tensor) != _is_weight(other):
-                raise ValueError(
-                    f"tensor {name!r} is {tensor.dtype} in {first.path} and {other.dtype} in "
-                    f"{source.path}: only weights are merged"
-                )
-            if not _is_weight(tensor) and not np.array_equal(tensor.read(), other.read()):
-                raise ValueError(
-                    f"tensor {name!r} is of {tensor.dtype}, so it is carried over, but differs "
-                    f"between {first.path} and {source.path}: make them agree"
-                )
-
-
-def _same_names(first: Checkpoint, other: Checkpoint) -> None:
-    for one, two in ((first, other), (other, first)):
-        for name in one:
-            if name not in two:
-                near = difflib.get_close_matches(name, list(two), 1)
-                hint = f"; the nearest name there is {near[0]!r}" if near else ""
-                raise ValueError(f"{one.path} has a tensor {name!r} that {two.path} lacks{hint}")

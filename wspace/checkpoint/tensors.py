@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import secrets
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def flat(**mappings: object) -> None:
                     "names to arrays: join the names of nested ones, as in '1.weight', and leave "
                     "out None"
                 )
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether one of the globs matches a name, or is the name."""
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def named(what: str, mapping: object) -> dict[str, Any]:

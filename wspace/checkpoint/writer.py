@@ -213,6 +213,13 @@ class Writer:
                     self._finished.add(name)
         self._journal = journal
 
+    def _written(self, name: str) -> np.ndarray:
+        """The elements of a tensor that is finished, from the file that is being written."""
+        file, (dtype, _, offset, nbytes) = self._files.places[name]
+        if not nbytes:
+            return np.empty(0, dtype)
+        return np.memmap(self._folder / file, dtype, "r", offset, (nbytes // dtype.itemsize,))
+
     def _close(self) -> None:
         self._streams = {}
 
