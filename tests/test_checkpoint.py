@@ -153,13 +153,39 @@ def test_a_file_that_lies_is_refused(tmp_path, data):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("I32", 4), ("BOOL", 1), ("F8_E4M3", 1), ("C64", 8)])
-def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path, dtype, size):
+def test_weights_are_taken_out_of_a_file_that_holds_other_tensors(tmp_path, dtype, size):
     file = tmp_path / "other.safetensors"
-    file.write_bytes(
-        packed({"x": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}, bytes(size))
-    )
-    with pytest.raises(ValueError, match=rf"'x' of .*other\.safetensors has dtype {dtype}"):
+    own = {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}
+    file.write_bytes(packed({"x": own}, bytes(size)))
+    with pytest.raises(
+        ValueError, match=rf"other\.safetensors (holds no weights.*'x' has dtype {dtype}|is float8)"
+    ):
         checkpoint.load(file)
+    weight = {"dtype": "F32", "shape": [], "data_offsets": [size, size + 4]}
+    file.write_bytes(packed({"x": own, "w": weight}, bytes(size + 4)))
+    skip = ["x*"] if dtype == "F8_E4M3" else []
+    assert checkpoint.load(file, skip=skip) == {"w": 0}
+    assert checkpoint.load(file, {"w": None}, skip=skip) == {"w": 0}
+
+
+def test_codes_of_quantized_weights_are_not_left_out_unsaid(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with checkpoint.create(
+        file, {"q.qweight": np.ones(2, np.int32), "q.scales": np.ones(2, np.float16)}
+    ) as writer:
+        writer.write("q.qweight", np.ones(2, np.int32))
+        writer.write("q.scales", np.ones(2, np.float16))
+    with pytest.raises(ValueError, match=r"'q\.qweight' of .* is int32, quantized as AWQ or GPTQ"):
+        checkpoint.load(file)
+    assert list(checkpoint.load(file, skip=["*.qweight"])) == ["q.scales"]
+
+
+def test_save_writes_the_metadata_that_loaders_ask_for(tmp_path):
+    checkpoint.save(
+        tmp_path / "a.safetensors", {"w": np.ones(2, np.float32)}, metadata={"format": "pt"}
+    )
+    with checkpoint.open(tmp_path / "a.safetensors") as opened:
+        assert opened.metadata == {"format": "pt"}
 
 
 def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):

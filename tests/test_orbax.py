@@ -62,15 +62,31 @@ def test_shards_are_saved_and_loaded_on_any_mesh(tmp_path, kind):
         assert all(x.sharding == spread("", x) for x in jax.tree.leaves(loaded))
 
 
-def test_a_tree_that_another_program_wrote_is_refused_where_it_is_no_weights(tmp_path):
+def test_weights_are_taken_out_of_what_another_program_wrote(tmp_path):
+    state = {
+        "params": {"layers": [{"w": jnp.ones(2)}, {"w": jnp.zeros(3)}], "scale": np.float32(2)},
+        "opt_state": ({"mu": jnp.full(2, 4.0), "count": jnp.int32(9)}, None, {}),
+        "step": jnp.int32(3),
+        "rate": 1e-3,
+        "epoch": 4,
+        "run": "third",
+        "mask": np.array([True]),
+        "table": jnp.ones(2, jnp.complex64),
+        "ema": None,
+    }
     with orbax.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", {"step": jnp.int32(3), "w": jnp.ones(2)})
-        checkpointer.save(tmp_path / "list", {"w": [jnp.ones(2)]})
+        checkpointer.save(tmp_path / "state", state)
         checkpointer.save(tmp_path / "double", {"w": np.ones(2)})
-    with pytest.raises(ValueError, match=r"tensor 'step' of .*state has dtype I32"):
-        checkpoint.load_orbax(tmp_path / "state")
-    with pytest.raises(TypeError, match=r"\['w'\]\[0\] .* nested mappings"):
-        checkpoint.load_orbax(tmp_path / "list")
+        checkpointer.save(tmp_path / "none", {"step": jnp.int32(3)})
+        checkpointer.save(tmp_path / "narrow", {"w": jnp.ones(2, jnp.float8_e4m3fn)})
+    params = jax.tree.map(jnp.asarray, state["params"])
+    same(checkpoint.load_orbax(tmp_path / "state", skip=["opt_state.*"]), {"params": params})
+    loaded = checkpoint.load_orbax(tmp_path / "state")
+    same(loaded, {"params": params, "opt_state": [{"mu": jnp.full(2, 4.0)}, None, None]})
+    with pytest.raises(ValueError, match=r"holds no weights.*'step' has dtype I32"):
+        checkpoint.load_orbax(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"'w' of .*narrow is float8_e4m3fn.*convert it"):
+        checkpoint.load_orbax(tmp_path / "narrow")
     if jax.config.jax_enable_x64:
         same(checkpoint.load_orbax(tmp_path / "double"), {"w": np.ones(2)})
     else:

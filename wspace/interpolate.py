@@ -119,7 +119,30 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     """
     _checks.same_layout(start=start, end=end)
     t = _checks.scalar("t", t)
-    scalars, antipodal = _weights(*_half_angle(start, end, t), t)
+    return _turned(start, end, t, _half_angle(start, end, t))
+
+
+def slerp_unless_aligned(
+    start: WeightsLike, end: WeightsLike, t: ScalarLike, *, cosine: float
+) -> Weights:
+    """`slerp`, but `lerp` where the cosine of the angle is larger in size, as some systems do it.
+
+    So do ends that are opposite, such as two numbers of different sign, have a path. Not traced.
+    """
+    _checks.same_layout(start=start, end=end)
+    t = _checks.scalar("t", t)
+    half = _half_angle(start, end, t)
+    apart = half[1] - half[0]
+    if not _checks.is_traced(apart) and abs(float(apart)) > cosine:
+        return _segment((t,), (start, end))
+    return _turned(start, end, t, half)
+
+
+def _turned(
+    start: WeightsLike, end: WeightsLike, t: ScalarLike, half: tuple[Scalar, Scalar]
+) -> Weights:
+    """The point of an arc between ends, given the squared sine and cosine of half the angle."""
+    scalars, antipodal = _weights(*half, t)
     _checks.refuse(
         antipodal,
         lambda: (

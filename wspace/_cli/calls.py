@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wspace import merge, tree
+from wspace import interpolate, merge, tree
 from wspace._cli.methods import TABLES, Method
 from wspace._cli.signatures import named
 from wspace._cli.words import Choice, Misuse
 from wspace.checkpoint import Checkpoint
+
+_ALIGNED = 0.9995
+"""The cosine beyond which mergekit takes the straight line instead of the arc."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,11 @@ class Call:
         given, method = self._given(points, options), self._method
         if not method.entry.per_tensor or self._recipe.is_whole(options):
             return self._function(**given)
+        function = self._function
+        if options.get("preset") and function is interpolate.slerp:
+            function = functools.partial(interpolate.slerp_unless_aligned, cosine=_ALIGNED)
         first = given.pop(method.models if isinstance(method.models, str) else method.models[0])
-        return tree.per_leaf(self._function)(first, **given)
+        return tree.per_leaf(function)(first, **given)
 
     def _given(
         self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]

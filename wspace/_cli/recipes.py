@@ -10,7 +10,7 @@ from wspace._cli.methods import TABLES, checked, found
 from wspace._cli.words import Choice, Misuse, near
 from wspace.checkpoint.tensors import reading
 
-_KEYS = ("method", "models", "seed", "common_rows", "carry", "skip", "common")
+_KEYS = ("method", "models", "seed", "common_rows", "carry", "skip", "common_tensors")
 _TABLES = ("options", "patterns")
 _PRESET = "mergekit-0.1.5"
 _WITHOUT = ("linear", "slerp", "karcher")
@@ -70,7 +70,7 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         seed = said.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise Misuse(f"seed in {file} must be an integer from 0 to {2**32 - 1}, got {seed!r}")
-    for key in ("common_rows", "common"):
+    for key in ("common_rows", "common_tensors"):
         if not isinstance(said.get(key, False), bool):
             raise Misuse(f"{key} in {file} must be true or false, got {said[key]!r}")
     for key in ("carry", "skip"):
@@ -94,7 +94,9 @@ def _of_toml(file: Path, said: dict[str, Any], seed: int | None) -> Recipe:
         seed,
         common_rows=said.get("common_rows", False),
         choice=Choice(
-            tuple(said.get("carry", [])), tuple(said.get("skip", [])), said.get("common", False)
+            tuple(said.get("carry", [])),
+            tuple(said.get("skip", [])),
+            said.get("common_tensors", False),
         ),
     )
 

@@ -160,20 +160,28 @@ class Choice(NamedTuple):
     Attributes:
         carry: Names or globs of tensors that are those of the first model.
         skip: Names or globs of tensors that are left out.
-        common: Whether tensors that not all models have are let pass.
+        common_tensors: Whether tensors that not all models have are let pass.
     """
 
     carry: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    common: bool = False
+    common_tensors: bool = False
 
     def joined(self, other: "Choice") -> "Choice":
         """What either of two says."""
-        return Choice(self.carry + other.carry, self.skip + other.skip, self.common or other.common)
+        return Choice(
+            self.carry + other.carry,
+            self.skip + other.skip,
+            self.common_tensors or other.common_tensors,
+        )
 
     def said(self) -> dict[str, Any]:
         """What differs from the usual, for a record."""
-        said = {"carry": list(self.carry), "skip": list(self.skip), "common": self.common}
+        said = {
+            "carry": list(self.carry),
+            "skip": list(self.skip),
+            "common_tensors": self.common_tensors,
+        }
         return {name: value for name, value in said.items() if value}
 
 
@@ -188,7 +196,7 @@ def add_choice(parser: Parser) -> None:
     ):
         parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="GLOB", help=text)
     parser.add_argument(
-        "--common",
+        "--common-tensors",
         action="store_true",
         help="combine the tensors that all models have, and keep the others of the first",
     )
@@ -196,7 +204,7 @@ def add_choice(parser: Parser) -> None:
 
 def choice(options: argparse.Namespace) -> Choice:
     """What was given of these options."""
-    return Choice(tuple(options.carry or ()), tuple(options.skip or ()), options.common)
+    return Choice(tuple(options.carry or ()), tuple(options.skip or ()), options.common_tensors)
 
 
 def add_traceback(parser: Parser) -> None:

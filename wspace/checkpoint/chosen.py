@@ -74,7 +74,7 @@ def chosen(
     *,
     carry: Sequence[str] = (),
     skip: Sequence[str] = (),
-    common: bool = False,
+    common_tensors: bool = False,
     outputs: int = 1,
 ) -> Chosen:
     """What is combined of models, the first of which, `outputs`, have an output like them.
@@ -90,7 +90,7 @@ def chosen(
         refuse_factors(source)
         _refuse_codes(source)
     lone = _lone(rest)
-    if lone and not common:
+    if lone and not common_tensors:
         raise ValueError(_told_lone(lone))
     names = [name for name in rest[0] if all(name in source for source in rest)]
     for source in rest[:outputs]:
@@ -195,8 +195,8 @@ def _told_lone(lone: Sequence[tuple[str, Checkpoint, Checkpoint]]) -> str:
     more = len({name for name, _, _ in lone}) - 1
     count = f" (and there are {more} more such tensors)" if more else ""
     return (
-        f"{one.path} has a tensor {name!r} that {two.path} lacks{hint}{count}: {WAYS}; --common "
-        "combines the tensors that all have, and keeps the others of the first"
+        f"{one.path} has a tensor {name!r} that {two.path} lacks{hint}{count}: {WAYS}; "
+        "--common-tensors combines the tensors that all have, and keeps the others of the first"
     )
 
 
@@ -271,5 +271,5 @@ def _told_carried(name: str, sources: Sequence[Checkpoint]) -> str:
 def _same(one: np.ndarray, two: np.ndarray) -> bool:
     if one.dtype != two.dtype:
         return np.array_equal(one, two)
-    bits = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, two))
-    return np.array_equal(*bits)
+    first, second = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, two))
+    return np.array_equal(first, second)

@@ -17,6 +17,7 @@ _ROLE = re.compile(r"(model|diffusion_pytorch_model|adapter_model)(\.[^.]+)?")
 """The names by which other programs look for the weights in a folder, and variants of these."""
 
 _USUAL = f"model{_TENSORS}"
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _SMALL = 2**26
 _LONGEST = 100_000_000
 _LONGEST_NAME = 255
@@ -109,6 +110,12 @@ def _only(folder: Path, names: list[str]) -> str:
     files = [name for name in names if name.endswith(_TENSORS) and not name.startswith(".")]
     if _USUAL in files:
         return _USUAL
+    for shard in filter(None, map(_SHARD.search, files)):
+        if int(shard[1]) > len(files):
+            raise FileNotFoundError(
+                f"{folder} has {len(files)} of the {int(shard[1])} files that {shard.string} is "
+                f"one of, and no index: download the others, and the *{_INDEX} that they have"
+            )
     if len(files) > 1:
         raise ValueError(
             f"{folder} has {len(files)} {_TENSORS} files and no index: give one of "

@@ -1,7 +1,7 @@
 """Trees of weights in folders of Orbax, read and written on one device or on many."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from jax.sharding import Sharding
 from jax.tree_util import DictKey, keystr, tree_leaves_with_path
 
 from wspace import _checks
-from wspace.checkpoint.trees import refuse_cut, refuse_dtype, shardings
+from wspace.checkpoint.tensors import matches
+from wspace.checkpoint.trees import (
+    refuse_cut,
+    refuse_dtype,
+    refuse_float8,
+    refuse_nothing,
+    shardings,
+)
 
 __all__ = ["load_orbax", "save_orbax"]
 
@@ -68,8 +75,14 @@ def load_orbax(
     | Mapping[str, Sharding | None]
     | Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
     | None = None,
-) -> dict[str, Any]:
-    """Reads nested dictionaries of arrays from a folder of Orbax.
+    *,
+    skip: Sequence[str] = (),
+) -> Any:
+    """Reads the weights of a tree in a folder of Orbax.
+
+    Weights are arrays of floating-point numbers. All else in a state of training, such as steps,
+    numbers, text, random keys and `None`, is not read and is left out. `skip` leaves out more,
+    such as the state of an optimizer.
 
     With a `sharding`, each process of a run reads only what its devices hold, whatever the devices
     that the folder was written from.
@@ -77,17 +90,19 @@ def load_orbax(
     Args:
         path: The folder with one tree, such as `<step>/default` of a manager of Orbax; or a URL
             that Orbax can read.
-        sharding: As that of [`load`][wspace.checkpoint.load]; in names, keys are joined by dots.
+        sharding: As that of [`load`][wspace.checkpoint.load]; in names, keys and the places in
+            lists are joined by dots, as in `"params.layers.0.bias"`.
+        skip: Names or globs, such as `"opt_state.*"`, of arrays that are not read.
 
     Returns:
-        The tree, in the dtypes of the folder.
+        Nested dictionaries and lists of the weights, in the dtypes of the folder. Dictionaries
+            lack what is left out; lists have `None` in its place.
 
     Raises:
         ImportError: If Orbax is not installed.
         FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no tree of Orbax, or something that is no array of weights;
-            if a sharding does not fit; also if it holds float64 while JAX has 64-bit values
-            disabled.
+        ValueError: If the folder holds no tree of Orbax, or no weights; if it holds float8; if a
+            sharding does not fit; also if it holds float64 while JAX has 64-bit values disabled.
         TypeError: If what is given as a sharding is none.
 
     Examples:
@@ -115,27 +130,65 @@ def load_orbax(
             raise ValueError(
                 f"{where} holds no tree of Orbax: give the folder of one, such as <step>/default"
             )
+        leaves = {
+            name: leaf
+            for name, leaf in _by_name(metadata.tree).items()
+            if _is_array(leaf) and not matches(name, skip)
+        }
         tensors = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for name, leaf in _named(metadata.tree).items()
+            for name, leaf in leaves.items()
+            if np.dtype(leaf.dtype).kind not in "iubc"
         }
+        refuse_nothing(tensors, leaves, where)
         chosen = shardings(sharding, tensors, where)
         for name, tensor in tensors.items():
             what = f"tensor {name!r} of {where}"
+            refuse_float8(what, np.dtype(tensor.dtype))
             refuse_dtype(what, np.dtype(tensor.dtype))
             refuse_cut(what, tensor.shape, chosen[name])
-        arguments = [
-            orbax.RestoreArgs(restore_type=np.ndarray)
-            if chosen[name] is None
-            else orbax.ArrayRestoreArgs(sharding=chosen[name])
-            for name in tensors
-        ]
+        wanted, arguments = [], []
+        for name in _by_name(metadata.tree):
+            is_own = chosen.get(name) is not None
+            wanted.append(0 if name in tensors else orbax.PLACEHOLDER)
+            arguments.append(
+                orbax.ArrayRestoreArgs(sharding=chosen[name])
+                if is_own
+                else orbax.RestoreArgs(restore_type=np.ndarray)
+            )
         structure = jax.tree.structure(metadata.tree)
         restored = checkpointer.restore(
             where,
-            args=orbax.args.PyTreeRestore(restore_args=jax.tree.unflatten(structure, arguments)),
+            args=orbax.args.PyTreeRestore(
+                item=structure.unflatten(wanted), restore_args=structure.unflatten(arguments)
+            ),
         )
-    return jax.tree.map(jnp.asarray, restored)
+    return _weights_alone(restored, orbax.PLACEHOLDER)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether an array is stored; a number of Python is one of float64 or int64 without storage."""
+    if not hasattr(leaf, "dtype"):
+        return False
+    return leaf.storage is not None or np.dtype(leaf.dtype).itemsize < 8
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, by their keys and places joined by dots."""
+    return {
+        keystr(path, simple=True, separator="."): leaf for path, leaf in tree_leaves_with_path(tree)
+    }
+
+
+def _weights_alone(tree: Any, left_out: Any) -> Any:
+    """A tree of arrays without what was left out, and without what has nothing in it then."""
+    if isinstance(tree, Mapping):
+        parts = {key: _weights_alone(part, left_out) for key, part in tree.items()}
+        return {key: part for key, part in parts.items() if part is not None} or None
+    if isinstance(tree, list | tuple):
+        several = [_weights_alone(part, left_out) for part in tree]
+        return several if any(part is not None for part in several) else None
+    return None if tree is None or tree is left_out else jnp.asarray(tree)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def stream(
     lazy: bool = False,
     carry: Sequence[str] = (),
     skip: Sequence[str] = (),
-    common: bool = False,
+    common_tensors: bool = False,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] | None = None,
     look: Callable[[int], None] | None = None,
@@ -76,7 +76,7 @@ def stream(
     Those that the writer has from before an interruption are skipped. Tensors that are no weights,
     of integers, booleans or complex numbers, are those of the first source; in the others they
     must be the same, unless each has one integer, as counters of steps do. `carry`, `skip` and
-    `common` say what becomes of others.
+    `common_tensors` say what becomes of others.
 
     An output in which entries are infinite or NaN, though they are finite in all sources, is
     refused when all is written and before it is put in place.
@@ -96,10 +96,10 @@ def stream(
             source, whatever the others have; the function does not get them.
         skip: Names or globs of tensors that are left out everywhere. The layout of the writer
             lacks them, too, as [`Checkpoint.without`][wspace.checkpoint.Checkpoint.without] does.
-        common: Whether tensors that not all sources have are let pass: those of the first are
-            carried over.
-        allow_nonfinite: Whether an output is let pass in which entries are infinite or NaN that are
-            finite in all sources.
+        common_tensors: Whether tensors that not all sources have are let pass: those of the first
+            are carried over.
+        allow_nonfinite: Whether an output is let pass in which entries are infinite or NaN that
+            are finite in all sources.
         advance: Called with the number of bytes that were written, from several threads.
         look: So called with the number that were read, with `lazy`; sums and counts read before
             anything is written.
@@ -128,7 +128,7 @@ def stream(
         ...     checkpoint.load(folder / "b.safetensors")
         {'w': Array([2., 3.], dtype=float32)}
     """
-    points = chosen(sources, carry=carry, skip=skip, common=common)
+    points = chosen(sources, carry=carry, skip=skip, common_tensors=common_tensors)
     found = streamed(function, points, writer, lazy=lazy, advance=advance, look=look)
     if not allow_nonfinite:
         refuse_nonfinite(found)
@@ -235,8 +235,8 @@ class _Counts:
 
 def _nonfinite(array: np.ndarray) -> np.ndarray:
     """Which entries are infinite or NaN, by their exponents: of bfloat16, too, without a copy."""
-    bits = np.dtype(f"u{array.dtype.itemsize}")
-    top = np.asarray(np.inf, array.dtype).view(bits)
+    bits: Any = f"u{array.dtype.itemsize}"
+    top: Any = np.asarray(np.inf, array.dtype).view(bits)
     return (np.ascontiguousarray(array).view(bits) & top) == top
 
 

@@ -1,7 +1,7 @@
 """Trees of named tensors in memory: from files, and to files, on one device or on many."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from wspace import _checks
 from wspace.checkpoint import header, stored
+from wspace.checkpoint.chosen import codes, is_weight
 from wspace.checkpoint.hosts import leads
 from wspace.checkpoint.stored import Stored
 from wspace.checkpoint.tensors import flat
@@ -22,7 +23,10 @@ __all__ = ["load", "save"]
 
 
 def save(
-    path: str | os.PathLike[str], weights: Mapping[str, Float[Array | np.ndarray, "..."]]
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Float[Array | np.ndarray, "..."]],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes named tensors to a safetensors file, or to a folder with one.
 
@@ -40,10 +44,12 @@ def save(
         path: A file if it ends in `.safetensors`, replaced if it exists; else a folder, which must
             not exist, for `model.safetensors`.
         weights: A flat mapping from names to floating-point arrays.
+        metadata: Strings by name for the `__metadata__` of the file, such as `{"format": "pt"}`,
+            without which transformers does not load one.
 
     Raises:
         TypeError: If `weights` is not a flat mapping from strings to arrays, or an array is not
-            floating-point.
+            floating-point; if `metadata` does not map from strings to strings.
         ValueError: If a tensor has the name `__metadata__`, which the format keeps for itself.
         FileExistsError: If the folder exists; `create` replaces one by `force`.
         OSError: If the output cannot be written.
@@ -65,7 +71,7 @@ def save(
     flat(weights=weights)
     is_file = Path(path).suffix == ".safetensors"
     try:
-        with create(path, weights, force=is_file) as writer:
+        with create(path, weights, metadata=metadata, force=is_file) as writer:
             for name, array in weights.items():
                 is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
                 if is_shared or leads():
@@ -82,8 +88,13 @@ def load(
     | Mapping[str, Sharding | None]
     | Callable[[str, Stored], Sharding | None]
     | None = None,
+    *,
+    skip: Sequence[str] = (),
 ) -> dict[str, Array]:
-    """Reads the named tensors of a safetensors file, or of a folder of them.
+    """Reads the weights in a safetensors file, or in a folder of them, by name.
+
+    Weights are tensors of floating-point numbers. Those of integers, booleans and complex numbers,
+    such as position ids, counters and tables, are left out: `open` and `stream` keep them.
 
     With a `sharding`, each tensor becomes one array over the devices of that, and each process of
     a run reads only what its devices hold. So a model loads that fits no single device or machine.
@@ -95,16 +106,17 @@ def load(
         sharding: How the tensors lie on devices: one for all, or one for each, by name or as a
             function of the name and the tensor, of which dtype and shape are known. `None`, for all
             or for one, is the default device.
+        skip: Names or globs, such as `"optimizer.*"`, of tensors that are left out, too.
 
     Returns:
-        The tensors by name, in the dtypes of the file.
+        The weights by name, in the dtypes of the file.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder lacks one.
-        ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file, or
-            holds a tensor that is not float64, float32, bfloat16 or float16; also if it holds
-            float64 while JAX has 64-bit values disabled; if a sharding does not fit the shape of
-            its tensor, or the names of `sharding` are not those of the tensors.
+        ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file; if
+            it holds codes of quantized weights, float8, or no weights; also if it holds float64
+            while JAX has 64-bit values disabled; if a sharding does not fit the shape of its
+            tensor, or the names of `sharding` are not those of the weights.
         TypeError: If what is given as a sharding is none.
 
     Examples:
@@ -125,8 +137,16 @@ def load(
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
     with stored.open(path) as checkpoint:
-        chosen = shardings(sharding, checkpoint, checkpoint.path)
-        return {name: _array(tensor, chosen[name]) for name, tensor in checkpoint.items()}
+        left = checkpoint.without(skip)
+        if (wrong := codes(left)) is not None:
+            name, what = wrong
+            raise ValueError(
+                f"tensor {name!r} of {left[name].file} {what}; or leave it out by skip"
+            )
+        tensors = {name: tensor for name, tensor in left.items() if is_weight(tensor)}
+        refuse_nothing(tensors, left, checkpoint.path)
+        where = shardings(sharding, tensors, checkpoint.path)
+        return {name: _array(tensor, where[name]) for name, tensor in tensors.items()}
 
 
 def _array(tensor: Stored, sharding: Sharding | None) -> Array:
@@ -174,13 +194,28 @@ def shardings(
     return chosen
 
 
-def refuse_dtype(where: str, dtype: np.dtype) -> None:
-    """Raises unless JAX has arrays of weights of this dtype now."""
+def refuse_nothing(weights: Mapping[str, Any], tensors: Mapping[str, Any], where: Any) -> None:
+    """Raises if there are tensors, and no weights among them."""
+    if tensors and not weights:
+        name, tensor = next(iter(tensors.items()))
+        dtype = np.dtype(tensor.dtype)
+        raise ValueError(
+            f"{where} holds no weights, which are F64, F32, BF16 and F16: tensor {name!r} has "
+            f"dtype {header.NAMES.get(dtype, dtype)}; read it by checkpoint.open"
+        )
+
+
+def refuse_float8(where: str, dtype: np.dtype) -> None:
+    """Raises if a tensor is of a dtype in which nothing is computed."""
     if dtype not in _checks.WEIGHT_DTYPES:
         raise ValueError(
-            f"{where} has dtype {header.NAMES.get(dtype, dtype)}; weights are F64, F32, BF16 and "
-            "F16: convert or leave out others where the file is written"
+            f"{where} is {dtype}, in which nothing is computed: convert it to bfloat16 or float32 "
+            "where it is written, or leave it out by skip"
         )
+
+
+def refuse_dtype(where: str, dtype: np.dtype) -> None:
+    """Raises unless JAX has arrays of this dtype now."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"{where} is float64, which JAX would round to float32 here: "
