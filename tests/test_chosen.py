@@ -13,6 +13,7 @@ import pytest
 
 from wspace import average, checkpoint, tree
 from wspace.__main__ import main
+from wspace._cli import progress
 
 RNG = np.random.default_rng(5)
 W = [RNG.normal(size=(4, 3)).astype(np.float32) for _ in range(2)]
@@ -225,6 +226,26 @@ def test_no_command_takes_an_adapter(command, capsys):
     assert "is a factor of an adapter" in capsys.readouterr().err
 
 
+def test_a_folder_that_says_it_is_an_adapter_is_no_model(folder, capsys):
+    for name in ("a", "c"):
+        (folder / name).mkdir()
+        saved(folder / name / "adapter_model.safetensors", {"prompt_embeddings": W[0]})
+        (folder / name / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    assert run(COMMANDS["merge"]) == 1
+    assert "is of an adapter" in capsys.readouterr().err
+
+
+def test_a_model_with_an_adapter_is_no_path(folder, capsys):
+    put({}, {})
+    (folder / "r.yml").write_text(
+        "merge_method: linear\nmodels:\n  - model: a+lora\n    parameters: {weight: 1}\n"
+        "  - model: c\n    parameters: {weight: 1}\n"
+    )
+    for words in ("--recipe r.yml", "linear a+lora c"):
+        assert run(f"merge {words} -o out") == 2
+        assert "load_adapter('lora', base)" in capsys.readouterr().err
+
+
 def test_names_of_weights_that_look_like_factors_are_weights():
     names = ["q_a_proj", "rwkv.w_lora.lora.0", "flora.weight", "explora_bias", "model.scale"]
     put(dict.fromkeys(names, W[0]), dict.fromkeys(names, W[1]))
@@ -292,6 +313,8 @@ def test_carried_tensors_may_have_other_rows():
 NOTED = {
     "task_arithmetic c --base a --coefficients -1": True,
     "task_arithmetic c --base a --coefficients 0.5": False,
+    "task_arithmetic c c --base a": True,
+    "task_arithmetic c c --base a --normalize": False,
     "linear a c --coefficients 1.5 -0.5": True,
     "linear a c": False,
     "lerp a c --t 1.5": True,
@@ -351,6 +374,71 @@ def test_entries_of_a_model_that_are_not_finite_are_let_pass_and_counted(capsys)
     assert "'mask' has 3 entries" in told
     said = json.loads(pathlib.Path("out/wspace.json").read_text())
     assert said["nonfinite"]["h"] == {"made": 0, "given": 2}
+
+
+@pytest.mark.parametrize("start", ["", "--recipe r.yml"])
+def test_slerp_of_mergekit_goes_straight_where_ends_are_in_line(folder, start, capsys):
+    gate, near = np.array([0.8], np.float32), W[0] + 0.01 * W[1]
+    put(
+        {"gate": gate, "near": W[0], "back": W[0]}, {"gate": -gate / 2, "near": near, "back": -near}
+    )
+    (folder / "r.yml").write_text(
+        "merge_method: slerp\nbase_model: a\nmodels:\n  - model: a\n  - model: c\n"
+        "parameters: {t: 0.25}\n"
+    )
+    words = start or "slerp a c --t 0.25 --preset mergekit-0.1.5"
+    assert run(f"merge {words} -o out") == 0
+    found = read("out")
+    for name, x, y in (("gate", gate, -gate / 2), ("near", W[0], near), ("back", W[0], -near)):
+        np.testing.assert_allclose(found[name], 0.75 * x + 0.25 * y, rtol=1e-5, atol=1e-7)
+    x, y = (w.astype(float).ravel() for w in W)
+    angle = np.arccos(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+    arc = (np.sin(0.75 * angle) * x + np.sin(0.25 * angle) * y) / np.sin(angle)
+    np.testing.assert_allclose(found["q.weight"].ravel(), arc, rtol=1e-5)
+    assert run("merge slerp a c --t 0.25 --scope leaf -o leaf") == 1
+    assert "['gate']" in capsys.readouterr().err
+
+
+def test_a_rate_is_told_of_bytes_that_were_timed(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress(3_000_000, False) as told:
+        clock[0] = 30.0
+        told.advance(1_000_000)
+        clock[0] = 40.0
+        told.advance(1_000_000)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "/s" not in first
+    assert "100 kB/s  10 s left" in second
+
+
+def test_angles_of_models_of_very_different_size_keep_their_digits(folder, capsys):
+    tensors = RNG.normal(size=(3, 2, 40))
+    a = {f"{i}.w": x[0].astype(np.float32) for i, x in enumerate(tensors)}
+    c = {f"{i}.w": (1e-5 * (x[0] + 0.3 * x[1])).astype(np.float32) for i, x in enumerate(tensors)}
+    saved(folder / "a", a)
+    saved(folder / "c", c)
+    assert run("distance a c --json --quiet") == 0
+    said = json.loads(capsys.readouterr().out)
+
+    def degrees(x, y):
+        x, y = (v.astype(float) / np.linalg.norm(v.astype(float)) for v in (x, y))
+        return np.degrees(2 * np.arctan2(np.linalg.norm(x - y), np.linalg.norm(x + y)))
+
+    for name in a:
+        own = said["tensors"][name]["angles_in_degrees"][0][1]
+        assert own == pytest.approx(degrees(a[name], c[name]), rel=1e-5)
+    whole = degrees(*(np.concatenate(list(x.values())) for x in (a, c)))
+    assert said["angles_in_degrees"][0][1] == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_adapter_of_what_is_not_finite_is_refused_by_name(capsys):
+    put({"p.weight": W[0]}, {"p.weight": W[1] * np.where(np.arange(3) == 1, np.nan, 1)})
+    assert run("extract a c --rank 1 -o out") == 1
+    told = capsys.readouterr().err
+    assert "c holds NaN or an infinity" in told
+    assert "at tensor 'p.weight'" in told
+    assert run("extract a c --rank 1 -o out --skip p.weight") == 0
 
 
 @tree.elementwise

@@ -216,12 +216,13 @@ def _cut(
 ) -> tuple[Row, dict[str, np.ndarray]]:
     """What is written of a tensor, and what it leaves out."""
     x, y = (jax.device_put(source[tensor.name].read()) for source in (start, target))
+    for path, point in ((job.start, x), (job.target, y)):
+        if not bool(jnp.isfinite(point).all()):
+            raise ValueError(
+                f"{path} holds NaN or an infinity, of which there is no adapter: mend it, or leave "
+                "the tensor out by --skip"
+            )
     difference = float(geometry.distance(x, y))
-    if not math.isfinite(difference):
-        raise ValueError(
-            "the difference of the models is NaN or infinite: mend the model that is, or convert "
-            "both to float32"
-        )
     if not _is_layer(tensor) or not difference:
         return Row(tensor, 0, difference, difference), {}
     edit = tree.combine((1.0, -1.0), (y, x), rounded=False)

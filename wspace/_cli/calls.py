@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,11 @@ class Recipe:
             numbers += options.get("coefficients", [])
             if min(numbers) < 0 or not 0 <= options.get("t", 0.5) <= 1:
                 return True
+            if self.method == "task_arithmetic" and not options.get("normalize"):
+                # The base counts 1 less all of these.
+                given = options.get("coefficients", [1.0] * len(self.models))
+                if options.get("scale", 1.0) * math.fsum(given) > 1:
+                    return True
         return False
 
     def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:

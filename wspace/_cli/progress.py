@@ -21,7 +21,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._is_bar = sys.stderr.isatty()
         self._pause = float("inf") if quiet else _BAR if self._is_bar else _LINE
         self._lock = threading.Lock()
-        self._done = self._skipped = self._looked = 0
+        self._done = self._skipped = self._first = self._looked = 0
         self._start = self._said = time.monotonic()
         self._drawn = False
 
@@ -34,7 +34,8 @@ class Progress(AbstractContextManager["Progress"]):
         """Counts bytes that were written now."""
         with self._lock:
             if self._done == self._skipped:
-                self._start = time.monotonic()
+                # When it was begun is not known, so that its bytes say nothing of a rate.
+                self._start, self._first = time.monotonic(), nbytes
             self._done += nbytes
             self._tell()
 
@@ -61,10 +62,11 @@ class Progress(AbstractContextManager["Progress"]):
             sys.stderr.flush()
 
     def _say(self, now: float) -> None:
-        rate = (self._done - self._skipped) / max(now - self._start, 1e-9)
+        timed = self._done - self._skipped - self._first
+        rate = timed / max(now - self._start, 1e-9)
         share = self._done / self._total if self._total else 1.0
         text = f"{share:4.0%}  {in_bytes(self._done)} of {in_bytes(self._total)}"
-        if self._done - self._skipped > 0.01 * self._total:  # less says nothing of the rest
+        if timed > 0.01 * self._total:  # less says nothing of the rest
             left = _in_time((self._total - self._done) / rate)
             text += f"  {in_bytes(round(rate))}/s  {left} left"
         elif self._done == self._skipped:

@@ -68,22 +68,22 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) 
                     for b in range(a):
                         found = float(geometry.distance(points[a], points[b]))
                         squares[i, a, b] = squares[i, b, a] = found**2
-                        angle = float(geometry.angle(points[a], points[b]))
-                        angles[i, a, b] = angles[i, b, a] = np.degrees(angle)
+                        turn = float(geometry.angle(points[a], points[b]))
+                        angles[i, a, b] = angles[i, b, a] = turn
                 progress.advance(sum(source[name].nbytes for source in sources))
     gram, square = grams.sum(0), squares.sum(0)
-    norms = np.sqrt(np.diagonal(gram))
+    norms, own = np.sqrt(np.diagonal(gram)), np.sqrt(np.diagonal(grams, axis1=1, axis2=2))
     said: dict[str, Any] = {
         "models": list(map(str, paths)),
         "norms": norms,
         "distances": np.sqrt(square),
-        "angles_in_degrees": _angles(gram, square),
+        "angles_in_degrees": np.degrees(_whole_angles(norms, own, angles)),
         "gram": gram,
         "tensors": {
             name: {
-                "norms": np.sqrt(np.diagonal(grams[i])),
+                "norms": own[i],
                 "distances": np.sqrt(squares[i]),
-                "angles_in_degrees": angles[i],
+                "angles_in_degrees": np.degrees(angles[i]),
             }
             for i, name in enumerate(names)
         },
@@ -106,31 +106,29 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) 
     pairs = [(a, b) for b in range(k) for a in range(b)][:4]
     heads = [f"{title} {a + 1}-{b + 1}" for a, b in pairs for title in ("distance", "angle")]
     rows = [("tensor", "norm 1", *heads)]
-    for name, own in said["tensors"].items():
+    for name, its in said["tensors"].items():
         cells = [
-            f"{own[key][pair]:.4g}" for pair in pairs for key in ("distances", "angles_in_degrees")
+            f"{its[key][pair]:.4g}" for pair in pairs for key in ("distances", "angles_in_degrees")
         ]
-        rows.append((name, f"{own['norms'][0]:.4g}", *cells))
+        rows.append((name, f"{its['norms'][0]:.4g}", *cells))
     print()
     print(table(rows))
 
 
-def _angles(gram: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Angles from inner products and squared distances, summed over tensors; zero at a zero norm.
+def _whole_angles(norms: np.ndarray, own: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Angles of models from the norms and the angles of their tensors.
 
-    Between norms that are alike the distance tells half the angle, and no small one is lost. Beside
-    another norm a small one is below the rounding of the distance.
+    With unit models of which a tensor has the lengths p and q, the squares of chords add up:
+    (p - q)^2 + 4 p q sin^2 of half the angle to the difference, and with cos^2 to the sum, all
+    terms of one sign. Zero where a norm is zero, as in `geometry.angle`.
     """
-    norms = np.sqrt(np.diagonal(gram))
-    sums, differences = norms[:, None] + norms, norms[:, None] - norms
-    alike = 3 * abs(differences) <= sums
-    sine = np.sqrt(np.maximum(squares - differences**2, 0))
-    cosine = np.sqrt(np.maximum(sums**2 - squares, 0))
-    np.fill_diagonal(sine, 0)
-    sizes = norms[:, None] * norms
-    across = np.sqrt(np.maximum((sizes - gram) * (sizes + gram), 0))
-    angles = np.where(alike, 2 * np.arctan2(sine, cosine), np.arctan2(across, gram))
-    return np.where(sizes > 0, np.degrees(angles), 0)
+    unit = own / np.where(norms == 0, 1, norms)
+    p, q = unit[:, :, None], unit[:, None, :]
+    apart, both = (p - q) ** 2, 4 * p * q
+    difference = np.sum(apart + both * np.sin(angles / 2) ** 2, axis=0)
+    together = np.sum(apart + both * np.cos(angles / 2) ** 2, axis=0)
+    found = 2 * np.arctan2(np.sqrt(difference), np.sqrt(together))
+    return np.where((norms[:, None] == 0) | (norms == 0), 0, found)
 
 
 def audit(

@@ -119,6 +119,17 @@ def _refuse_unmatched(what: str, globs: Sequence[str], sources: Sequence[Checkpo
 def refuse_factors(tensors: Checkpoint) -> None:
     """Raises if a tensor is a factor of an adapter: means of factors are no factors of the mean."""
     name = next(filter(_FACTOR.search, tensors), None)
+    configured = [
+        file
+        for file in tensors.files
+        if file.name.startswith("adapter_model") and (file.parent / "adapter_config.json").exists()
+    ]
+    if name is None and tensors and configured:
+        raise ValueError(
+            f"{configured[0]} is of an adapter, as the adapter_config.json beside it says, and no "
+            "model: put it into its base with PEFT (merge_and_unload, where there is one), and "
+            "give the result"
+        )
     if name is not None:
         is_peft = re.search(r"lora_(A|B|embedding_A|embedding_B)\b", name) is not None
         how = (
