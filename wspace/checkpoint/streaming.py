@@ -35,6 +35,11 @@ class Nonfinite(NamedTuple):
     Attributes:
         made: Those that are finite in all sources: of an overflow, or where nothing is defined.
         given: Those that are infinite or NaN in a source, too.
+
+    Examples:
+        >>> from wspace import checkpoint
+        >>> checkpoint.Nonfinite(made=4, given=0)
+        Nonfinite(made=4, given=0)
     """
 
     made: int
@@ -124,9 +129,9 @@ def stream(
         ...     checkpoint.save(folder / "c.safetensors", {"w": jnp.array([3.0, 4.0])})
         ...     a, c = (checkpoint.open(folder / f"{x}.safetensors") for x in "ac")
         ...     with checkpoint.create(folder / "b.safetensors", a) as writer:
-        ...         checkpoint.stream(average.mean, [a, c], writer, lazy=True)
-        ...     checkpoint.load(folder / "b.safetensors")
-        {'w': Array([2., 3.], dtype=float32)}
+        ...         nonfinite = checkpoint.stream(average.mean, [a, c], writer, lazy=True)
+        ...     checkpoint.load(folder / "b.safetensors"), nonfinite
+        ({'w': Array([2., 3.], dtype=float32)}, {})
     """
     points = chosen(sources, carry=carry, skip=skip, common_tensors=common_tensors)
     found = streamed(function, points, writer, lazy=lazy, advance=advance, look=look)
