@@ -187,6 +187,7 @@ def test_a_tied_head_is_named_and_not_left_behind(capsys):
     told = capsys.readouterr().err
     assert "--skip head" in told
     assert "--carry head" in told
+    assert run("distance a c --quiet --common-tensors") == 0
     assert run("merge linear a c -o out --skip head") == 0
     assert sorted(read("out")) == ["q.weight"]
 
@@ -357,7 +358,7 @@ def test_entries_that_become_infinite_are_refused_and_counted(capsys):
     assert "--allow-nonfinite" in told
     assert sorted(x.name for x in pathlib.Path().iterdir()) == ["a", "c"]
     assert run(f"{words} -o out --allow-nonfinite") == 0
-    assert "'h' has 4 entries that are infinite or NaN, 0 of them" in capsys.readouterr().err
+    assert "of 'h' that are infinite or NaN: 4, of which 0 are" in capsys.readouterr().err
     said = json.loads(pathlib.Path("out/wspace.json").read_text())
     assert said["nonfinite"] == {"h": {"made": 4, "given": 0}}
 
@@ -370,8 +371,8 @@ def test_entries_of_a_model_that_are_not_finite_are_let_pass_and_counted(capsys)
     )
     assert run("merge linear a c -o out --carry mask") == 0
     told = capsys.readouterr().err
-    assert "'h' has 2 entries that are infinite or NaN, 2 of them in a model" in told
-    assert "'mask' has 3 entries" in told
+    assert "of 'h' that are infinite or NaN: 2, of which 2 are so in a model" in told
+    assert "of 'mask' that are infinite or NaN: 3" in told
     said = json.loads(pathlib.Path("out/wspace.json").read_text())
     assert said["nonfinite"]["h"] == {"made": 0, "given": 2}
 
@@ -439,6 +440,8 @@ def test_an_adapter_of_what_is_not_finite_is_refused_by_name(capsys):
     assert "c holds NaN or an infinity" in told
     assert "at tensor 'p.weight'" in told
     assert run("extract a c --rank 1 -o out --skip p.weight") == 0
+    assert run("extract a c --rank 1 -o two --skip *.weight") == 1
+    assert "nothing is left to combine" in capsys.readouterr().err
 
 
 @tree.elementwise
@@ -458,7 +461,7 @@ def test_stream_counts_by_tensor_what_is_new(folder, dtype, lazy):
                 lambda xs: undefined_at_three((), xs[:1]), sources, writer, lazy=lazy, **options
             )
 
-    message = r"1 entries of the result .*\(1 of 'w'\).*allow_nonfinite"
+    message = r"entries of the result are .*, 1 of 'w', so nothing .*allow_nonfinite"
     with pytest.raises(ValueError, match=message):
         streamed()
     assert not (folder / "out").exists()

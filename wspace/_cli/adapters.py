@@ -86,7 +86,7 @@ def run(job: Adapter) -> None:
     ):
         records.refuse_overlap(job.output, (), (*start.files, *target.files))
         _refuse_output(job, _most_bytes(job, list(start.without(job.choice.skip).values())))
-        points = chosen((start, target), **job.choice._asdict())
+        points = chosen((start, target), outputs=0, **job.choice._asdict())
         for text in points.told:
             print(f"note: {text}", file=sys.stderr)
         weights = points.of_weights(0)

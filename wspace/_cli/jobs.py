@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from wspace import checkpoint
+from wspace._checks import is_weight
 from wspace._cli import records
 from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
 from wspace.checkpoint import Checkpoint, Writer, partial, places
-from wspace.checkpoint.chosen import Chosen, chosen, is_weight
+from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.streaming import Nonfinite, refuse_nonfinite, streamed
 from wspace.checkpoint.tensors import matches, writing
 
@@ -251,8 +252,8 @@ def _write(job: _Job, target: Path, index: int) -> None:
             writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
     for name, counts in found.items():
         print(
-            f"note: {name!r} has {counts.made + counts.given} entries that are infinite or NaN, "
-            f"{counts.given} of them in a model, too",
+            f"note: entries of {name!r} that are infinite or NaN: {counts.made + counts.given}, of "
+            f"which {counts.given} are so in a model",
             file=sys.stderr,
         )
     for name, value in certificates.items():

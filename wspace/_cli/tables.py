@@ -128,6 +128,7 @@ def _whole_angles(norms: np.ndarray, own: np.ndarray, angles: np.ndarray) -> np.
     difference = np.sum(apart + both * np.sin(angles / 2) ** 2, axis=0)
     together = np.sum(apart + both * np.cos(angles / 2) ** 2, axis=0)
     found = 2 * np.arctan2(np.sqrt(difference), np.sqrt(together))
+    np.fill_diagonal(found, 0)
     return np.where((norms[:, None] == 0) | (norms == 0), 0, found)
 
 
@@ -164,7 +165,7 @@ def _opened(paths: Sequence[Path], choice: Choice) -> Generator[Chosen]:
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(checkpoint.open(path)) for path in paths]
         stack.enter_context(wide_enough(sources))
-        points = chosen(sources, **choice._asdict())
+        points = chosen(sources, outputs=0, **choice._asdict())
         for text in points.told:
             print(f"note: {text}", file=sys.stderr)
         yield points

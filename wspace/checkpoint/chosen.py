@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wspace import _checks
+from wspace._checks import is_weight
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.tensors import matches
 
@@ -49,6 +50,10 @@ _QUANTIZED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
 )
 """Names of tensors of codes, the companions of which one tells them, and who writes them so."""
+
+
+_MOST = 64
+"""Tensors of one model alone up to which copies of others are looked for: more are no heads."""
 
 
 class Chosen(NamedTuple):
@@ -96,13 +101,12 @@ def chosen(
     for source in rest[:outputs]:
         _refuse_tied(source, {name for name, _, _ in lone}, names)
     combined = tuple(name for name in names if _is_combined(name, rest))
+    if not combined and (carry or skip):
+        raise ValueError(
+            "carry and skip name all weights, so nothing is left to combine: name fewer"
+        )
     told = [_told_carried(name, rest) for name in names if name not in set(combined)]
     return Chosen(left, combined, tuple(filter(None, told)))
-
-
-def is_weight(tensor: Stored) -> bool:
-    """Whether JAX computes with the dtype of a tensor, as far as it is no whole number."""
-    return tensor.dtype in _checks.WEIGHT_DTYPES
 
 
 def _refuse_unmatched(what: str, globs: Sequence[str], sources: Sequence[Checkpoint]) -> None:
@@ -232,7 +236,7 @@ def _twin(source: Checkpoint, name: str, among: Iterable[str] | None = None) -> 
 
 def _refuse_tied(model: Checkpoint, lone: Iterable[str], names: Sequence[str]) -> None:
     """Raises if what would be kept of a model is a copy of what is combined."""
-    for name in sorted(set(lone) & set(model)):
+    for name in sorted(set(lone) & set(model))[:_MOST]:
         if (twin := _twin(model, name, names)) is not None:
             raise ValueError(
                 f"tensor {name!r}, which {model.path} has and another model lacks, has the values "

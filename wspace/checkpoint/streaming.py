@@ -194,8 +194,8 @@ def refuse_nonfinite(found: Mapping[str, Nonfinite]) -> None:
         worst = sorted(made, key=lambda name: -made[name])
         listed = ", ".join(f"{made[name]} of {name!r}" for name in worst[:8])
         raise ValueError(
-            f"{sum(made.values())} entries of the result are infinite or NaN and finite in all "
-            f"models ({listed}{', ...' if len(made) > 8 else ''}), so nothing is put in place: "
+            f"entries of the result are infinite or NaN that are finite in all models, {listed}"
+            f"{', ...' if len(made) > 8 else ''}, so nothing is put in place: "
             "they are out of the range of the dtype, as beyond 65504 in float16, or not defined "
             "there; give a model of a wider dtype first or other numbers, or write them by "
             "--allow-nonfinite (allow_nonfinite=True in Python)"

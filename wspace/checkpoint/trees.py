@@ -12,8 +12,9 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from wspace import _checks
+from wspace._checks import is_weight
 from wspace.checkpoint import header, stored
-from wspace.checkpoint.chosen import codes, is_weight
+from wspace.checkpoint.chosen import codes
 from wspace.checkpoint.hosts import leads
 from wspace.checkpoint.stored import Stored
 from wspace.checkpoint.tensors import flat
