@@ -30,7 +30,7 @@ from wspace import (
     tree,
 )
 from wspace.__main__ import main
-from wspace._cli import adapters, methods, signatures
+from wspace._cli import adapters, jobs, methods, signatures
 from wspace._cli.words import Parser, size
 from wspace.checkpoint.writer import Writer
 from wspace.selection import top
@@ -568,6 +568,35 @@ def test_an_error_shows_where_only_if_asked(capsys):
     words = "merge linear A nowhere -o OUT"
     assert run(words, "--traceback") == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+MANY = {f"{i}.weight": ((4, 3), np.float32) for i in range(9)}
+BY_LEAF = (
+    "slerp X Y --t 0.3 --scope leaf",
+    "karcher X Y --scope leaf",
+    "ties X Y --base Z --scope leaf",
+    "della X Y --base Z --seed 3 --scope row",
+    "model_stock X Y --base Z --scope row",
+)
+
+
+@pytest.mark.parametrize("words", BY_LEAF)
+def test_many_small_tensors_are_merged_one_by_one_with_the_same_bits(words, folder, monkeypatch):
+    for i, name in enumerate("XYZ"):
+        written(folder / name, i, 0.1, MANY)
+    calls = []
+
+    def streamed(*arguments, real=jobs.streamed, **options):
+        calls.append(options["lazy"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(jobs, "streamed", streamed)
+    assert run("merge", words, "-o ALONE --quiet") == 0
+    monkeypatch.setattr(jobs, "_OFTEN", 10)
+    assert run("merge", words, "-o LAZY --quiet") == 0
+    assert calls == [False, True]
+    one, two = (weights(x) for x in ("ALONE", "LAZY"))
+    assert all(one[name].tobytes() == two[name].tobytes() for name in MANY)
 
 
 def test_outputs_have_the_names_of_the_files_of_the_input(folder):

@@ -294,6 +294,28 @@ def test_files_of_many_shapes_are_merged_by_few_programs(tmp_path, programs):
         np.testing.assert_array_equal(found[key], leaf)
 
 
+def test_leaves_of_one_kind_are_traced_once_however_many_there_are():
+    traced = []
+
+    @tree.reduction
+    def size(_, arrays):
+        traced.append("sum")
+        return arrays[0] ** 2
+
+    @tree.elementwise
+    def twice(_, arrays):
+        traced.append("entries")
+        return 2 * arrays[0]
+
+    leaves = {str(i): lazily(np.full((2, 3), i, np.float32)) for i in range(20)}
+    for name, leaf in leaves.items():
+        assert float(size((), [{name: leaf}])) == 6 * int(name) ** 2
+        assert float(twice((), [{name: leaf}])[name].read()[0, 0]) == 2 * int(name)
+    # Once for what they will hold, and once for the program.
+    assert traced.count("sum") <= 2
+    assert traced.count("entries") <= 3
+
+
 def test_what_a_lazy_leaf_says_of_itself():
     x = lazily(np.zeros((2, 3), np.float32))
     assert (x.shape, x.ndim, x.size, x.dtype) == ((2, 3), 2, 6, jnp.float32)

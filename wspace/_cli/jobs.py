@@ -24,6 +24,9 @@ from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.streaming import Nonfinite, refuse_nonfinite, streamed
 from wspace.checkpoint.tensors import matches, writing
 
+_SMALL, _OFTEN = 2**20, 8
+"""Tensors of so few entries, and so many of a shape, are computed one by one where they can be."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -84,7 +87,7 @@ def run(recipe: Recipe, output: Output) -> None:
             return
         if not output.quiet and "replaces" in said:
             print(f"replaces {said['replaces']}", file=sys.stderr)
-        job = _Job(output, layouts, points, record, Call(recipe), recipe.table.entry.lazy, started)
+        job = _Job(output, layouts, points, record, Call(recipe), _lazy(recipe, sources), started)
         for i, target in targets.items():
             if i in left:
                 _write(job, target, i)
@@ -118,6 +121,22 @@ class _Job:
         if self.results is None:
             self.results = self.call(points)
         return dict(self.results[index])
+
+
+def _lazy(recipe: Recipe, sources: Sequence[Checkpoint]) -> bool:
+    """Whether the function is called once with whole trees, and not for every tensor alone.
+
+    Both give the same. Of many small tensors of few shapes that are measured by themselves, each
+    is in memory at once, and is read once.
+    """
+    tensors = list(sources[0].values())
+    alike = len({(x.shape, x.dtype) for x in tensors}) * _OFTEN <= len(tensors)
+    small = all(x.size <= _SMALL for x in tensors)
+    whole = any(recipe.is_whole(own) for _, own in recipe.settings())
+    method = recipe.table
+    by_leaf = method.entry.per_tensor or any(x.name == "scope" for x in method.options)
+    alone = small and alike and by_leaf and not whole and method.returns != "list"
+    return method.entry.lazy and not alone
 
 
 def _refuse_patterns(recipe: Recipe) -> None:
@@ -290,7 +309,7 @@ def _plan(
     """What would be done."""
     sizes = [sum(tensor.nbytes for tensor in source.values()) for source in sources]
     whole = any(recipe.is_whole(own) for _, own in recipe.settings())
-    how = "tensors" if not recipe.table.entry.lazy else "passes" if whole else "pieces"
+    how = "tensors" if not _lazy(recipe, sources) else "passes" if whole else "pieces"
     passes = recipe.outputs + output.full_hash
     lines = {
         "models": ", ".join(map(str, recipe.models)),
