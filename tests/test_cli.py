@@ -30,7 +30,7 @@ from wspace import (
     tree,
 )
 from wspace.__main__ import main
-from wspace._cli import adapters, jobs, methods, signatures
+from wspace._cli import adapters, jobs, methods, progress, recipes, signatures
 from wspace._cli.words import Parser, size
 from wspace.checkpoint.writer import Writer
 from wspace.selection import top
@@ -339,6 +339,40 @@ def test_distances_and_angles_are_those_of_geometry(points, capsys):
     table = capsys.readouterr().out
     assert f"{said['distances'][0][1]:.6g}" in table
     assert "embed.weight" in table
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 2.0, 1e9])
+def test_angles_of_points_of_any_scale_are_those_of_longdouble(scale, folder, capsys):
+    random = np.random.default_rng(0)
+    x = {str(i): random.normal(size=(7, 5)).astype(np.float32) for i in range(3)}
+    y = {k: np.float32(scale * (v + 0.4 * random.normal(size=v.shape))) for k, v in x.items()}
+    for name, points in (("X", x), ("Y", y)):
+        checkpoint.save(folder / f"{name}.safetensors", points)
+    assert run("distance X.safetensors Y.safetensors --json") == 0
+    said = json.loads(capsys.readouterr().out)
+
+    def angle(*keys):
+        u, v = (np.concatenate([np.longdouble(p[k]).ravel() for k in keys]) for p in (x, y))
+        u, v = u / np.sqrt(u @ u), v / np.sqrt(v @ v)
+        return np.degrees(2 * np.arctan2(np.linalg.norm(u - v), np.linalg.norm(u + v)))
+
+    for key, tensor in said["tensors"].items():
+        assert tensor["angles_in_degrees"][0][1] == pytest.approx(float(angle(key)), rel=1e-6)
+    assert said["angles_in_degrees"][1][0] == pytest.approx(float(angle(*x)), rel=1e-6)
+    assert said["norms"][1] == pytest.approx(
+        float(np.sqrt(sum((np.longdouble(v) ** 2).sum() for v in y.values()))), rel=1e-12
+    )
+
+
+def test_what_is_undefined_is_null(folder, capsys):
+    checkpoint.save(folder / "X.safetensors", {"w": np.array([1, np.nan], np.float32)})
+    checkpoint.save(folder / "Y.safetensors", {"w": np.array([1, 2], np.float32)})
+    assert run("distance X.safetensors Y.safetensors --json") == 0
+    said = json.loads(capsys.readouterr().out)
+    for part in (said, said["tensors"]["w"]):
+        assert part["norms"][0] is None
+        assert part["distances"][0][1] is None
+        assert part["angles_in_degrees"][0][1] is None
 
 
 def test_a_small_angle_is_not_lost(folder, capsys):
@@ -937,6 +971,17 @@ def test_a_recipe_of_mergekit_that_is_not_read_is_refused(change, message, folde
     assert message in capsys.readouterr().err
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(folder):
+    pytest.importorskip("yaml")
+    (folder / "r.toml").write_bytes(b"\xef\xbb\xbfmethod = 'linear'\r\nmodels = ['A', 'C']\r\n")
+    (folder / "r.yml").write_bytes(
+        b"\xef\xbb\xbfmerge_method: karcher\r\nmodels: [{model: A}, {model: C}]\r\n"
+        b"parameters: {tol: 1e-5, max_iter: 3}\r\n"
+    )
+    assert recipes.read(folder / "r.toml", None).method == "linear"
+    assert recipes.read(folder / "r.yml", None).options["tol"] == 1e-5
+
+
 @pytest.mark.parametrize("name", ["r.toml", "r.yml"])
 def test_a_recipe_that_is_no_text_is_refused(name, folder, capsys):
     (folder / name).write_bytes(b"\xff\xfe")
@@ -1036,6 +1081,45 @@ def test_a_reader_that_leaves_early_is_no_error_to_speak_of(folder):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+def test_the_version_is_told(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"wspace {wspace.__version__}\n"
+
+
+def test_names_from_files_are_no_commands_to_a_terminal(folder, capsys):
+    name = "w\x1b[2J\x1b]0;title\x07\nfake  float32\u202e"
+    checkpoint.save(folder / "X.safetensors", {name: np.ones(2, np.float32)})
+    (folder / "A" / "\x1b[2J.txt").write_text("1")
+    for words in ("inspect X.safetensors", "distance X.safetensors A", "inspect A",
+                  "distance X.safetensors X.safetensors", "merge linear A C -o A2 --dry-run",
+                  "merge linear X.safetensors missing\x1b[2J -o m"):  # fmt: skip
+        run(words)
+        for text in capsys.readouterr():
+            assert all(x.isprintable() or x == "\n" for x in text)
+            assert "\nfake" not in text
+
+
+def test_no_error_is_as_long_as_what_a_file_holds(folder, capsys):
+    checkpoint.save(folder / "X.safetensors", {10**6 * "x": np.ones(2, np.float32)})
+    assert run("merge linear X.safetensors A -o m") == 1
+    assert len(capsys.readouterr().err) < 5000
+
+
+@pytest.mark.parametrize("sizes", [[33_600_000], [1, 33_600_000]])
+def test_a_rate_is_of_the_time_that_bytes_took(sizes, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress(sum(sizes), False) as told:
+        for size in sizes:
+            clock[0] += 30
+            told.advance(size)
+    said = capsys.readouterr().err
+    assert "100%  33.6 MB of 33.6 MB" in said
+    assert ("1.12 MB/s" in said) == (len(sizes) == 2)
+    assert "GB/s" not in said
+    assert "TB/s" not in said
 
 
 def test_every_command_has_help(capsys):

@@ -26,9 +26,13 @@ from wspace._cli.words import (
     count,
     near,
     number,
+    printable,
     seed,
     size,
 )
+
+_LONGEST = 4000
+"""Characters that an error may have."""
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -48,6 +52,11 @@ def main(words: Sequence[str]) -> int:
     name, *rest = words
     if name in ("-h", "--help"):
         _help(sys.stdout)
+        return DONE
+    if name == "--version":
+        from wspace import __version__
+
+        print(f"wspace {__version__}")
         return DONE
     prog = f"wspace {name}"
     try:
@@ -77,13 +86,18 @@ def _tell(prog: str, error: BaseException, words: Sequence[str]) -> None:
     if "--traceback" in words:
         traceback.print_exception(error)
     notes = getattr(error, "__notes__", [])
-    text = " ".join("; ".join([str(error) or type(error).__name__, *notes]).split())
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        said = f"{error.filename}: {error.strerror}"
+    text = printable(" ".join("; ".join([said or type(error).__name__, *notes]).split()))
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     expected = isinstance(error, Misuse | OSError | ValueError | TypeError)
     print(f"{prog}: {text if expected else f'{type(error).__name__}: {text}'}", file=sys.stderr)
 
 
 def _help(stream: Any) -> None:
-    print("usage: wspace COMMAND ...\n\ncommands:", file=stream)
+    print("usage: wspace COMMAND ...\n       wspace --version\n\ncommands:", file=stream)
     for name, (_, text) in COMMANDS.items():
         print(f"  {name:<10}{text}", file=stream)
     print(
@@ -119,7 +133,7 @@ def _warned(prog: str) -> Generator[None]:
     def tell(message: Warning | str, *_: Any) -> None:
         text = " ".join(str(message).split())
         if text not in said:
-            print(f"{prog}: {text}", file=sys.stderr)
+            print(f"{prog}: {printable(text)}", file=sys.stderr)
         said.add(text)
 
     module: Any = warnings

@@ -21,7 +21,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._is_bar = sys.stderr.isatty()
         self._pause = float("inf") if quiet else _BAR if self._is_bar else _LINE
         self._lock = threading.Lock()
-        self._done = self._skipped = self._first = self._looked = 0
+        self._done = self._skipped = self._looked = self._before = 0
         self._start = self._said = time.monotonic()
         self._drawn = False
 
@@ -33,10 +33,9 @@ class Progress(AbstractContextManager["Progress"]):
     def advance(self, nbytes: int) -> None:
         """Counts bytes that were written now."""
         with self._lock:
-            if self._done == self._skipped:
-                # When it was begun is not known, so that its bytes say nothing of a rate.
-                self._start, self._first = time.monotonic(), nbytes
             self._done += nbytes
+            if not self._before:  # when the first bytes were begun is not known
+                self._start, self._before = time.monotonic(), self._done
             self._tell()
 
     def look(self, nbytes: int) -> None:
@@ -62,13 +61,12 @@ class Progress(AbstractContextManager["Progress"]):
             sys.stderr.flush()
 
     def _say(self, now: float) -> None:
-        timed = self._done - self._skipped - self._first
-        rate = timed / max(now - self._start, 1e-9)
+        since, seconds = self._done - self._before, now - self._start
         share = self._done / self._total if self._total else 1.0
         text = f"{share:4.0%}  {in_bytes(self._done)} of {in_bytes(self._total)}"
-        if timed > 0.01 * self._total:  # less says nothing of the rest
-            left = _in_time((self._total - self._done) / rate)
-            text += f"  {in_bytes(round(rate))}/s  {left} left"
+        if self._before and since > 0.01 * self._total and seconds:  # less says nothing of the rest
+            left = _in_time((self._total - self._done) * seconds / since)
+            text += f"  {in_bytes(round(since / seconds))}/s  {left} left"
         elif self._done == self._skipped:
             text += f"  {in_bytes(self._looked)} read so far"
         if self._is_bar:

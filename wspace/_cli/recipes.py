@@ -1,5 +1,6 @@
 """Recipes in files: TOML of our own, and YAML of mergekit where the methods agree."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from wspace.checkpoint.tensors import reading
 
 _KEYS = ("method", "models", "seed", "common_rows", "carry", "skip", "common_tensors")
 _TABLES = ("options", "patterns")
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _PRESET = "mergekit-0.1.5"
 _WITHOUT = ("linear", "slerp", "karcher")
 """Methods of mergekit that take no base, but for the first model of a slerp."""
@@ -35,7 +37,7 @@ def read(file: Path, seed: int | None) -> Recipe:
     """The recipe of a merge in a file."""
     try:
         with reading(file):
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise Misuse(f"{file} is no text in UTF-8, but a recipe is: give another file") from error
     if file.suffix.lower() in (".yml", ".yaml"):
@@ -173,7 +175,15 @@ def _parameters(file: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     found = said.get("parameters") or {}
     if not isinstance(found, dict):
         raise Misuse(f"parameters in {file} must be a mapping from names, got {found!r}")
-    return dict(found)
+    return {key: _as_number(value) for key, value in found.items()}
+
+
+def _as_number(value: Any) -> Any:
+    """A number such as 1e-5, which YAML 1.1 takes for text without a point, as a number."""
+    if isinstance(value, list):
+        return [_as_number(x) for x in value]
+    is_number = isinstance(value, str) and _EXPONENTIAL.fullmatch(value)
+    return float(value) if is_number else value
 
 
 class _Parameters:

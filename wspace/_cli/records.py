@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wspace._cli.words import Misuse, in_bytes
+from wspace._cli.words import Misuse, in_bytes, printable
 from wspace.checkpoint import Checkpoint, partial, places
 from wspace.checkpoint.folder import is_index
 from wspace.checkpoint.tensors import reading
@@ -71,7 +71,7 @@ def of_targets(targets: Iterable[Path], others: Sequence[Path]) -> dict[str, str
 
 def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
+    return ", ".join(map(printable, names[:_MOST])) + more
 
 
 def called(path: Path) -> str:

@@ -16,8 +16,10 @@ import numpy as np
 from wspace import checkpoint, geometry, negative
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
-from wspace._cli.words import Choice, Misuse, in_bytes, table
+from wspace._cli.words import Choice, Misuse, in_bytes, printable, table
 from wspace.checkpoint.chosen import Chosen, chosen
+
+_PIECE = 2**20
 
 
 def inspect(path: Path, as_json: bool) -> None:
@@ -48,8 +50,8 @@ def inspect(path: Path, as_json: bool) -> None:
         print(f"{path}: {len(tensors)} tensors, {said['elements']} elements, ", end="")
         print(f"{in_bytes(said['bytes'])} in {len(said['files'])} file(s)")
         print("dtypes    " + (", ".join(f"{k} ({n})" for k, n in counts.items()) or "none"))
-        print("others    " + (", ".join(said["others"]) or "none"))
-        print("metadata  " + (", ".join(said["metadata"]) or "none"))
+        print("others    " + (", ".join(map(printable, said["others"])) or "none"))
+        print("metadata  " + (", ".join(map(printable, said["metadata"])) or "none"))
         print()
         print(table(rows))
 
@@ -58,31 +60,32 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) 
     """Prints norms, distances, angles and inner products, and which tensors differ most."""
     with _opened(paths, choice) as (sources, names, _):
         k = len(sources)
-        grams, squares, angles = np.zeros((3, len(names), k, k))
+        own = np.zeros((len(names), k))
+        grams, distances, angles = np.zeros((3, len(names), k, k))
         total = sum(source[name].nbytes for source in sources for name in names)
         with Progress(total, quiet) as progress:
             for i, name in enumerate(names):
-                points = [jax.device_put(source[name].read()) for source in sources]
+                arrays = [source[name].read() for source in sources]
+                points = [jax.device_put(x) for x in arrays]
                 grams[i] = np.asarray(geometry.gram(points))
+                own[i] = [_norm(x) for x in arrays]
                 for a in range(k):
                     for b in range(a):
-                        found = float(geometry.distance(points[a], points[b]))
-                        squares[i, a, b] = squares[i, b, a] = found**2
-                        turn = float(geometry.angle(points[a], points[b]))
-                        angles[i, a, b] = angles[i, b, a] = turn
+                        x, y = points[a], points[b]
+                        distances[i, [a, b], [b, a]] = float(geometry.distance(x, y))
+                        angles[i, [a, b], [b, a]] = float(geometry.angle(x, y))
                 progress.advance(sum(source[name].nbytes for source in sources))
-    gram, square = grams.sum(0), squares.sum(0)
-    norms, own = np.sqrt(np.diagonal(gram)), np.sqrt(np.diagonal(grams, axis1=1, axis2=2))
+    norms = np.array([math.hypot(*column) for column in own.T])
     said: dict[str, Any] = {
         "models": list(map(str, paths)),
         "norms": norms,
-        "distances": np.sqrt(square),
-        "angles_in_degrees": np.degrees(_whole_angles(norms, own, angles)),
-        "gram": gram,
+        "distances": _joined(distances),
+        "angles_in_degrees": np.degrees(_angle(own, norms, angles)),
+        "gram": grams.sum(0),
         "tensors": {
             name: {
                 "norms": own[i],
-                "distances": np.sqrt(squares[i]),
+                "distances": distances[i],
                 "angles_in_degrees": np.degrees(angles[i]),
             }
             for i, name in enumerate(names)
@@ -106,30 +109,46 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) 
     pairs = [(a, b) for b in range(k) for a in range(b)][:4]
     heads = [f"{title} {a + 1}-{b + 1}" for a, b in pairs for title in ("distance", "angle")]
     rows = [("tensor", "norm 1", *heads)]
-    for name, its in said["tensors"].items():
+    for name, tensor in said["tensors"].items():
         cells = [
-            f"{its[key][pair]:.4g}" for pair in pairs for key in ("distances", "angles_in_degrees")
+            f"{tensor[key][pair]:.4g}"
+            for pair in pairs
+            for key in ("distances", "angles_in_degrees")
         ]
-        rows.append((name, f"{its['norms'][0]:.4g}", *cells))
+        rows.append((name, f"{tensor['norms'][0]:.4g}", *cells))
     print()
     print(table(rows))
 
 
-def _whole_angles(norms: np.ndarray, own: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """Angles of models from the norms and the angles of their tensors.
+def _norm(x: np.ndarray) -> float:
+    """The norm of a tensor in double precision, whatever its scale, in the memory of a piece."""
+    flat, norms = x.reshape(-1), []
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE].astype(np.float64)
+        scale = np.max(np.abs(piece))
+        norms.append(float(scale * np.linalg.norm(piece / scale)) if scale > 0 else float(scale))
+    return math.hypot(*norms)
 
-    With unit models of which a tensor has the lengths p and q, the squares of chords add up:
-    (p - q)^2 + 4 p q sin^2 of half the angle to the difference, and with cos^2 to the sum, all
-    terms of one sign. Zero where a norm is zero, as in `geometry.angle`.
+
+def _joined(distances: np.ndarray) -> np.ndarray:
+    """Distances of models from those of their tensors."""
+    largest = np.maximum(distances.max(0, initial=0), np.finfo(float).tiny)
+    return largest * np.sqrt(((distances / largest) ** 2).sum(0))
+
+
+def _angle(own: np.ndarray, norms: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Angles of models from the norms and angles of their tensors.
+
+    With both models scaled to norm one, and a tensor's parts a and b long, their difference and
+    their sum have the squares (a - b)^2 + 4 a b sin^2 and cos^2 of half the angle of the tensor:
+    nothing cancels, whatever the norms are. Zero where a norm is zero, as `geometry.angle`.
     """
-    unit = own / np.where(norms == 0, 1, norms)
-    p, q = unit[:, :, None], unit[:, None, :]
-    apart, both = (p - q) ** 2, 4 * p * q
-    difference = np.sum(apart + both * np.sin(angles / 2) ** 2, axis=0)
-    together = np.sum(apart + both * np.cos(angles / 2) ** 2, axis=0)
-    found = 2 * np.arctan2(np.sqrt(difference), np.sqrt(together))
-    np.fill_diagonal(found, 0)
-    return np.where((norms[:, None] == 0) | (norms == 0), 0, found)
+    shares = own / np.where(norms == 0, 1, norms)
+    a, b = shares[:, :, None], shares[:, None, :]
+    apart, product = (a - b) ** 2, 4 * a * b
+    sine = np.sqrt((apart + product * np.sin(angles / 2) ** 2).sum(0))
+    cosine = np.sqrt((apart + product * np.cos(angles / 2) ** 2).sum(0))
+    return np.where(norms[:, None] * norms == 0, 0, 2 * np.arctan2(sine, cosine))
 
 
 def audit(

@@ -62,6 +62,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(MISUSED, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def printable(text: str) -> str:
+    """A text of one line without what a terminal takes for a command: files are not trusted."""
+    if text.isprintable():
+        return text
+    return "".join(
+        x if x.isprintable() else x.encode("unicode_escape", "surrogatepass").decode() for x in text
+    )
+
+
 def near(word: str, words: Iterable[str]) -> str:
     """A hint at the nearest of the words that are known, or at all of them."""
     words = list(words)
@@ -214,6 +223,7 @@ def add_traceback(parser: Parser) -> None:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns: the first is the heading; numbers are aligned at the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     body = rows[1:] or rows
 
