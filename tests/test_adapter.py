@@ -453,8 +453,7 @@ UNFIT = [
     ),
     ({"base_model.model.embed.base_layer.weight": jnp.ones((11, 4))}, "is no factor of LoRA"),
     ({"base_model.model.score.weight": jnp.ones((3, 4))}, "is no factor of LoRA"),
-    ({"query.lora_A.weight": A[1], "query.lora_B.weight": B[1]}, "is no factor of LoRA"),
-    ({"base_model.model.lora_A.weight": A[1]}, "is no factor of LoRA"),
+    ({"base_model.model.lora_A.weight": A[1]}, r"has lora_A\.weight of layer 'base_model\.model'"),
     ({"base_model.model.query.lora_A.weight.x": A[1]}, "is no factor of LoRA"),
     ({"base_model.model.query.lora_B.bias": jnp.ones(3)}, "is no factor of LoRA"),
     (
@@ -482,6 +481,62 @@ UNFIT = [
         r"of layer 'layer\.0\.query', .* base lacks: the nearest .*'layers\.0\.query\.weight'",
     ),
 ]
+
+
+def renamed(tensors, change):
+    return {change(name): x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: f"{x}.default" if "embedding" in x else x.replace(".weight", ".default.weight"),
+        lambda x: f"{x}.my_own" if "embedding" in x else x.replace(".weight", ".my_own.weight"),
+        lambda x: x.removeprefix("base_model.model."),
+        lambda x: f"base_model.model.{x}",
+    ],
+)
+def test_names_with_an_adapter_or_other_prefixes_are_those_of_their_layers(tmp_path, change):
+    tensors = query() | embedding("embed", *drawn(3, (2, 11), (4, 2)))
+    wanted = checkpoint.load_adapter(put(tmp_path, tensors=tensors), BASE)
+    found = checkpoint.load_adapter(put(tmp_path, tensors=renamed(tensors, change)), BASE)
+    for name in BASE:
+        same(found[name], wanted[name])
+
+
+def test_two_adapters_in_a_file_are_refused_by_name(tmp_path):
+    other = renamed(query(), lambda x: x.replace("_A.", "_A.two.").replace("_B.", "_B.two."))
+    own = renamed(tensors_of("layers.0.value", *drawn(1, (2, 4), (4, 2))), lambda x: x)
+    put(tmp_path, tensors=own | other)
+    with pytest.raises(ValueError, match=r"several adapters, '', 'two': save one adapter"):
+        checkpoint.load_adapter(tmp_path, BASE)
+    put(tmp_path, tensors=query() | other)
+    with pytest.raises(ValueError, match=r"has lora_A\.weight of layer 'query' twice"):
+        checkpoint.load_adapter(tmp_path, BASE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_copies_of_the_base_beside_the_factors_are_left_out_if_they_are_equal(tmp_path, dtype):
+    (own,) = drawn(5, (11, 4), dtype=dtype)
+    base = BASE | {"embed.weight": own}
+    factors = embedding("embed", *drawn(3, (2, 11), (4, 2)))
+    copies = {
+        "base_model.model.embed.base_layer.weight": own.astype(jnp.float32),
+        "base_model.model.lm_head.weight": own,  # tied, so that base has none
+    }
+    wanted = checkpoint.load_adapter(put(tmp_path, tensors=factors), base)
+    found = checkpoint.load_adapter(put(tmp_path, tensors=factors | copies), base)
+    same(found["embed.weight"], wanted["embed.weight"])
+    with pytest.raises(ValueError, match=r"give base with its values"):
+        checkpoint.load_adapter(tmp_path, BASE)
+    for name, copy in copies.items():
+        moved = copies | {name: copy.at[3, 2].add(1)}
+        put(tmp_path, tensors=factors | moved)
+        with pytest.raises(ValueError, match=r"is no factor of LoRA, (and differs|nor a copy)"):
+            checkpoint.load_adapter(tmp_path, base)
+    put(tmp_path, tensors=factors | {next(iter(copies)): jnp.ones((12, 4))})
+    with pytest.raises(ValueError, match=r"'embed\.weight' of base, so it was trained"):
+        checkpoint.load_adapter(tmp_path, base)
 
 
 @pytest.mark.parametrize(("tensors", "match"), UNFIT)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from wspace.checkpoint.header import shown
 from wspace.checkpoint.tensors import flat, named, packed, read, write_all, writing
 from wspace.checkpoint.trees import load
 from wspace.lowrank import LowRank, from_lora, to_lora
@@ -25,9 +26,12 @@ __all__ = ["load_adapter", "save_adapter"]
 _CONFIG, _FACTORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_PREFIX = "base_model.model."
 _FACTOR = re.compile(
-    rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, _LINEAR + _EMBEDDING))})", re.DOTALL
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)((?:\.[^.]+)??)((?:\.weight)?)",
+    re.DOTALL,
 )
+"""A layer, a factor, perhaps the name of an adapter, and the end of a linear factor."""
 
 _NOTHING = (None, False, "", [], {})
 _PLAIN = {
@@ -62,13 +66,16 @@ def load_adapter(
     [`lowrank.apply(base, edit)`][wspace.lowrank.apply] gives the weights that `merge_and_unload`
     of PEFT gives, to rounding: transposed where `fan_in_fan_out` says so and for embeddings, with
     the ranks and alphas of the patterns. The layers are those that the file has factors of,
-    whatever `target_modules` says. An adapter that is more than such a sum, or whose training
-    moved the base, is refused by the field of its configuration that says so.
+    whatever `target_modules` says, with the name of an adapter in theirs or not, as in
+    `lora_A.default.weight`. Copies of weights of the base, as PEFT saves of embeddings and heads,
+    are compared with `base`, and left out if they are equal. An adapter that is more than such a
+    sum, or whose training moved the base, is refused by what says so.
 
     Args:
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: The weights the adapter was trained on, by the names and in the layout of torch, as
-            [`load`][wspace.checkpoint.load] gives them; only names and shapes are used.
+            [`load`][wspace.checkpoint.load] gives them; only names and shapes are used, but where
+            the adapter has copies of weights.
 
     Returns:
         An edit with the names of `base`: a `LowRank` of the leaf's matrix in at least float32, of
@@ -108,7 +115,7 @@ def load_adapter(
             "trust it, by PeftModel.from_pretrained(model, folder).save_pretrained(folder) of PEFT"
         )
     edit = {name: _zero(leaf.shape) for name, leaf in base.items()}
-    for layer, is_embedding, a, b in _layers(file):
+    for layer, is_embedding, a, b in _layers(file, base):
         name = f"{layer}.weight"
         _refuse_unknown_name(
             name, base, f"{file} has factors of layer {layer!r}, whose {name!r} base lacks"
@@ -238,30 +245,88 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _layers(file: Path) -> Iterator[tuple[str, bool, Array, Array]]:
+def _layers(file: Path, base: Mapping[str, Any]) -> Iterator[tuple[str, bool, Array, Array]]:
     """The factors of each layer: its name, whether it is an embedding, and A and B."""
     layers: dict[str, dict[str, Array]] = {}
+    adapters: set[str] = set()
     for name, tensor in sorted(load(file).items()):
         parts = _FACTOR.fullmatch(name)
-        if parts is None:
-            raise ValueError(
-                f"{file} has a tensor {name!r} that is no factor of LoRA, so the adapter is more "
-                "than the factors added to its base: merge it by merge_and_unload of PEFT, and "
-                "take the edit from the base by lowrank.extract"
-            )
-        layers.setdefault(parts[1], {})[parts[2]] = tensor
+        if parts is None or bool(parts[4]) == parts[2].startswith("lora_embedding"):
+            _refuse_no_copy(file, name, tensor, base)
+            continue
+        kind = parts[2] + parts[4]
+        layer = _layer_in(base, parts[1])
+        adapters.add(parts[3][1:])
+        if kind in layers.setdefault(layer, {}):
+            raise ValueError(f"{file} has {kind} of layer {shown(layer)} twice: {_ONE}")
+        layers[layer][kind] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(shown(x) for x in sorted(adapters)[:8])
+        raise ValueError(f"{file} has factors of several adapters, {names}: {_ONE}")
     if not layers:
         raise ValueError(f"{file} has no factors: save the adapter again where it was trained")
     for layer, factors in layers.items():
         kinds = tuple(sorted(factors))
         if kinds not in (_LINEAR, _EMBEDDING):
             raise ValueError(
-                f"{file} has {' and '.join(kinds)} of layer {layer!r}, but a layer has either "
+                f"{file} has {' and '.join(kinds)} of layer {shown(layer)}, but a layer has either "
                 f"{' and '.join(_LINEAR)} or {' and '.join(_EMBEDDING)}: save the adapter again "
                 "where it was trained"
             )
         a, b = (factors[kind] for kind in kinds)
         yield layer, kinds == _EMBEDDING, a, b
+
+
+_ONE = "save one adapter to a folder, by save_pretrained(folder, selected_adapters=[name]) of PEFT"
+
+
+def _layer_in(base: Mapping[str, Any], layer: str) -> str:
+    """The name that a layer has in the base, without the prefixes of PEFT.
+
+    Some files have none, and some that were wrapped again have two.
+    """
+    found = layer.removeprefix(_PREFIX)
+    while f"{found}.weight" not in base and found.startswith(_PREFIX):
+        found = found.removeprefix(_PREFIX)
+    return found
+
+
+def _refuse_no_copy(file: Path, name: str, tensor: Array, base: Mapping[str, Any]) -> None:
+    """Raises unless a tensor is a weight of the base, which PEFT saves where it may have moved."""
+    layer, dot, parameter = name.rpartition(".")
+    own = f"{_layer_in(base, layer.removesuffix('.base_layer'))}{dot}{parameter}"
+    like = base.get(own)
+    if like is None and layer.startswith(_PREFIX):  # of a head that is tied to another leaf
+        tied = (x for x in base.values() if x.shape == tensor.shape)
+        if any(_is_copy(tensor, x) for x in tied):
+            return
+    if like is None:
+        raise ValueError(
+            f"{file} has a tensor {shown(name)} that is no factor of LoRA, nor a copy of a weight "
+            "of the base, so the adapter is more than the factors added to its base: merge it by "
+            "merge_and_unload of PEFT, and take the edit from the base by lowrank.extract"
+        )
+    if isinstance(like, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{file} has a tensor {shown(name)} that is no factor of LoRA, but a copy of "
+            f"{shown(own)} if that did not move: give base with its values, not shapes alone"
+        )
+    if tensor.shape != like.shape or not _is_copy(tensor, like):
+        raise ValueError(
+            f"{file} has a tensor {shown(name)} that is no factor of LoRA, and differs from "
+            f"{shown(own)} of base, so it was trained or resized: give the base that the adapter "
+            "was trained on, or merge it by merge_and_unload of PEFT and take the edit from the "
+            "base by lowrank.extract"
+        )
+
+
+def _is_copy(tensor: Array, like: Any) -> bool:
+    """Whether a tensor has the values of a leaf, rounded to the narrower of their dtypes."""
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return False
+    x, y = np.asarray(tensor), np.asarray(like)
+    narrow = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    return bool(np.array_equal(x.astype(narrow), y.astype(narrow), equal_nan=True))
 
 
 def _setting(config: Mapping[str, Any], layer: str, field: str, patterns: str) -> Any:
