@@ -105,7 +105,7 @@ def chosen(
         raise ValueError(
             "carry and skip name all weights, so nothing is left to combine: name fewer"
         )
-    told = [_told_carried(name, rest) for name in names if name not in set(combined)]
+    told = [_told_carried(name, rest) for name in names if not is_weight(rest[0][name])]
     return Chosen(left, combined, tuple(filter(None, told)))
 
 
