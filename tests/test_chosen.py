@@ -343,6 +343,10 @@ def test_one_shard_of_several_is_no_model(folder, capsys):
         saved(folder / name / "model-00001-of-00003.safetensors", {"w": W[0]})
     assert run("merge linear a c -o out") == 1
     assert "a has 1 of the 3 files" in capsys.readouterr().err
+    shard = "model-00001-of-00003.safetensors"
+    assert run(f"distance a/{shard} c/{shard}") == 1
+    assert "is one of the 3 files of a model" in capsys.readouterr().err
+    assert run(f"inspect a/{shard}") == 0
     one = folder / "one"
     one.mkdir()
     saved(one / "model-00001-of-000001.safetensors", {"w": W[0]})

@@ -14,6 +14,7 @@ import numpy as np
 
 from wspace import _checks
 from wspace._checks import is_weight
+from wspace.checkpoint.folder import files_with
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.tensors import matches
 
@@ -87,6 +88,12 @@ def chosen(
     Raises unless they agree in what is no weight, or it is said what becomes of it.
     """
     sources = _checks.listed("sources", sources)
+    for source in sources:
+        if source.path in source.files and files_with(source.path.name) > 1:
+            raise ValueError(
+                f"{source.path} is one of the {files_with(source.path.name)} files of a model: "
+                "give their folder, or rename it if it is whole"
+            )
     for what, globs in (("carry", carry), ("skip", skip)):
         _refuse_unmatched(what, globs, sources)
     left = [source.without(skip) for source in sources]

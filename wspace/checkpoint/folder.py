@@ -18,6 +18,7 @@ _ROLE = re.compile(r"(model|diffusion_pytorch_model|adapter_model)(\.[^.]+)?")
 
 _USUAL = f"model{_TENSORS}"
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+"""The name of one file of a checkpoint of so many."""
 _SMALL = 2**26
 _LONGEST = 100_000_000
 _LONGEST_NAME = 255
@@ -105,15 +106,21 @@ def others_of(folder: Path) -> tuple[Path, ...]:
     return tuple(others)
 
 
+def files_with(name: str) -> int:
+    """How many files a checkpoint has, by the name of one of them."""
+    found = _SHARD.search(name)
+    return 1 if found is None else int(found[1])
+
+
 def _only(folder: Path, names: list[str]) -> str:
     """The one file with tensors of a folder that has no index."""
     files = [name for name in names if name.endswith(_TENSORS) and not name.startswith(".")]
     if _USUAL in files:
         return _USUAL
-    for shard in filter(None, map(_SHARD.search, files)):
-        if int(shard[1]) > len(files):
+    for name in files:
+        if files_with(name) > len(files):
             raise FileNotFoundError(
-                f"{folder} has {len(files)} of the {int(shard[1])} files that {shard.string} is "
+                f"{folder} has {len(files)} of the {files_with(name)} files that {name} is "
                 f"one of, and no index: download the others, and the *{_INDEX} that they have"
             )
     if len(files) > 1:
