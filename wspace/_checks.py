@@ -6,7 +6,7 @@ is known, and elsewhere, under tracing, becomes NaN.
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from wspace._leaves import Factored
-from wspace._numerics import accumulator
+from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
 from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -209,7 +209,10 @@ def scalar(
         inside = "" if domain is None else f" {words}"
         raise TypeError(f"{name} must be a real number{inside}, got {value!r}") from error
     if is_traced(known):
-        return known if domain is None else jnp.where(domain(floating(known)), known, jnp.nan)
+        if domain is None:
+            return known
+        known = floating(known)
+        return jnp.where(domain(known) & jnp.isfinite(known), known, jnp.nan)
     if not math.isfinite(known) or (domain is not None and not domain(known)):
         raise ValueError(f"{name} must be {words}, got {known}")
     return known
@@ -359,10 +362,21 @@ def positive(name: str, values: Coefficients | None, count: int) -> Numbers:
     """
     c = numbers(name, values, count)
     if not isinstance(c, np.ndarray):
-        return to_one(jnp.where(c > 0, c, jnp.nan))
+        return to_one(jnp.where((c > 0) & jnp.isfinite(c), c, jnp.nan))
     if not (c > 0).all():
         raise ValueError(f"{name} must be positive, got {c.tolist()}")
     return to_one(c)
+
+
+def matrix_rounding(stored: Iterable[DTypeLike], wide: DTypeLike, rows: int = 1) -> float:
+    r"""How far rounded matrices may be from orthonormal, symmetric or positive semidefinite.
+
+    $2\,\varepsilon$ of the coarsest dtype stored, which covers what rounding does to the inner
+    products of unit vectors and, beside the largest, to entries and eigenvalues; and
+    $64 \sqrt n\,\varepsilon$ of the arithmetic, for eigenvalues of matrices with $n$ rows.
+    """
+    stored = list(stored)
+    return 2 * coarsest_eps(stored) + 64 * rows**0.5 * arithmetic_eps(stored, wide)
 
 
 def unpacked(numbers: Numbers) -> list[Any]:
@@ -385,6 +399,22 @@ def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | 
 def poisoned(x: Any, bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Any:
     """`x`, but NaN where `bad` turns out to hold; raises `ValueError` if that is known."""
     return x + refuse(bad, message)
+
+
+def where_orthonormal(
+    x: Any, gram: Float[Array, "... k k"], stored: Iterable[DTypeLike], name: str
+) -> Any:
+    """`x`, refused unless a Gram matrix is that of vectors orthonormal to their rounding."""
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    off = jnp.max(jnp.abs(gram - eye), initial=0)
+    return poisoned(
+        x,
+        ~(off <= matrix_rounding(stored, gram.dtype)),
+        lambda: (
+            f"{name} is not orthonormal: its inner products are off by up to {off:.3g}: "
+            "orthonormalize it first, trees by geometry.orthonormalize, columns by jnp.linalg.qr"
+        ),
+    )
 
 
 def finite(**trees: object) -> None:

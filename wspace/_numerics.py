@@ -1,8 +1,8 @@
 """Scalar functions that stay accurate, with their derivatives, where textbook forms fail."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,45 @@ def length(x: Float[Array, "*s"]) -> Float[Array, ""]:
     """The norm of an array, whose squares may be out of range."""
     unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
     return unit * safe_sqrt(jnp.sum((x / unit) ** 2))
+
+
+def coarsest_eps(dtypes: Iterable[DTypeLike]) -> float:
+    """The largest machine epsilon, zero of none."""
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+
+def arithmetic_eps(stored: Iterable[DTypeLike], wide: DTypeLike) -> float:
+    """Machine epsilon of arithmetic, or of what made the values that were stored, if coarser."""
+    return coarsest_eps([wide, *map(accumulator, stored)])
+
+
+class Rounding(NamedTuple):
+    """What sums of stored points are known to: a share of their size, and a length besides."""
+
+    share: float
+    length: float
+    by_storage: bool
+
+
+def stored_rounding(leaves: Sequence[Any], wide: DTypeLike) -> Rounding:
+    r"""What points with these leaves are known to, in arithmetic of the dtype `wide`.
+
+    The share is $64\,\varepsilon$ of the arithmetic, or $\varepsilon$ of the coarsest dtype stored
+    if that is more: rounding moves a point by half of that at most, and so it moves the point that
+    it is compared with. The length is that of entries too small to be told from zero.
+    """
+    stored = [leaf.dtype for leaf in leaves]
+    sums, eps = 64 * arithmetic_eps(stored, wide), coarsest_eps(stored)
+    squares = sum(math.prod(leaf.shape) * _least(leaf.dtype, wide) ** 2 for leaf in leaves)
+    return Rounding(max(sums, eps), math.sqrt(squares), eps > sums)
+
+
+def _least(stored: DTypeLike, wide: DTypeLike) -> float:
+    """The spacing of the smallest numbers, in float16 subnormal ones, elsewhere flushed to zero."""
+    least = float(jnp.finfo(wide).tiny)
+    if jnp.dtype(stored) == jnp.float16:
+        return max(least, float(jnp.finfo(stored).smallest_subnormal))
+    return max(least, float(jnp.finfo(stored).tiny))
 
 
 def with_nan_of(x: Any, *others: Any) -> Any:

@@ -149,19 +149,13 @@ class Subspace:
         edit = _multiplied_out(edit)
         basis = _checks.listed("basis", self.basis)
         _checks.same_layout(edit=edit, **_checks.each("basis", basis))
-        gram = geometry.gram(basis)
-        off = jnp.max(jnp.abs(gram - jnp.eye(len(basis), dtype=gram.dtype)))
-        dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(basis)]
-        unit = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
         inner = [tree.vdot(q, edit) for q in basis]
         wide = accumulator(*(x.dtype for x in inner))
-        coefficients = _checks.poisoned(
+        coefficients = _checks.where_orthonormal(
             jnp.stack([x.astype(wide) for x in inner]),
-            ~(off <= 64 * unit),
-            lambda: (
-                f"basis is not orthonormal: its inner products are off by up to {off:.3g}: "
-                "orthonormalize it first, by geometry.orthonormalize"
-            ),
+            geometry.gram(basis),
+            [leaf.dtype for leaf in jax.tree.leaves(basis)],
+            "basis",
         )
         # The sum is taken in the dtype of its first tree.
         first = jax.tree.map(

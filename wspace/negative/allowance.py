@@ -5,16 +5,26 @@ to a subspace; any other symmetric positive semidefinite matrix is the inverse o
 which moving costs $\langle dx, P^+ dx \rangle$.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import Wide, accumulator, fetched, matmul, placed_like, replicated
+from wspace._numerics import (
+    Wide,
+    accumulator,
+    exponent_of,
+    fetched,
+    matmul,
+    placed_like,
+    replicated,
+)
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Allow, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -22,17 +32,17 @@ __all__ = ["damped_inputs", "free_inputs"]
 
 
 class Allowed(NamedTuple):
-    """Where a leaf of a point may move: `scale` times the identity, or times `root @ root.T`."""
+    """Where a leaf may move: `scale * 2**exponent` times the identity, or times `root @ root.T`."""
 
     scale: Scalar
-    root: Float[Array, "... m m"] | None = None
+    root: Float[Array, "... m m"] | None
+    exponent: Int[Array, ""]
 
-    def factor(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
-        """A factor `f` with `f @ f.T` the whole, for a stack of matrices of the given shape."""
+    def whole_root(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
+        """The root, for a stack of matrices of the given shape."""
         *stack, rows, _ = shape
         eye = jnp.eye(rows, dtype=self.scale.dtype)
-        root = jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
-        return jnp.sqrt(self.scale) * root
+        return jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
 
     def __matmul__(self, x: Array) -> Array:
         if self.root is None:
@@ -49,10 +59,40 @@ class Allowed(NamedTuple):
         return self.scale * tree.vdot(inner, inner)
 
 
+NOTHING = -(2**20)
+"""The exponent of zero, below all others."""
+
+
+def relative(allowed: Sequence[Allowed]) -> tuple[list[Allowed], Int[Array, ""]]:
+    """Allowances over the power of two of the largest of them, and its exponent."""
+    top = functools.reduce(jnp.maximum, [p.exponent for p in allowed], jnp.int32(NOTHING))
+    return [_times(p, -top) for p in allowed], top
+
+
+def relative_rows(rows: Sequence[Sequence[Allowed]]) -> list[list[Allowed]]:
+    """The allowances of several points over the power of two of the largest of all."""
+    several, _ = relative([p for row in rows for p in row])
+    parts = iter(several)
+    return [[next(parts) for _ in row] for row in rows]
+
+
+def _times(allowed: Allowed, exponent: Int[Array, ""] | int) -> Allowed:
+    """The allowance times a power of two, all of it in its scale."""
+    power = jnp.where(allowed.exponent == NOTHING, 0, allowed.exponent + exponent)
+    return allowed._replace(
+        scale=jnp.ldexp(allowed.scale, power), exponent=jnp.zeros_like(allowed.exponent)
+    )
+
+
+def rounding_share(rows: int, dtype: DTypeLike) -> float:
+    """The share of the largest eigenvalue of a matrix below which another one is rounding."""
+    return min(rows, 8 * rows**0.5) * float(jnp.finfo(dtype).eps)
+
+
 def without_rounding(values: Float[Array, "... m"]) -> Float[Array, "... m"]:
     """Eigenvalues, those below the rounding of the largest set to zero."""
     largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
-    return jnp.where(values > values.shape[-1] * jnp.finfo(values.dtype).eps * largest, values, 0)
+    return jnp.where(values > rounding_share(values.shape[-1], values.dtype) * largest, values, 0)
 
 
 class Fault(NamedTuple):
@@ -64,14 +104,24 @@ class Fault(NamedTuple):
 
 def _spectral(entry: Array, dtype: Wide, where: str) -> tuple[Allowed, list[Fault]]:
     """Where a matrix lets a leaf move, and what may be wrong with it."""
-    given = replicated(jnp.asarray(entry))
-    matrix = given.astype(dtype)
+    entry, power = _in_range(entry)
+    stored = replicated(jnp.asarray(entry))
+    given = stored.astype(accumulator(stored.dtype))
+    size = jnp.max(jnp.abs(given), initial=0)
+    # Over a power of two before anything is rounded to the dtype of arithmetic, or squared.
+    exponent = exponent_of(size)
+    matrix = jnp.ldexp(given, -exponent).astype(dtype)
     flipped = jnp.swapaxes(matrix, -1, -2)
-    size = jnp.max(jnp.abs(matrix), initial=0)
+    unit = jnp.max(jnp.abs(matrix), initial=0)
     skew = jnp.max(jnp.abs(matrix - flipped), initial=0)
-    eps = max(float(jnp.finfo(x).eps) for x in (given.dtype, dtype))
     values, vectors = jnp.linalg.eigh((matrix + flipped) / 2)
     least, largest = jnp.min(values, initial=0), jnp.max(values, initial=0)
+    symmetric = _checks.matrix_rounding([stored.dtype], dtype)
+    definite = _checks.matrix_rounding([stored.dtype], dtype, matrix.shape[-1])
+
+    def shown(x: Scalar) -> float:
+        return float(np.ldexp(np.float64(x), int(exponent) + power))
+
     faults = [
         Fault(
             ~jnp.isfinite(size),
@@ -81,24 +131,40 @@ def _spectral(entry: Array, dtype: Wide, where: str) -> tuple[Allowed, list[Faul
             ),
         ),
         Fault(
-            skew > 64 * eps * size,
+            ~(skew <= symmetric * unit),
             lambda: (
-                f"{where} is not symmetric, by {skew:.3g} in entries up to {size:.3g}: "
-                "give a projector or a symmetric positive semidefinite matrix"
+                f"{where} is not symmetric, by {shown(skew):.3g} in entries up to "
+                f"{shown(unit):.3g}: give a projector or a symmetric positive semidefinite matrix"
             ),
         ),
         Fault(
-            least < -64 * matrix.shape[-1] * eps * size,
+            ~(least >= -definite * jnp.maximum(largest, -least)),
             lambda: (
-                f"{where} has the eigenvalue {least:.3g} beside {largest:.3g}: "
+                f"{where} has the eigenvalue {shown(least):.3g} beside {shown(largest):.3g}: "
                 "give a projector or a symmetric positive semidefinite matrix"
             ),
         ),
     ]
     # The scale apart, so that the root shortens nothing but by choice.
-    unit = jnp.where(largest > 0, largest, 1)
-    root = vectors * jnp.sqrt(without_rounding(values) / unit)[..., None, :]
-    return Allowed(largest, root), faults
+    scale = jnp.where(largest > 0, largest, 1)
+    root = vectors * jnp.sqrt(without_rounding(values) / scale)[..., None, :]
+    return _allowed(largest, root, exponent + power), faults
+
+
+def _in_range(entry: Any) -> tuple[Any, int]:
+    """An entry over a power of two, and its exponent, where JAX would not hold all of float64."""
+    if not isinstance(entry, np.ndarray | np.generic) or entry.dtype != np.float64:
+        return entry, 0
+    size = float(np.max(np.abs(entry), initial=0))
+    power = math.frexp(size)[1] if 0 < size < math.inf else 0
+    return np.ldexp(entry, -power), power
+
+
+def _allowed(scale: Scalar, root: Any, exponent: Int[Array, ""] | int) -> Allowed:
+    """An allowance whose scale is brought to about one."""
+    power = exponent_of(scale)
+    whole = jnp.where(scale == 0, NOTHING, jnp.asarray(exponent, jnp.int32) + power)
+    return Allowed(jnp.ldexp(scale, -power), root, whole)
 
 
 def _leaf_allowance(
@@ -109,7 +175,10 @@ def _leaf_allowance(
         raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
     if number:
         scale = _checks.nonnegative(where, entry)
-        return Allowed(jnp.asarray(scale).astype(dtype)), []
+        scale, power = _in_range(np.float64(scale)) if isinstance(scale, float) else (scale, 0)
+        wide = _checks.floating(scale)
+        exponent = exponent_of(wide)
+        return _allowed(jnp.ldexp(wide, -exponent).astype(dtype), None, exponent + power), []
     if leaf.ndim < 2:
         raise ValueError(
             f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
@@ -124,8 +193,8 @@ def _leaf_allowance(
     key = id(entry), dtype  # one matrix often stands at many places
     if key not in known:
         known[key] = _spectral(entry, dtype, where)
-    (scale, root), faults = known[key]
-    return Allowed(scale, jnp.broadcast_to(root, (*stack, rows, rows))), faults
+    allowed, faults = known[key]
+    return allowed._replace(root=jnp.broadcast_to(allowed.root, (*stack, rows, rows))), faults
 
 
 def allowances(
@@ -135,6 +204,12 @@ def allowances(
 
     In the dtype of arithmetic on the points and the other trees that are computed with.
     """
+    return [[_times(p, 0) for p in row] for row in _allowances(entries, points, *others)]
+
+
+def _allowances(
+    entries: dict[str, PyTree | None], points: Sequence[WeightsLike], *others: WeightsLike
+) -> list[list[Allowed]]:
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves((points, others))))
     known: dict[Any, Any] = {}
     found = []
@@ -169,22 +244,22 @@ def _where_sound(allowed: Allowed, faults: Sequence[Fault]) -> Allowed:
 def each_allowance(
     allow: Allow, points: Sequence[WeightsLike], *others: WeightsLike
 ) -> list[list[Allowed]]:
-    """`allowances` of an argument `allow` that has one entry a point."""
+    """`allowances` of an argument `allow` that has one entry a point, each with its exponent."""
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
             f"weights or None, got {jax.tree.structure(allow)}"
         )
     named = {f"allow[{i}]": entries for i, entries in enumerate(allow)}
-    return allowances(named, points, *others)
+    return _allowances(named, points, *others)
 
 
-def moved_by(allowed: Sequence[Allowed], x: WeightsLike) -> Weights:
-    """$P x$, leaf by leaf, in the dtype of the allowances."""
+def moved_by(allowed: Sequence[Allowed], x: WeightsLike, times: Scalar | float = 1.0) -> Weights:
+    """$P$ times a multiple of $x$, leaf by leaf, in the dtype of the allowances."""
     leaves, structure = jax.tree.flatten(x)
     return structure.unflatten(
         [
-            p @ jnp.asarray(leaf).astype(p.scale.dtype)
+            p @ (jnp.asarray(times, p.scale.dtype) * jnp.asarray(leaf).astype(p.scale.dtype))
             for p, leaf in zip(allowed, leaves, strict=True)
         ]
     )
@@ -277,7 +352,16 @@ def damped_inputs(
     values, vectors = _spectrum(activations)
     share = (values / jnp.where(values[:1] > 0, values[:1], 1)) ** 2
     delta = jnp.asarray(damping).astype(values.dtype)
-    return _less(share / (share + delta), vectors)
+    kept = jnp.where(share == 0, 1, 1 / (1 + share / delta)) + jnp.where(jnp.isnan(delta), delta, 0)
+    rows = vectors.shape[-1]
+    whole = len(values) == rows
+    largest = jnp.max(kept, initial=0) if whole else 1
+    # Smaller eigenvalues are lost in the rounding of the entries, and their sign with them.
+    kept = jnp.maximum(kept, 4 * rounding_share(rows, kept.dtype) * largest)
+    if not whole:
+        return _less(1 - kept, vectors)
+    result = matmul(vectors.T, kept[:, None] * vectors)
+    return (result + result.T) / 2
 
 
 def _spectrum(activations: Array | np.ndarray) -> tuple[Array, Array]:

@@ -92,7 +92,7 @@ def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Arra
     (allowed,) = allowances({"inverse_metric": inverse_metric}, [point])
     factors = []
     places = _checks.entries("inverse_metric", inverse_metric, point, KINDS)
-    for (scale, root), (_, _, where) in zip(allowed, places, strict=True):
+    for (scale, root, _), (_, _, where) in zip(allowed, places, strict=True):
         squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
         least = scale * jnp.min(squares, initial=1)
         scale = _checks.poisoned(

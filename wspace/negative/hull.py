@@ -21,10 +21,18 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
-from wspace._numerics import plus, safe_sqrt, unstacked, with_nan_of
-from wspace.negative.allowance import Allowed, each_allowance, moved_by
+from wspace._numerics import (
+    accumulator,
+    plus,
+    power_of_two,
+    safe_sqrt,
+    stored_rounding,
+    unstacked,
+    with_nan_of,
+)
+from wspace.negative.allowance import NOTHING, Allowed, each_allowance, moved_by, relative
 from wspace.negative.nearest import HullMode, nearest_average, rounding_of
-from wspace.negative.sources import finite_length
+from wspace.negative.sources import finite_length, over_power_of_two, unit_of, upcast_or
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guard_hull"]
@@ -44,34 +52,40 @@ class Heights(NamedTuple):
 
 @tree.reduction
 def _heights(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    (inverse,), (*points, center, normal) = scalars, arrays
-    return [(x - center) * (inverse * normal) for x in points]
+    (inverse, over), (*points, center, normal) = scalars, arrays
+    normal = inverse * normal
+    return [(over * x - over * center) * normal for x in points]
 
 
 def heights_of(
     guard: "Guard", normal: WeightsLike, inverse: Scalar | float, mode: HullMode
 ) -> Heights:
     """The heights of points along `inverse` times a normal, and what a guard asks of them."""
-    radius, costs = guard.radius, guard.costs
-    heights = _heights((inverse,), [*guard.points, guard.center, normal])
+    radius, costs, unit = guard.radius, guard.costs, guard.unit
+    scalars = (inverse, 1 / unit)
+    heights = unit * _heights(scalars, [*guard.points, guard.center, normal])
     if guard.allowed is None:
         reaches = jnp.ones_like(heights)
     else:
-        leaves = [jnp.asarray(x).astype(heights.dtype) for x in jax.tree.leaves(normal)]
+        leaves = [inverse * jnp.asarray(x).astype(heights.dtype) for x in jax.tree.leaves(normal)]
         squares = [[p.square(x) for p, x in zip(row, leaves, strict=True)] for row in guard.allowed]
         zero = jnp.zeros((), heights.dtype)
-        reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares]) * inverse**2
+        reaches = jnp.stack([functools.reduce(jnp.add, row, zero) for row in squares])
     if mode == "convex":
         needs = jnp.where(heights < radius, radius - heights, 0)
     else:
         stiff = costs / jnp.where(reaches == 0, 1, reaches)
-        middle = jnp.sum(stiff * heights) / jnp.sum(stiff)
+        middle = jnp.sum(stiff / jnp.sum(stiff) * heights)
         needs = jnp.where(middle < radius, radius, middle) - heights
-    return Heights(heights, reaches, with_nan_of(needs, radius))
+    return Heights(heights, reaches, with_nan_of(needs, radius, heights))
 
 
 class Guard(NamedTuple):
-    """The arguments of a guard of the hull, checked, and the normal, `inverse` times a tree."""
+    """The arguments of a guard of the hull, checked, and the normal, `inverse` times a tree.
+
+    What each point is allowed is over a power of two of its own, which is taken into its cost, and
+    costs are over the power of two of the largest. Heights are summed over the unit.
+    """
 
     points: list[WeightsLike]
     center: WeightsLike
@@ -81,11 +95,13 @@ class Guard(NamedTuple):
     normal: WeightsLike
     inverse: Scalar
     undefined: Scalar | float
+    unit: Scalar
 
 
 @tree.reduction
-def _squares(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    return [x * x for x in arrays]
+def _squares(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (over,) = scalars
+    return [(over * x) ** 2 for x in arrays]
 
 
 def checked_guard(
@@ -104,40 +120,52 @@ def checked_guard(
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     radius = _checks.above_zero("radius", radius)
     c = _checks.positive("costs", costs, len(points))
-    squares = _squares((), [*points, avoid, *given.values()])
-    sizes = unstacked(safe_sqrt(squares))
-    rounding = rounding_of(sizes[: len(points) + 1])
-    finite_length(rounding, points, avoid=avoid)
-    radius = jnp.asarray(radius).astype(rounding.dtype)
+    dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves((points, avoid, given))))
+    radius = jnp.asarray(radius).astype(dtype)
+    unit = power_of_two(radius)
+    sizes = unstacked(safe_sqrt(_squares((1 / unit,), [*points, avoid]).astype(dtype)))
+    largest = functools.reduce(jnp.maximum, sizes)
+    finite_length(largest, points, avoid=avoid)
+    known = stored_rounding(jax.tree.leaves((points, avoid)), dtype)
+    rounding = (known.share * largest + known.length / unit) * unit
     undefined = _checks.refuse(
-        ~(radius > rounding),
+        ~((radius > rounding) & jnp.isfinite(radius)),
         lambda: (
-            f"radius {radius:.3g} is below the rounding of the points, {rounding:.3g}: "
-            "no average of them can be placed that finely"
+            f"radius {radius:.3g} is below the rounding of the points, {rounding:.3g}: no "
+            f"average of them can be placed that finely: enlarge it{upcast_or(known)}"
         ),
     )
+    turn = 1.0
     if normal is None:
-        nearest = nearest_average(points, avoid, mode, rounding)
-        normal, inverse = nearest.normal, jnp.ones_like(rounding)
+        nearest = nearest_average(points, avoid, mode, rounding_of(sizes) * unit)
+        normal = nearest.normal
         where = "convex hull" if mode == "convex" else "affine span"
         undefined += _checks.refuse(
-            nearest.distance == 0,
+            ~((nearest.distance > rounding) & jnp.isfinite(nearest.distance)),
             lambda: (
                 f"avoid lies in the {where} of points, to their rounding {rounding:.3g}, so no "
                 f"side of it is distinguished: give {name}, such as the direction in which the "
-                "loss of an average rises"
+                f"loss of an average rises{upcast_or(known)}"
             ),
         )
     else:
-        length = sizes[-1]
-        finite_length(length, points, **given)
-        undefined += _checks.refuse(
-            ~(length > 0), lambda: f"{name} is zero: give a direction to keep the points on"
-        )
-        inverse = 1 / jnp.where(length == 0, 1, length)
-    allowed = None if allow is None else each_allowance(allow, points, avoid, normal)
-    weights = jnp.asarray(c).astype(rounding.dtype)
-    return Guard(list(points), avoid, radius, weights, allowed, normal, inverse, undefined)
+        turn = 1 / unit_of([normal])
+    length = safe_sqrt(_squares((turn,), [normal])[0]).astype(dtype) / turn
+    finite_length(length, points, **given)
+    undefined += _checks.refuse(
+        ~((length > 0) & jnp.isfinite(length)),
+        lambda: f"{name} is zero: give a direction to keep the points on",
+    )
+    inverse = 1 / jnp.where(length == 0, 1, length)
+    allowed, weights = None, over_power_of_two(c, dtype)
+    if allow is not None:
+        rows = [relative(row) for row in each_allowance(allow, points, avoid, normal)]
+        allowed = [row for row, _ in rows]
+        tops = jnp.stack([top for _, top in rows])
+        tops = jnp.where(tops == NOTHING, jnp.max(tops), tops)
+        weights = jnp.ldexp(weights, jnp.min(tops) - tops)
+        weights = weights / power_of_two(jnp.max(weights))
+    return Guard(list(points), avoid, radius, weights, allowed, normal, inverse, undefined, unit)
 
 
 @_checks.of_points
@@ -232,10 +260,10 @@ def guard_hull(
 
     undefined = guard.undefined + _checks.refuse(jnp.any(blocked), message)
     steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches) + undefined
-    steps = unstacked(steps * guard.inverse)
+    steps = unstacked(steps)
     if allowed is None:
-        return _raised(steps, [*points, normal])
-    moves = [moved_by(row, normal) for row in allowed]
+        return _raised([guard.inverse, *steps], [*points, normal])
+    moves = [moved_by(row, normal, guard.inverse) for row in allowed]
     return [
         tree.displaced((step,), (x, move))
         for step, x, move in zip(steps, points, moves, strict=True)
@@ -243,9 +271,9 @@ def guard_hull(
 
 
 @tree.elementwise
-def _raised(steps: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    *points, normal = arrays
-    return [plus(x, step * normal) for step, x in zip(steps, points, strict=True)]
+def _raised(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (inverse, *steps), (*points, normal) = scalars, arrays
+    return [plus(x, step * (inverse * normal)) for step, x in zip(steps, points, strict=True)]
 
 
 def is_blocked(

@@ -21,43 +21,99 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from wspace import _checks, lowrank, tree
-from wspace._checks import Numbers
-from wspace._numerics import matmul, placed_like, plus, replicated
+from wspace._numerics import (
+    accumulator,
+    matmul,
+    placed_like,
+    plus,
+    power_of_two,
+    replicated,
+    safe_sqrt,
+    stored_rounding,
+    unstacked,
+)
 from wspace.cone.cones import Cone, project
-from wspace.negative.allowance import Allowed, each_allowance, moved_by, without_rounding
-from wspace.negative.sources import average_of, finite_length, sources
+from wspace.negative.allowance import (
+    Allowed,
+    each_allowance,
+    moved_by,
+    relative,
+    relative_rows,
+    rounding_share,
+)
+from wspace.negative.sources import (
+    Pulls,
+    apart_of,
+    average_of,
+    finite_length,
+    numbers_in,
+    pulls_of,
+    sources,
+    unit_of,
+    upcast_or,
+)
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["exit_ball", "retarget"]
 
 
-def _least_edits(a: Numbers, c: Numbers, allowed: Sequence[Allowed], d: Array) -> list[Array]:
-    r"""The edits of one leaf that shift the average by `d` at least cost.
+def _least_edits(
+    pulls: Pulls, allowed: Sequence[Allowed], d: Array, rounding: Scalar
+) -> list[Array]:
+    r"""The edits of one leaf that shift the average by `d` at least cost, to rounding.
 
     With $P_i = F_i F_i^\top$ they are $F_i y_i / \sqrt{c_i}$ for the $y$ of least norm with
     $\sum_i a_i / \sqrt{c_i}\, F_i y_i = D$. Of this problem $S L = D$ are the normal equations,
     whose condition number is the square.
     """
-    rows = list(zip(_checks.unpacked(a), _checks.unpacked(c), allowed, strict=True))
+    allowed, _ = relative(allowed)
+    roots, prices = (numbers_in(x, d.dtype) for x in pulls)
+    rows = list(zip(roots, prices, allowed, strict=True))
     if all(p.root is None for p in allowed):
-        total = sum((k**2 / cost * p.scale for k, cost, p in rows), jnp.zeros((), d.dtype))
+        total = sum((s**2 * p.scale for s, _, p in rows), jnp.zeros((), d.dtype))
         least = d / jnp.where(total == 0, jnp.inf, total)
-        return [k / cost * p.scale * least for k, cost, p in rows]
+        return [s * q * p.scale * least for s, q, p in rows]
     matrix = replicated(lowrank.as_matrix(d))
-    factors = [p.factor(matrix.shape) / cost**0.5 for _, cost, p in rows]
-    blocks = [k * factor for (k, _, _), factor in zip(rows, factors, strict=True)]
-    u, values, vt = jnp.linalg.svd(jnp.concatenate(blocks, axis=-1), full_matrices=False)
-    squares = without_rounding(values**2)
-    inverse = jnp.where(squares > 0, values / jnp.where(squares > 0, squares, 1), 0)[..., None]
-    y = matmul(jnp.swapaxes(vt, -1, -2), inverse * matmul(jnp.swapaxes(u, -1, -2), matrix))
+    # The largest block is to be about one: a point without much pull may be the only one allowed.
+    sizes = [safe_sqrt(p.scale) for p in allowed]
+    pulled = jnp.stack([jnp.abs(jnp.asarray(s) * x) for s, x in zip(roots, sizes, strict=True)])
+    unit = power_of_two(jnp.max(pulled))
+    factors = [x / unit * p.whole_root(matrix.shape) for x, p in zip(sizes, allowed, strict=True)]
+    blocks = [s * factor for s, factor in zip(roots, factors, strict=True)]
+    y = _least_solution(jnp.concatenate(blocks, axis=-1), matrix, rounding)
     parts = jnp.split(y, len(rows), axis=-2)
     return [
-        placed_like(jnp.where(k == 0, 0, matmul(factor, part)).reshape(d.shape), d)
-        for (k, _, _), factor, part in zip(rows, factors, parts, strict=True)
+        placed_like(jnp.where(s == 0, 0, q * matmul(factor, part)).reshape(d.shape), d)
+        for (s, q, _), factor, part in zip(rows, factors, parts, strict=True)
     ]
+
+
+def _least_solution(
+    b: Float[Array, "... m k"], d: Float[Array, "... m n"], rounding: Scalar
+) -> Float[Array, "... k n"]:
+    """The `y` of least norm for which `b @ y` is `d`, to a rounding where it can be.
+
+    Directions that only small singular values reach ask for long edits: they are taken where what
+    the others leave is more than rounding, and then the solution is refined.
+    """
+    u, values, vt = jnp.linalg.svd(b, full_matrices=False)
+    noise = rounding_share(b.shape[-2], b.dtype)
+
+    def refined(share: float, times: int) -> Array:
+        kept = values > share * values[..., :1]
+        inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)[..., None]
+        y = jnp.zeros((*b.shape[:-2], b.shape[-1], d.shape[-1]), d.dtype)
+        for _ in range(times):
+            left = d - matmul(b, y)
+            y += matmul(jnp.swapaxes(vt, -1, -2), inverse * matmul(jnp.swapaxes(u, -1, -2), left))
+        return y
+
+    short = refined(noise**0.5, 2)
+    left = tree.norm(d - matmul(b, short))
+    return jnp.where(left <= rounding, short, refined(noise, 4))
 
 
 @_checks.of_points
@@ -120,37 +176,45 @@ def retarget(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points), target=target)
-    seen = sources(points, target, coefficients, costs)
+    # Squares are summed of what may be refused alone.
+    unit = jnp.ones((), jnp.float32) if allow is None else unit_of([*points, target])
+    seen = sources(points, target, coefficients, unit=unit)
+    pulls = pulls_of(seen.a, costs, len(points))
     finite_length(seen.distance, points, target=target)
-    a = _checks.unpacked(seen.a)
+    dtype, a = seen.distance.dtype, _checks.unpacked(seen.a)
     if allow is None:
-        pulls = _checks.unpacked(seen.a / seen.c / (seen.a**2 / seen.c).sum())
-        return _shifted([*a, *pulls], [*points, target])
+        return _shifted([*a, *pulls.moves(dtype)], [*points, target])
     allowed = each_allowance(allow, points, target)
     leaves, structure = jax.tree.flatten(target)
     rows = list(zip(*map(jax.tree.leaves, points), strict=True))
-    moves, left = [], []
+    known = stored_rounding(jax.tree.leaves((points, target)), dtype)
+    rounding = known.share * (seen.size + seen.center) + known.length / unit
+    moves, left, lengths = [], [], []
     for row, goal, column in zip(rows, leaves, zip(*allowed, strict=True), strict=True):
-        shift = _shift(a, [*row, goal]).astype(seen.distance.dtype)
-        edits = _least_edits(seen.a, seen.c, column, shift)
-        left.append(tree.norm(_unreached(a, [shift, *edits])))
+        shift = _shift([1 / unit, *a], [*row, goal]).astype(dtype)
+        edits = _least_edits(pulls, column, shift, rounding / (2 * len(leaves) ** 0.5))
+        unreached, *squares = unstacked(_edit_squares(a, [shift, *edits]))
+        left.append(safe_sqrt(unreached))
+        lengths.append(squares)
         moves.append(edits)
     missing = tree.norm(left)
-    eps = jnp.finfo(seen.distance.dtype).eps
-    bound = jnp.sqrt(eps) * seen.distance + 64 * eps * (seen.size + seen.center)
+    norms = [tree.norm([safe_sqrt(x) for x in column]) for column in zip(*lengths, strict=True)]
+    moved = sum(abs(k) * x for k, x in zip(a, norms, strict=True))
+    bound = rounding + 64 * jnp.finfo(dtype).eps * moved
 
     def message() -> str:
         worst = max(range(len(left)), key=lambda i: float(left[i]))
         path, _ = tree_leaves_with_path(target)[worst]
+        whole, lost, most = (float(x * unit) for x in (seen.distance, missing, left[worst]))
         return (
             f"allow admits no edits whose average is target: of a shift of norm "
-            f"{seen.distance:.3g}, {missing:.3g} is out of reach, most of it ({left[worst]:.3g}) "
+            f"{whole:.3g}, {lost:.3g} is out of reach, most of it ({most:.3g}) "
             f"in leaf {_checks.path_of(path)}: allow more there, or move target"
         )
 
-    undefined = _checks.refuse(~(missing <= bound), message)
+    undefined = _checks.refuse(~((missing <= bound) & jnp.isfinite(bound)), message)
     return [
-        tree.displaced((1 + undefined,), (x, structure.unflatten(leaf[i] for leaf in moves)))
+        tree.displaced((unit + undefined,), (x, structure.unflatten(y[i] for y in moves)))
         for i, x in enumerate(points)
     ]
 
@@ -164,15 +228,15 @@ def _shifted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _shift(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    *points, target = arrays
-    return target - average_of(a, points)
+def _shift(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    inverse, *a = scalars
+    return -apart_of(a, inverse, arrays)
 
 
-@functools.partial(tree.elementwise, rounded=False)
-def _unreached(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+@tree.reduction
+def _edit_squares(a: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     shift, *edits = arrays
-    return shift - average_of(a, edits)
+    return [x * x for x in (shift - average_of(a, edits), *edits)]
 
 
 @_checks.of_points
@@ -259,84 +323,98 @@ def exit_ball(
             "as the direction cone.project(cone, direction).edit"
         )
     radius = _checks.above_zero("radius", radius)
-    seen = sources(points, avoid, coefficients, costs, direction)
-    finite_length(seen.distance, points, avoid=avoid)
+    stored = jax.tree.leaves((points, avoid))
+    dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves((points, avoid, given))))
+    radius = jnp.asarray(radius).astype(dtype)
+    # All lengths are over the unit: what their squares cannot hold is nothing beside the radius,
+    # or so far away that the radius is nothing beside it.
+    unit = power_of_two(radius)
+    seen = sources(points, avoid, coefficients, direction, unit)
+    pulls = pulls_of(seen.a, costs, len(points))
     distance = seen.distance
-    radius = jnp.asarray(radius).astype(distance.dtype)
-    eps = jnp.finfo(distance.dtype).eps
-    rounding = 64 * eps * seen.size
+    finite_length(distance, points, avoid=avoid)
+    radius = radius / unit
+    known = stored_rounding(stored, dtype)
+    rounding = known.share * seen.size + known.length / unit
     undefined = _checks.refuse(
-        ~(radius > rounding),
+        ~((radius > rounding) & jnp.isfinite(radius)),
         lambda: (
-            f"radius {radius:.3g} is below the rounding of the points, {rounding:.3g}: "
-            "no average of them can be placed that finely"
+            f"radius {radius * unit:.3g} is below the rounding of the points, "
+            f"{rounding * unit:.3g}: no average of them can be placed that finely: "
+            f"enlarge it{upcast_or(known)}"
         ),
     )
     if direction is None:
         undefined += _checks.refuse(
             ~(distance > rounding),
             lambda: (
-                f"the average of points is avoid, to rounding ({distance:.3g} apart), so no way "
-                "out is distinguished: give a direction"
+                f"the average of points is avoid, to rounding ({distance * unit:.3g} apart), so no "
+                f"way out is distinguished: give a direction{upcast_or(known)}"
             ),
         )
     outside = distance >= radius
-    a, pulls = _checks.unpacked(seen.a), _checks.unpacked(seen.a / seen.c)
-    share = jnp.asarray((seen.a**2 / seen.c).sum()).astype(distance.dtype)
+    a, moves = _checks.unpacked(seen.a), pulls.moves(dtype)
     if direction is None and cone is None:
-        # S g = share E, so that the way is never written.
-        step = share * distance
-        t = _step(radius, distance, step, step * distance) + undefined
-        return _moved_apart([*a, *(t * k for k in pulls)], [*points, avoid])
+        near = jnp.where(outside, 1, distance)
+        t = jnp.where(outside, 0, (radius - near) / near) + undefined
+        return _moved_apart([*a, *(t * k for k in moves)], [*points, avoid])
     if cone is not None:
-        apart = _apart(a, [*points, avoid])
+        apart = _apart([1 / unit, *a], [*points, avoid])
         nothing = jax.tree.map(jnp.zeros_like, apart)
-        way = lowrank.apply(nothing, project(cone, apart).edit)
+        way, turn = lowrank.apply(nothing, project(cone, apart).edit), 1.0
         speed, along = tree.norm(way), tree.vdot(apart, way)
         undefined += _checks.refuse(
-            ~outside & ~(speed > 64 * eps * distance),
+            ~outside & ~(speed > jnp.maximum(known.share * distance, rounding)),
             lambda: (
-                f"the average is {distance:.3g} from avoid, {speed:.3g} of it in {cone}: no edit "
-                "of the cone is distinguished as the way out; give a larger cone, or a direction"
+                f"the average is {distance * unit:.3g} from avoid, {speed * unit:.3g} of it in "
+                f"{cone}: no edit of the cone is distinguished as the way out; give a larger cone, "
+                "or a direction"
             ),
         )
     else:
-        way, speed, along = direction, seen.speed, seen.along
+        way, turn, speed, along = direction, seen.turn, seen.speed, seen.along
         finite_length(speed, points, direction=direction)
     if allow is None:
-        moves, step, along, largest = [way] * len(points), share * speed, share * along, share
+        step, largest, ways = speed, 1.0, None
     else:
-        allowed = each_allowance(allow, points, avoid, way)
-        moves = [moved_by(row, way) for row in allowed]
-        shares = _checks.unpacked(seen.a**2 / seen.c)
-        moved = _average(shares, moves)
+        allowed = relative_rows(each_allowance(allow, points, avoid, way))
+        ways = [moved_by(row, way, turn) for row in allowed]
+        shares = pulls.shares(dtype)
+        moved = _average(shares, ways)
         step = tree.norm(moved)
-        along = _shift_along(a, [*points, avoid, moved])
-        zero = jnp.zeros((), step.dtype)
+        along = _apart_along([1 / unit, *a], [*points, avoid, moved])
+        zero = jnp.zeros((), dtype)
         sizes = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
         largest = sum(w * p for w, p in zip(shares, sizes, strict=True))
     undefined += _checks.refuse(
-        ~outside & ~(step > 64 * eps * largest * speed),
+        ~outside & ~((step > 64 * jnp.finfo(dtype).eps * largest * speed) & jnp.isfinite(step)),
         lambda: (
-            f"direction has norm {speed:.3g}, and where the points may move {step:.3g} is left of "
-            "it: give a direction that is not zero and that allow does not annihilate"
+            f"direction has norm {speed / turn:.3g}, and where the points may move "
+            f"{step / turn:.3g} is left of it: give a direction that is not zero and that allow "
+            "does not annihilate"
         ),
     )
-    t = _step(radius, distance, step, along) + undefined
+    t = (_step(radius, distance, seen.square, step, along) + undefined) * unit
+    if ways is None:
+        return _moved_along([turn, *(t * k for k in moves)], [*points, way])
     return [
-        tree.displaced((t * k,), (x, move)) for k, x, move in zip(pulls, points, moves, strict=True)
+        tree.displaced((t * k,), (x, move)) for k, x, move in zip(moves, points, ways, strict=True)
     ]
 
 
 @jax.jit
-def _step(radius: Scalar, distance: Scalar, step: Scalar, along: Scalar) -> Scalar:
+def _step(radius: Scalar, distance: Scalar, square: Scalar, step: Scalar, along: Scalar) -> Scalar:
     r"""The positive root $t$ of $\lVert E + t S g \rVert = \rho$; zero from outside.
 
-    `step` is the norm of $S g$ and `along` its inner product with $E$.
+    `distance` is the norm of $E$ and `square` its square, which has derivatives at zero, `step` the
+    norm of $S g$ and `along` its inner product with $E$.
     """
-    outside, safe = distance >= radius, jnp.where(step == 0, 1, step)
-    gap = jnp.where(outside, 1, (radius - distance) * (radius + distance))
-    slope = along / safe
+    outside = distance >= radius
+    safe = jnp.where(step == 0, 1, step)
+    gap = radius**2 - square
+    short = (radius - distance) * (radius + distance)  # the same without cancellation
+    gap = jnp.where(outside, 1, gap + jax.lax.stop_gradient(short - gap))
+    slope = jnp.where(outside, 0, along / safe)
     root = jnp.sqrt(slope**2 + gap)
     reach = jnp.where(slope > 0, gap / (root + jnp.abs(slope)), root - slope)
     return jnp.where(outside, 0, reach / safe)
@@ -350,10 +428,16 @@ def _moved_apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Arr
     return [plus(x, k * apart) for k, x in zip(pulls, points, strict=True)]
 
 
+@tree.elementwise
+def _moved_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (turn, *steps), (*points, way) = scalars, arrays
+    return [plus(x, step * (turn * way)) for step, x in zip(steps, points, strict=True)]
+
+
 @functools.partial(tree.elementwise, rounded=False)
-def _apart(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    *points, avoid = arrays
-    return average_of(a, points) - avoid
+def _apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    inverse, *a = scalars
+    return apart_of(a, inverse, arrays)
 
 
 @functools.partial(tree.elementwise, rounded=False)
@@ -362,6 +446,6 @@ def _average(shares: Sequence[Scalar], moves: Sequence[Array]) -> Array:
 
 
 @tree.reduction
-def _shift_along(a: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    *points, avoid, moved = arrays
-    return (average_of(a, points) - avoid) * moved
+def _apart_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (inverse, *a), (*trees, moved) = scalars, arrays
+    return apart_of(a, inverse, trees) * moved

@@ -55,25 +55,6 @@ KINDS = "a number or a matrix at each leaf"
 """What a tree has that says something of one side of every leaf."""
 
 
-def _coarsest_eps(basis: Sequence[WeightsLike]) -> float:
-    """Machine epsilon of the coarsest leaf."""
-    dtypes = [jnp.asarray(q).dtype for q in jax.tree.leaves(basis)]
-    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-
-
-def _where_orthonormal(x: Array, gram: Float[Array, "... k k"], unit: float, name: str) -> Array:
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    off = jnp.max(jnp.abs(gram - eye), initial=0)
-    return _checks.poisoned(
-        x,
-        ~(off <= 64 * unit),
-        lambda: (
-            f"{name} is not orthonormal: its inner products are off by up to {off:.3g}: "
-            "orthonormalize it first, trees by geometry.orthonormalize, columns by jnp.linalg.qr"
-        ),
-    )
-
-
 def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
     """The part of one side of a leaf in the subspace: 1, 0 or an orthonormal matrix."""
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
@@ -98,8 +79,7 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
         )
     given = replicated(jnp.asarray(entry))
     q = given.astype(accumulator(leaf.dtype))
-    unit = max(float(jnp.finfo(x.dtype).eps) for x in (given, q))
-    return _where_orthonormal(q, matmul(jnp.swapaxes(q, -1, -2), q), unit, where)
+    return _checks.where_orthonormal(q, matmul(jnp.swapaxes(q, -1, -2), q), [given.dtype], where)
 
 
 def _sided(x: Array, left: Array, right: Array) -> Array:
@@ -180,7 +160,8 @@ def attenuate(
         return _sided_away(basis, gain, list(trees.values()))
     gram = geometry.inner_products(vectors)
     gain = jnp.asarray(gain).astype(gram.dtype)
-    gain = _where_orthonormal(gain, gram, _coarsest_eps(basis), "basis")
+    stored = [leaf.dtype for leaf in jax.tree.leaves(vectors)]
+    gain = _checks.where_orthonormal(gain, gram, stored, "basis")
     parts = _parts(len(vectors))((), [*vectors, *trees.values()])
     gain = gain.astype(parts.dtype)
     return _attenuated([-gain * part for part in unstacked(parts)], [point, *vectors])
