@@ -63,6 +63,13 @@ for name, count in (("default", 15), ("few", 2)):
         ],
     )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.register_profile(
+    "guards",
+    deadline=None,
+    max_examples=int(os.environ.get("N", "10000")),
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

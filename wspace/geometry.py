@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from wspace import _checks, tree
 from wspace import _frames as frames
-from wspace._numerics import safe_sqrt, split, unstacked
+from wspace._numerics import accumulator, safe_sqrt, split, stored_rounding, unstacked
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = [
@@ -316,13 +316,29 @@ def components(
     return first + second, _beyond_basis(unstacked(second), (rest, *basis))
 
 
+class _Dependent(NamedTuple):
+    """What is left of a direction, as a share of its norm, where it is refused, and the words.
+
+    The words are made of its index, its norm and what is left of it outside the span of those
+    before it.
+    """
+
+    share: float
+    words: Callable[[int, Scalar, Scalar], str]
+
+
+def _share_of(trees: Sequence[WeightsLike]) -> float:
+    """What directions are known to, in the dtypes that they are stored in."""
+    leaves = jax.tree.leaves(trees)
+    return stored_rounding(leaves, accumulator(*(leaf.dtype for leaf in leaves))).share
+
+
 def _gram_schmidt(
-    directions: Sequence[WeightsLike], dependent: Callable[[int, Scalar, Scalar], str] | None
+    directions: Sequence[WeightsLike], dependent: _Dependent | None
 ) -> tuple[list[Weights], list[list[Scalar]]]:
     """The factors of $D = Q R$, with `R` by columns down to its diagonal.
 
-    `dependent` words the refusal of a direction, from its index, its norm and what is left of it
-    outside the span of those before it. Without it, what is left may be zero.
+    What is left of a direction is refused if it is `dependent`, and without that may be zero.
     """
     basis: list[Weights] = []
     columns = []
@@ -334,21 +350,22 @@ def _gram_schmidt(
     return basis, columns
 
 
-def _divisor(
-    i: int, size: Scalar, left: Scalar, dependent: Callable[[int, Scalar, Scalar], str] | None
-) -> Scalar:
+def _divisor(i: int, size: Scalar, left: Scalar, dependent: _Dependent | None) -> Scalar:
     """The length left of a direction, to divide by; NaN where it is no more than rounding."""
     length = jnp.where(left == 0, 1, left)
     if dependent is None:
         return length
-    bad = ~(left > 64 * jnp.finfo(left.dtype).eps * size)
-    return _checks.poisoned(length, bad, lambda: dependent(i, size, left))
+    bad = ~((left > dependent.share * size) & jnp.isfinite(left))
+    return _checks.poisoned(length, bad, lambda: dependent.words(i, size, left))
 
 
-def _dependent(name: str) -> Callable[[int, Scalar, Scalar], str]:
-    return lambda i, size, left: (
-        f"{name}[{i}] has norm {size:.3g} and {left:.3g} outside the span of those "
-        "before it: leave out directions that are zero, dependent or not finite"
+def _dependent(name: str, trees: Sequence[WeightsLike]) -> _Dependent:
+    return _Dependent(
+        _share_of(trees),
+        lambda i, size, left: (
+            f"{name}[{i}] has norm {size:.3g} and {left:.3g} outside the span of those "
+            "before it: leave out directions that are zero, dependent or not finite"
+        ),
     )
 
 
@@ -374,7 +391,8 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
 
     Raises:
         ValueError: If a direction is in the span of those before it, to within
-            $64\,\varepsilon$ of its norm; NaN from there on if the values are traced. Also if
+            $64\,\varepsilon$ of its norm, in half precision $\varepsilon$ of the dtype stored; NaN
+            from there on if the values are traced. Also if
             there is no direction, or the trees differ in structure or in a leaf's shape.
         TypeError: If a leaf is not floating-point.
 
@@ -390,7 +408,7 @@ def orthonormalize(directions: Sequence[WeightsLike]) -> list[Weights]:
     """
     directions = _checks.listed("directions", directions)
     _checks.same_layout(**_checks.each("directions", directions))
-    basis, _ = _gram_schmidt(tree.in_one_dtype(*directions), _dependent("directions"))
+    basis, _ = _gram_schmidt(tree.in_one_dtype(*directions), _dependent("directions", directions))
     return [tree.cast_like(q, x) for q, x in zip(basis, directions, strict=True)]
 
 
@@ -485,6 +503,8 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
         residual = distance(point, start)
         return Coordinates(jnp.ones((1,), residual.dtype), residual)
 
+    share = _share_of(points)
+
     def length_of(i: int, left: Scalar) -> Scalar:
         if not _checks.is_traced(left) and not bool(jnp.isfinite(left)):
             _checks.finite(**_checks.each("points", points))
@@ -495,7 +515,8 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
                 "of those before it: leave out points that repeat, are dependent or are not finite"
             )
 
-        return _divisor(i, distance(others[i], start), left, dependent)
+        known = _Dependent(share, dependent)
+        return _divisor(i, distance(others[i], start), left, known)
 
     pairs = [(x, start) for x in others]
     frame, columns = frames.of_differences(pairs, lambda i, x: 1 / length_of(i, x))
@@ -555,8 +576,8 @@ def principal_angles(
     left, right = _checks.listed("left", left), _checks.listed("right", right)
     _checks.same_layout(**_checks.each("left", left), **_checks.each("right", right))
     directions = tree.in_one_dtype(*left, *right)
-    p, _ = _gram_schmidt(directions[: len(left)], _dependent("left"))
-    q, _ = _gram_schmidt(directions[len(left) :], _dependent("right"))
+    p, _ = _gram_schmidt(directions[: len(left)], _dependent("left", left))
+    q, _ = _gram_schmidt(directions[len(left) :], _dependent("right", right))
     if len(p) < len(q):
         p, q = q, p
     products, rests = zip(*(components(x, p) for x in q), strict=True)

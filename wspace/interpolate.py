@@ -22,6 +22,7 @@ from wspace import _checks, geometry, tree
 from wspace._numerics import (
     accumulator,
     arcsin_of_root_squared,
+    coarsest_eps,
     safe_sqrt,
     sinc_of_square,
     unstacked,
@@ -103,8 +104,9 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     Raises:
         ValueError: If the ends are antipodal, where no arc is distinguished: within
             $\sqrt{\varepsilon}$ of $\Omega = \pi$, where the rounding of the ends alone turns
-            half the digits of the arc (all leaves NaN if traced), as two numbers of different
-            sign are by themselves. Also if the trees differ in structure or in a leaf's shape, or
+            half the digits of the arc, or within the $\varepsilon$ of ends in half precision (all
+            leaves NaN if traced), as two numbers of different sign are by themselves. Also if the
+            trees differ in structure or in a leaf's shape, or
             `t` is known and not finite.
         TypeError: If a leaf is not floating-point.
 
@@ -142,7 +144,10 @@ def _turned(
     start: WeightsLike, end: WeightsLike, t: ScalarLike, half: tuple[Scalar, Scalar]
 ) -> Weights:
     """The point of an arc between ends, given the squared sine and cosine of half the angle."""
-    scalars, antipodal = _weights(*half, t)
+    sine, cosine = half
+    stored = coarsest_eps(leaf.dtype for leaf in jax.tree.leaves((start, end)))
+    least = max(stored, float(jnp.finfo(sine.dtype).eps) ** 0.5)
+    scalars, antipodal = _weights(sine, cosine, t, least)
     _checks.refuse(
         antipodal,
         lambda: (
@@ -178,9 +183,12 @@ def _acute(sums: Array, t: ScalarLike) -> tuple[Scalar, Scalar, Bool[Array, ""]]
 
 @jax.jit
 def _weights(
-    sine: Scalar, cosine: Scalar, t: ScalarLike
+    sine: Scalar, cosine: Scalar, t: ScalarLike, least: float
 ) -> tuple[tuple[Scalar, Scalar, Scalar], Bool[Array, ""]]:
-    """The coefficients of the start, of the end, and of their sum; whether there are none."""
+    """The coefficients of the start, of the end, and of their sum; whether there are none.
+
+    There are none where the angle left to the antipode is below the `least`.
+    """
     t = jnp.asarray(t).astype(sine.dtype)
     # Beyond a right angle work with the angle left to the antipode, pi - Omega = `short`.
     wide = sine > cosine
@@ -198,7 +206,7 @@ def _weights(
     along = jnp.sin(jnp.pi * inner + (0.5 - inner) * short) / (2 * root)
     across = jnp.sin((t - 0.5) * (jnp.pi - short)) / (2 * jnp.cos(short / 2))
     parted = wide & (inner != 0)
-    antipodal = wide & (short < jnp.sqrt(jnp.finfo(sine.dtype).eps))
+    antipodal = wide & (short < least)
     coefficients = (
         jnp.where(parted, -across, coefficient(1 - t)),
         jnp.where(parted, across, coefficient(t)),

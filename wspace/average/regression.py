@@ -239,7 +239,7 @@ def checked_gram(entry: Any, leaf: Array, where: str, axis: int = -2) -> Float[A
     skew, largest = jnp.max(jnp.abs(wide - flipped)), jnp.max(jnp.abs(wide))
     sound = _checks.poisoned(
         (wide + flipped) / 2,
-        ~(skew <= 64 * float(jnp.finfo(matrix.dtype).eps) * largest),
+        ~(skew <= _checks.matrix_rounding([matrix.dtype], wide.dtype) * largest),
         lambda: (
             f"{where} is not symmetric or not finite, off by {skew:.3g} in entries up to "
             f"{largest:.3g}: give a Gram matrix X.T @ X"
@@ -254,7 +254,7 @@ def semidefinite(
     """Refuses eigenvalues of a sum of matrices that are negative beyond the rounding of these."""
     least, largest = jnp.min(values), jnp.max(jnp.abs(values))
     dtypes = [jnp.asarray(entry).dtype for entry in jax.tree.leaves(entries)]
-    slack = 64 * values.shape[-1] * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    slack = _checks.matrix_rounding(dtypes, values.dtype, values.shape[-1])
     return _checks.refuse(
         ~(least >= -slack * largest),
         lambda: (

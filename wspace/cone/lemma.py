@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import safe_sqrt, with_nan_of
+from wspace._numerics import safe_sqrt, stored_rounding, with_nan_of
 from wspace.cone.cones import Cone, Projection, holds_only_zero, projected, sizes_of
 from wspace.cone.spectra import finite_edit, ratio
 from wspace.lowrank import LowRank
@@ -186,7 +186,8 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     Raises:
         ValueError: If the displacement is zero or has no part in the cone, $\lVert P E \rVert \le
             64\,\varepsilon\, e < \rho$, where all ways out are equally long and none is
-            distinguished (NaN if traced); if `radius` is known and negative or not finite (NaN if
+            distinguished, $\varepsilon$ of the dtype stored if that is half precision (NaN if
+            traced); if `radius` is known and negative or not finite (NaN if
             traced); and as [`project`][wspace.cone.project] does.
         TypeError: As [`project`][wspace.cone.project] does.
 
@@ -204,11 +205,12 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     size = safe_sqrt(norm**2 + tail**2 + _curving(displacement, norm, tail))
     radius = jnp.asarray(radius).astype(size.dtype)
     inside, nothing = size < radius, holds_only_zero(cone)
+    share = stored_rounding(jax.tree.leaves(displacement), size.dtype).share
     gap = jnp.where(inside, (radius - size) * (radius + size), 0)
     step = ratio(gap, norm + safe_sqrt(norm**2 + gap))
     step = _checks.poisoned(
         with_nan_of(jnp.where(inside & nothing, jnp.inf, step), radius, size),
-        inside & ~nothing & (norm <= 64 * jnp.finfo(size.dtype).eps * size),
+        ~jnp.isfinite(size) | (inside & ~nothing & ~(norm > share * size)),
         lambda: (
             f"displacement, of norm {size:.3g}, has a part of norm {norm:.3g} in the cone, so no "
             "way out is distinguished: give a displacement that is not orthogonal to the cone"

@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, tree
+from wspace._numerics import stored_rounding
 from wspace.fit.training import KeyedLoss, function
+from wspace.negative.sources import unit_of
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Away", "ascent", "clipped", "entropy", "hinge", "npo"]
@@ -67,7 +69,8 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
 
     Zero outside the ball, with zero gradient there. At the center no way out is distinguished,
     and the gradient is zero unless a direction is given, which then is that way. It is taken
-    within $64\,\varepsilon \lVert b \rVert$ of the center.
+    within $64\,\varepsilon \lVert b \rVert$ of the center, $\varepsilon$ of the dtype in which the
+    center is stored if that is half precision.
 
     Args:
         avoid: The center $b$.
@@ -93,20 +96,22 @@ def hinge(avoid: WeightsLike, radius: ScalarLike, *, direction: WeightsLike | No
     radius = _checks.above_zero("radius", radius)
     along = {} if direction is None else {"direction": direction}
     _checks.same_layout(avoid=avoid, **along)
-    center = tree.upcast(avoid)
+    center, stored = tree.upcast(avoid), jax.tree.leaves(avoid)
     undefined: Scalar | float = 0.0
     way = None
     if direction is not None:
-        length = tree.norm(direction)
+        way = tree.combine((1 / unit_of([direction]),), (direction,), rounded=False)
+        length = tree.norm(way)
         undefined = _checks.refuse(
-            ~(length > 0), lambda: "direction is zero: give one that leads out of the ball"
+            ~((length > 0) & jnp.isfinite(length)),
+            lambda: "direction is zero or not finite: give one that leads out of the ball",
         )
-        way = tree.combine((1 / length,), (tree.upcast(direction),))
+        way = tree.combine((1 / length,), (way,))
 
     def penalty(weights: Weights) -> Scalar:
         distance = geometry.distance(weights, center)
         if way is not None:
-            close = 64 * jnp.finfo(distance.dtype).eps * tree.norm(center)
+            close = stored_rounding(stored, distance.dtype).share * tree.norm(center)
             ahead = tree.vdot(tree.combine((1, -1), (weights, center)), way)
             distance = jnp.where(distance <= close, ahead, distance)
         size = jnp.asarray(radius).astype(distance.dtype)

@@ -326,7 +326,9 @@ def damped_inputs(
     $P L$ of the matrix is charged $\lVert dW \rVert^2 + \lVert X\, dW \rVert^2 / (\delta
     \sigma_1^2)$, its own size and that of what it does to these data, and $\lVert X P L \rVert \le
     \tfrac12 \sqrt\delta\, \sigma_1 \lVert L \rVert$. Small damping spares the data and large
-    damping the weights; a sweep over it draws the curve of damage against margin.
+    damping the weights; a sweep over it draws the curve of damage against margin. Eigenvalues
+    below $4 \min(d, 8 \sqrt d)\, \varepsilon$ of the largest are raised to that: the entries of a
+    matrix do not hold smaller ones, nor their sign.
 
     Args:
         activations: The inputs $X$ of the layer, one a row, `(n, d)`.

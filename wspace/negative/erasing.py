@@ -16,10 +16,13 @@ from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, lowrank, tree
 from wspace._numerics import (
+    accumulator,
+    coarsest_eps,
     matmul,
     placed_like,
     pseudo_inverse,
     rows_within,
+    stored_rounding,
     unstacked,
     with_nan_of,
 )
@@ -39,7 +42,7 @@ def _times_number(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def _coordinates(
-    directions: Sequence[WeightsLike],
+    directions: Sequence[WeightsLike], rounding: float
 ) -> tuple[list[Weights], Float[Array, "k k"]]:
     """Orthonormal trees, and the directions in unit length as rows of coordinates in them.
 
@@ -52,7 +55,7 @@ def _coordinates(
         unit = _times_number((1 / jnp.where(size == 0, 1, size),), (x,))
         coefficients, rest = geometry.components(unit, basis)
         left = tree.norm(rest)
-        nothing = left <= 64 * jnp.finfo(left.dtype).eps
+        nothing = left <= rounding
         inverse = jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, left))
         basis.append(_times_number((inverse,), (rest,)))
         left = jnp.where(nothing, 0, left)
@@ -67,10 +70,13 @@ def _erased(
     erase: Float[Array, "p m"],
     keep: Float[Array, "q m"],
     cut: Scalar,
+    rounding: Scalar,
     mode: ErasureMode,
 ) -> tuple[Float[Array, "1 m"], Scalar, Scalar]:
-    """What to take away, the least sine of erase against keep, and the share that stays."""
-    rounding = 64 * jnp.finfo(x.dtype).eps  # of directions, which have unit length
+    """What to take away, the least sine of erase against keep, and the share that stays.
+
+    The rounding is that of directions, which have unit length.
+    """
     span = rows_within(jnp.eye(x.shape[1], dtype=x.dtype), erase, rounding)
     outside = span - rows_within(span, keep, rounding)
     removed = (
@@ -221,10 +227,15 @@ def erase_keeping(
         white = _each_times([inverse for _, inverse in factors], tree.upcast(white))
         across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
         directions = [_each_times(across, tree.upcast(x)) for x in directions]
-    basis, rows = _coordinates(directions)
+    leaves = jax.tree.leaves((keep, erase))
+    wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(trees)))
+    rounding = stored_rounding(leaves, wide).share
+    basis, rows = _coordinates(directions, rounding)
     x = jnp.stack([tree.vdot(q, white) for q in basis])[None]
-    cut = jnp.asarray(jnp.finfo(x.dtype).eps ** 0.5 if rtol is None else rtol).astype(x.dtype)
-    removed, sine, share = _erased(x, rows[len(keep) :], rows[: len(keep)], cut, mode)
+    least = max(float(jnp.finfo(wide).eps) ** 0.5, coarsest_eps(leaf.dtype for leaf in leaves))
+    cut = jnp.asarray(least if rtol is None else rtol).astype(x.dtype)
+    known = jnp.asarray(rounding, x.dtype)
+    removed, sine, share = _erased(x, rows[len(keep) :], rows[: len(keep)], cut, known, mode)
     removed = _checks.poisoned(
         with_nan_of(removed[0], cut),
         mode == "oblique" and rtol is None and ~(sine > cut),

@@ -41,6 +41,7 @@ def repel(
     then $t$ are strength $s + t + st$: those with $s \ne -1$ form a group, the inverse of $s$ being
     $-s/(1 + s)$. They commute with averages, permutations and rotations. $s = 0$ and $x = b$ change
     nothing, bit for bit; $s \in (-1, 0)$ moves towards $b$, $s = -1$ lands on it, $s < -1$ beyond.
+    Of one model stored in two dtypes the difference is rounding, and the map enlarges that.
 
     Averages: points repelled from $b$ average to their average repelled from $b$. Repelling
     points from *their own average* therefore leaves the average where it is.

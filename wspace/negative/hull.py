@@ -32,7 +32,7 @@ from wspace._numerics import (
 )
 from wspace.negative.allowance import NOTHING, Allowed, each_allowance, moved_by, relative
 from wspace.negative.nearest import HullMode, nearest_average, rounding_of
-from wspace.negative.sources import finite_length, over_power_of_two, unit_of, upcast_or
+from wspace.negative.sources import finite_length, held, over_power_of_two, unit_of, upcast_or
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guard_hull"]
@@ -200,10 +200,11 @@ def guard_hull(
     given no edits with the guarantee of its half-space cost less. The best normal is searched by
     [`guard_normal`][wspace.negative.guard_normal].
 
-    Moving twice with one normal changes nothing, and the convex guard does not increase the
-    distance between points. Both hold, as every guard, up to the rounding of the moved points:
-    no average is nearer than $\rho - 64\,\varepsilon \max_i \lVert x_i' \rVert \sum_i |t_i|$. A
-    margin certifies a distance, not safety.
+    Moving twice with one normal changes nothing, and without `allow` the convex guard does not
+    increase the distance between points. Both hold, as every guard, up to rounding: no average
+    is nearer than $\rho - 64\,\varepsilon\, (\max_i \lVert x_i' \rVert + \lVert b \rVert)
+    \sum_i |t_i|$, and points in half precision round at their own size besides. A margin certifies
+    a distance, not safety.
 
     Args:
         points: The $x_i$, trees of one layout, at least one.
@@ -225,9 +226,11 @@ def guard_hull(
             no normal; if the normal is zero; if a point has to rise but `allow` leaves nothing of
             the normal, $\langle n, P_i n \rangle \le (64\,\varepsilon)^2 \lVert P_i \rVert$ (for an
             affine guard if it leaves nothing at any point), which names the point and the leaf;
-            if the radius is not positive or below the rounding of the points. Where these are
-            traced the result is NaN. Also for an unknown mode, costs out of their domain, an
-            `allow` that does not fit, a known NaN or infinity, or trees of different layout.
+            if the radius is not positive or below the rounding of the points, $64\,\varepsilon$ of
+            the largest norm or the machine epsilon of the dtype stored; if a point would have to
+            move by more than its dtype holds. Where these are traced the result is NaN. Also for an
+            unknown mode, costs out of their domain, an `allow` that does not fit, a known NaN or
+            infinity, or trees of different layout.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -259,8 +262,11 @@ def guard_hull(
         )
 
     undefined = guard.undefined + _checks.refuse(jnp.any(blocked), message)
-    steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches) + undefined
-    steps = unstacked(steps)
+    steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches)
+    # |P n|^2 <= |P| <n, P n>, and |P| is about one.
+    lengths = unstacked(2 * jnp.abs(steps) * safe_sqrt(jnp.minimum(asked.reaches, 1)))
+    undefined += held(lengths, points, "a normal along which more is allowed")
+    steps = unstacked(steps + undefined)
     if allowed is None:
         return _raised([guard.inverse, *steps], [*points, normal])
     moves = [moved_by(row, normal, guard.inverse) for row in allowed]

@@ -62,7 +62,8 @@ def guard_normal(
     Returns:
         A [`Solution`][wspace.average.Solution] with the unit normal as `weights`, in at least
             float32; as `residual` the norm of the gradient along the sphere, over $2 \rho \sqrt{f
-            \sum_i c_i}$, and zero where the cost is; the `steps` taken; and whether it `converged`.
+            \sum_i c_i}$, $c_i$ with `allow` over the power of two nearest to the largest eigenvalue
+            of $P_i$, and zero where the cost is; the `steps` taken; and whether it `converged`.
 
     Raises:
         ValueError: As [`guard_hull`][wspace.negative.guard_hull] does, with `start` in place of

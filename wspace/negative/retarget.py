@@ -49,6 +49,7 @@ from wspace.negative.sources import (
     apart_of,
     average_of,
     finite_length,
+    held,
     numbers_in,
     pulls_of,
     sources,
@@ -155,8 +156,10 @@ def retarget(
 
     Raises:
         ValueError: If `allow` admits no such edits: if the part of $T - M$ out of reach exceeds
-            $\sqrt\varepsilon$ of it and the rounding of the points, $64\,\varepsilon$ of their size
-            (NaN if traced). Also if coefficients or costs are out of their domain or not as many
+            the rounding of the points and of the edits, $\delta\,(\sum_i |a_i| \lVert x_i \rVert +
+            \lVert T \rVert) + 64\,\varepsilon \sum_i |a_i| \lVert dx_i \rVert$, with $\delta$ being
+            $64\,\varepsilon$ or the machine epsilon of the dtype stored if that is more (NaN if
+            traced). Also if coefficients or costs are out of their domain or not as many
             as the points, an entry of `allow` is not symmetric positive semidefinite or does not
             fit its leaf, a known value is NaN or infinite, or the trees differ in layout.
         TypeError: If a leaf is not floating-point.
@@ -294,13 +297,15 @@ def exit_ball(
         The moved points, each leaf in the dtype of that leaf of its point.
 
     Raises:
-        ValueError: If the average is within $64\,\varepsilon \sum_i |a_i| \lVert x_i \rVert$ of
-            `avoid`, where no way out is distinguished, and there is no direction; if $E$ is
-            orthogonal to the cone, $\lVert P_K E \rVert \le 64\,\varepsilon \lVert E \rVert$; if
+        ValueError: If the average is within $\delta \sum_i |a_i| \lVert x_i \rVert$ of `avoid`,
+            with $\delta$ being $64\,\varepsilon$ or the machine epsilon of the dtype stored if that
+            is more, or so near beside the radius that its squares are lost, so that no way out is
+            distinguished, and there is no direction; if $E$ has no more than that in the cone; if
             the direction is zero or `allow` leaves nothing of it, $\lVert S g \rVert \le
             64\,\varepsilon \lVert S \rVert \lVert g \rVert$; if the radius is not positive or
-            below the same rounding of the points; if `allow` is given without a direction, or a
-            cone with one. Where these are traced the result is NaN. Also for the arguments that
+            below the same rounding of the points; if a point would have to move by more than its
+            dtype holds; if `allow` is given without a direction, or a cone with one. Where these
+            are traced the result is NaN. Also for the arguments that
             [`retarget`][wspace.negative.retarget] and [`cone.project`][wspace.cone.project] refuse.
         TypeError: If a leaf is not floating-point, or `cone` is no cone.
 
@@ -336,6 +341,8 @@ def exit_ball(
     radius = radius / unit
     known = stored_rounding(stored, dtype)
     rounding = known.share * seen.size + known.length / unit
+    # Of a length below this, squares of entries are lost that are more than rounding.
+    least = jnp.finfo(dtype).tiny ** 0.5 / jnp.finfo(dtype).eps
     undefined = _checks.refuse(
         ~((radius > rounding) & jnp.isfinite(radius)),
         lambda: (
@@ -346,7 +353,7 @@ def exit_ball(
     )
     if direction is None:
         undefined += _checks.refuse(
-            ~(distance > rounding),
+            ~(distance > jnp.maximum(rounding, least * radius)),
             lambda: (
                 f"the average of points is avoid, to rounding ({distance * unit:.3g} apart), so no "
                 f"way out is distinguished: give a direction{upcast_or(known)}"
@@ -356,7 +363,9 @@ def exit_ball(
     a, moves = _checks.unpacked(seen.a), pulls.moves(dtype)
     if direction is None and cone is None:
         near = jnp.where(outside, 1, distance)
-        t = jnp.where(outside, 0, (radius - near) / near) + undefined
+        t = jnp.where(outside, 0, (radius - near) / near)
+        lengths = [jnp.abs(t * k) * near * unit for k in moves]
+        t += undefined + held(lengths, points, "costs or coefficients that share the way")
         return _moved_apart([*a, *(t * k for k in moves)], [*points, avoid])
     if cone is not None:
         apart = _apart([1 / unit, *a], [*points, avoid])
@@ -364,7 +373,7 @@ def exit_ball(
         way, turn = lowrank.apply(nothing, project(cone, apart).edit), 1.0
         speed, along = tree.norm(way), tree.vdot(apart, way)
         undefined += _checks.refuse(
-            ~outside & ~(speed > jnp.maximum(known.share * distance, rounding)),
+            ~outside & ~(speed > jnp.maximum(least, jnp.maximum(known.share * distance, rounding))),
             lambda: (
                 f"the average is {distance * unit:.3g} from avoid, {speed * unit:.3g} of it in "
                 f"{cone}: no edit of the cone is distinguished as the way out; give a larger cone, "
@@ -384,8 +393,8 @@ def exit_ball(
         step = tree.norm(moved)
         along = _apart_along([1 / unit, *a], [*points, avoid, moved])
         zero = jnp.zeros((), dtype)
-        sizes = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
-        largest = sum(w * p for w, p in zip(shares, sizes, strict=True))
+        most = [functools.reduce(jnp.maximum, [p.scale for p in row], zero) for row in allowed]
+        largest = sum(w * p for w, p in zip(shares, most, strict=True))
     undefined += _checks.refuse(
         ~outside & ~((step > 64 * jnp.finfo(dtype).eps * largest * speed) & jnp.isfinite(step)),
         lambda: (
@@ -394,7 +403,10 @@ def exit_ball(
             "does not annihilate"
         ),
     )
-    t = (_step(radius, distance, seen.square, step, along) + undefined) * unit
+    t = _step(radius, distance, seen.square, step, along) * unit
+    sizes = [speed] * len(points) if ways is None else [tree.norm(x) for x in ways]
+    lengths = [jnp.abs(t * k) * size for k, size in zip(moves, sizes, strict=True)]
+    t += undefined + held(lengths, points, "a direction in which points may move")
     if ways is None:
         return _moved_along([turn, *(t * k for k in moves)], [*points, way])
     return [

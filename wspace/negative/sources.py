@@ -1,5 +1,6 @@
 """Points to be averaged, measured in one pass beside a point to avoid or to reach."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,19 @@ def upcast_or(known: Rounding) -> str:
     """The other way out for points that are stored in half precision, at the end of an error."""
     way = ", or upcast the points by tree.upcast if they are to be taken as they are"
     return way if known.by_storage else ""
+
+
+def held(lengths: Sequence[Scalar], points: Sequence[WeightsLike], what: str) -> Scalar | float:
+    """Refuses edits of points that are longer than the numbers that their dtypes hold."""
+    most = min((float(jnp.finfo(x.dtype).max) for x in jax.tree.leaves(points)), default=math.inf)
+    longest = functools.reduce(jnp.maximum, lengths)
+    return _checks.refuse(
+        ~(longest <= most),
+        lambda: (
+            f"a point would have to move by {longest:.3g}, and its dtype holds numbers up to "
+            f"{most:.3g}: give {what}, or weights of a smaller scale"
+        ),
+    )
 
 
 class Pulls(NamedTuple):

@@ -131,9 +131,9 @@ def attenuate(
 
     Raises:
         ValueError: If the basis is empty or not orthonormal, its inner products off by more than
-            $64\,\varepsilon$ of its own dtype (NaN if traced); if a side does not fit its leaf,
-            is a number other than 0 and 1, or neither side is given; if a known value is NaN or
-            infinite, or the trees differ in layout.
+            $64\,\varepsilon$ of the arithmetic and $2\,\varepsilon$ of its own dtype (NaN if
+            traced); if a side does not fit its leaf, is a number other than 0 and 1, or neither
+            side is given; if a known value is NaN or infinite, or the trees differ in layout.
         TypeError: If a leaf is not floating-point.
 
     Examples:
