@@ -32,7 +32,7 @@ from wspace._numerics import (
 )
 from wspace.negative.allowance import NOTHING, Allowed, each_allowance, moved_by, relative
 from wspace.negative.nearest import HullMode, nearest_average, rounding_of
-from wspace.negative.sources import finite_length, held, over_power_of_two, unit_of, upcast_or
+from wspace.negative.sources import finite_length, held, unit_of, upcast_or
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guard_hull"]
@@ -157,7 +157,7 @@ def checked_guard(
         lambda: f"{name} is zero: give a direction to keep the points on",
     )
     inverse = 1 / jnp.where(length == 0, 1, length)
-    allowed, weights = None, over_power_of_two(c, dtype)
+    allowed, weights = None, jnp.asarray(c).astype(dtype)
     if allow is not None:
         rows = [relative(row) for row in each_allowance(allow, points, avoid, normal)]
         allowed = [row for row, _ in rows]

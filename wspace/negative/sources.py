@@ -79,13 +79,6 @@ def pulls_of(a: Numbers, costs: Coefficients | None, count: int) -> Pulls:
     return Pulls(roots / largest, jnp.where(a == 0, 0, 1 / jnp.sqrt(c) / largest))
 
 
-def over_power_of_two(c: Numbers, dtype: DTypeLike) -> Array:
-    """Positive numbers over the power of two nearest to the largest, and only then in a dtype."""
-    if isinstance(c, np.ndarray):
-        return jnp.asarray(np.ldexp(c, -math.frexp(c.max())[1])).astype(dtype)
-    return jnp.asarray(c / power_of_two(jnp.max(c))).astype(dtype)
-
-
 class Sources(NamedTuple):
     """What is to be known of points, their average, another point, and a direction.
 

@@ -88,7 +88,7 @@ def _counts(
     return _sum_of(counts) if counts else jnp.zeros((PIVOTS, 2), jnp.uint32)
 
 
-def _of_each(leaves: Sequence[Array], sizes: Sequence[int], found: Array) -> list[Array]:
+def _of_each(leaves: Sequence[Array], sizes: Sequence[int], found: Array) -> list[Any]:
     """For each leaf, how many entries have a code."""
     wide, zero = wide_of(leaves), np.uint32(0)
     return [

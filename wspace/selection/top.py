@@ -123,10 +123,10 @@ def _is_selected(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) 
     last, own_number, own_first = Keys(*scalars[:3]), *scalars[3:]
     wide = jnp.float64 if last.code.dtype == np.uint64 else jnp.float32
     own = code(arrays[0].astype(wide), wide)
-    later = (own_number > last.number) | (
-        (own_number == last.number) & (own_first - index >= last.place)
-    )
-    return (own > last.code) | ((own == last.code) & later)
+    # Of the entries that have the last one's magnitude, how many of this leaf are not after it.
+    until = jnp.where(own_number > last.number, jnp.iinfo(index.dtype).max, 0)
+    until = jnp.where(own_number == last.number, own_first - last.place + 1, until)
+    return (own > last.code) | ((own == last.code) & (index < until))
 
 
 _selected = tree.elementwise(_is_selected, placed=True)
