@@ -164,11 +164,11 @@ def test_a_number_that_decides_no_shape_compiles_nothing(call, programs):
     assert programs() == before
 
 
-def test_steps_are_counted_where_they_are_no_part_of_the_program():
+def test_steps_are_counted_where_they_are_no_part_of_the_program(refuses):
     for few in (0, 1, 2):
         assert average.geometric_median([X, Y, -X - Y], max_steps=few, tol=1e-30).steps <= few
         assert negative.guard_normal([X, Y], -X, 20.0, steps=few, rtol=1e-30).steps <= few
-    with pytest.raises(TypeError, match="max_steps must be a plain integer"):
+    with refuses(TypeError, match="max_steps must be a plain integer"):
         average.geometric_median([X, Y], max_steps=1.5)
 
 
