@@ -10,7 +10,15 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated, safe_sqrt, with_nan_of
+from wspace._numerics import (
+    accumulator,
+    matmul,
+    placed_like,
+    power_of_two,
+    replicated,
+    safe_sqrt,
+    with_nan_of,
+)
 from wspace._records import Solution
 from wspace.average.regression import (
     by_leaf,
@@ -335,8 +343,7 @@ def _solve(
 
     pull = scale * image(gaps)
     # Brought to one, so that no square of it underflows and counts as solved.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(pull), axis=(-2, -1), keepdims=True))
-    unit = jnp.where(largest > 0, jnp.maximum(largest / 4, jnp.finfo(wide).tiny), 1)
+    unit = power_of_two(jnp.max(jnp.abs(pull), axis=(-2, -1), keepdims=True))
     change, (residual, taken) = jax.lax.custom_linear_solve(
         scaled,
         pull / unit,

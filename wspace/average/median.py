@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from wspace import _checks, geometry, tree
-from wspace._numerics import safe_sqrt, with_nan_of
+from wspace._numerics import safe_sqrt, unstacked, with_nan_of
 from wspace._records import Solution
 from wspace.average import fixed_point
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -103,7 +103,7 @@ def geometric_median(
         start, gram = _seen_from(points, middle)
     shares, pull = _shares_of_pull(gram, c), None
     if _checks.is_traced(shares) or bool(shares.held < _LIGHT):
-        pull = safe_sqrt(_pull_square(list(shares.pulls), [start, *points]))
+        pull = safe_sqrt(_pull_square(unstacked(shares.pulls), [start, *points]))
     found = _median(gram, gaps, middle, c, pull, tol + undefined, max_steps)
     return Solution(
         tree.weighted_sum(list(found.w), points), found.residual, found.steps, found.converged

@@ -18,6 +18,7 @@ from wspace._compiled import compiled
 from wspace._numerics import (
     angle_over_sine,
     arcsin_of_root_squared,
+    power_of_two,
     safe_sqrt,
     sinc_of_square,
     unstacked,
@@ -379,9 +380,8 @@ def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def _unit_of(x: Weights) -> Scalar:
-    """A number beside which no square of an entry leaves the range of the dtype."""
-    largest = _largest((), (x,))
-    return jnp.where(largest > 0, jnp.maximum(largest / 4, jnp.finfo(largest.dtype).tiny), 1)
+    """A power of two beside which no square of an entry leaves the range of the dtype."""
+    return power_of_two(_largest((), (x,)))
 
 
 def _length(x: Weights) -> Scalar:
