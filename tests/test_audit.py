@@ -668,3 +668,18 @@ def test_integer_leaves_and_other_layouts_are_refused_by_path(refuses):
         negative.audit([x, y], (1, 1), avoid | {"w": jnp.ones((8, 3), jnp.int32)}, 1.0)
     with refuses(ValueError, match=r"leaf \['w'\] has shape \(8, 3\) in .*, \(3, 8\) in avoid"):
         negative.audit([x, y], (1, 1), avoid | {"w": jnp.ones((3, 8))}, 1.0)
+
+
+@pytest.mark.parametrize("power", [-80, 80])
+def test_what_is_out_of_range_has_no_report(power, refuses):
+    scale = np.float32(2.0**power)
+    points = [jnp.asarray(scale * x) for x in np.ones((2, 3), np.float32)]
+    words = "squares of their entries leave the range of float32"
+    with refuses(ValueError, match=words):
+        negative.audit(points, (0.5, 0.5), 0 * points[0], scale)
+    report = audit(points, (0.5, 0.5), 0 * points[0], scale)
+    assert jnp.isnan(report.margin)
+    assert jnp.isnan(report.line_distance)
+    assert report.rank_needed == -1
+    nothing = negative.audit([0 * x for x in points], (0.5, 0.5), 0 * points[0], 1.0)
+    assert nothing.distance == nothing.margin == 0

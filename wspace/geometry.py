@@ -6,7 +6,7 @@ leaves are measured where they lie.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,25 @@ def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     return inner_products(points)
+
+
+@tree.reduction
+def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    return [jnp.abs(x) for x in arrays]
+
+
+def lost_squares(squares: Float[Array, " k"], points: Sequence[WeightsLike]) -> Bool[Array, " k"]:
+    """Which squared norms are not finite, or lost digits although their points are not zero."""
+    entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
+    short = squares < least_square(entries, squares.dtype)
+    if _checks.is_traced(short) or bool(jnp.any(short)):
+        short = short & (_sizes((), points) > 0)
+    return short | ~jnp.isfinite(squares)
+
+
+def least_square(entries: int, dtype: Any) -> float:
+    """The sum of squares beside which those that are lost below the range do not count."""
+    return entries * 2.0**10 * float(jnp.finfo(dtype).tiny)
 
 
 _MANY = 8

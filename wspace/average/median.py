@@ -122,9 +122,7 @@ def _refuse_lost(
     gaps: _Gram, reach: Scalar, near: Scalar, entries: int, points: Sequence[WeightsLike]
 ) -> Scalar | float:
     """Raises, or is NaN, where squares of distances are not finite, or lost their digits."""
-    info = jnp.finfo(gaps.dtype)
-    largest = jnp.max(gaps)
-    least = entries * 2.0**10 * float(info.tiny)  # what terms lost below the range add up to
+    largest, least = jnp.max(gaps), geometry.least_square(entries, gaps.dtype)
     lost = jnp.where(largest == 0, reach > 0, (near > 0) & (near**2 < least))
     return _checks.measured(~jnp.isfinite(largest) | lost, points, gaps.dtype)
 

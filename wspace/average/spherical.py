@@ -53,28 +53,14 @@ def _steps(
     _checks.same_layout(**_checks.each("points", points))
     a, max_steps = _checks.affine(coefficients, len(points)), _checks.rank(max_steps, "max_steps")
     gram = geometry.inner_products(points)
-    gram = gram + _refuse_lost(jnp.diagonal(gram), points)
+    lost = jnp.any(geometry.lost_squares(jnp.diagonal(gram), points))
+    gram = gram + _checks.measured(lost, points, gram.dtype)
     tol = 16 * float(jnp.finfo(gram.dtype).eps) if tol is None else _tolerance(tol)
     mean = yield _direction, (gram, a, tol, np.int32(max_steps))
     if not _checks.is_traced(mean.refused) and any(refused := np.asarray(mean.refused).tolist()):
         raise ValueError(REASONS[refused.index(True)])
     weights = tree.weighted_sum(unstacked(mean.scalars), points)
     return Solution(weights, mean.residual, mean.steps, mean.converged)
-
-
-@tree.reduction
-def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    return [jnp.abs(x) for x in arrays]
-
-
-def _refuse_lost(squares: _Numbers, points: Sequence[WeightsLike]) -> Scalar | float:
-    """Raises, or is NaN, where squares of norms are not finite, or lost their digits."""
-    entries = sum(leaf.size for leaf in jax.tree.leaves(points[0]))
-    short = squares < entries * 2.0**10 * float(jnp.finfo(squares.dtype).tiny)
-    if _checks.is_traced(short) or bool(jnp.any(short)):
-        short = short & (_sizes((), points) > 0)
-    unmeasured = jnp.any(~jnp.isfinite(squares) | short)
-    return _checks.measured(unmeasured, points, squares.dtype)
 
 
 @_checks.of_points

@@ -70,9 +70,10 @@ def audit(
         An [`Audit`][wspace.negative.Audit].
 
     Raises:
-        ValueError: If a known value is NaN or infinite, which names the leaf (the report is NaN
-            and its ranks -1 if traced); if `radius` is known and negative or not finite; if
-            activations do not fit their leaf; for the coefficients that
+        ValueError: If a known value is NaN or infinite, which names the leaf, or squares of norms
+            leave the range of the dtype (the report is NaN and its ranks -1 if traced); if `radius`
+            is known and negative or not finite; if activations do not fit their leaf; for the
+            coefficients that
             [`retarget`][wspace.negative.retarget] refuses, or trees of different layout.
         TypeError: If a leaf is not floating-point.
 
@@ -96,6 +97,13 @@ def audit(
     a, distance = _checks.unpacked(seen.a), seen.distance
     finite_length(distance, points, avoid=avoid)
     dtype = distance.dtype
+    ends = [*points, avoid]
+    norms = jnp.stack(tree.widened(*map(tree.norm, ends)))
+    lost = geometry.lost_squares(norms**2, ends)
+    # Beside one that is measured, what the others lost is rounding.
+    unmeasured = (jnp.any(lost) & jnp.all(lost | (norms == 0))) | ~jnp.isfinite(distance)
+    undefined = _checks.measured(unmeasured, points, dtype)
+    distance = distance + undefined
     radius = with_nan_of(jnp.asarray(radius).astype(dtype), distance)
     mean = tree.combine(a, points, rounded=False)
     size, floor = tree.norm(mean), geometry.distance(mean, tree.cast_like(mean, points[0]))
@@ -103,16 +111,16 @@ def audit(
     spectra = spectra_of(apart)
     leaves = _leaf_audits(apart, spectra, radius, _inputs_of(activations, apart))
     del mean, apart  # each as large as a point, and so are the directions below
-    rounding = rounding_of([tree.norm(x) for x in (*points, avoid)])
+    rounding = rounding_of([jnp.max(norms)])
     columns = seen_from(points, avoid, rounding).columns
     realigned = None
     if given:
         realigned = tree.norm(tree.combine((*a, -1), (*given.values(), avoid), rounded=False))
         finite_length(realigned, points, **given)
 
-    values = jnp.sort(pooled(spectra).astype(dtype), descending=True)
+    values = jnp.sort(pooled(spectra).astype(dtype) + undefined, descending=True)
     tails, kept = safe_sqrt(tail_curve(values)), safe_sqrt(_heads(values))
-    leafwise = curve_of(spectra).astype(dtype)
+    leafwise = curve_of(spectra).astype(dtype) + undefined
     outside = distance > radius
     nothing = with_nan_of(jnp.zeros((), dtype), radius)
     margin = jnp.where(outside, distance - radius, nothing)
@@ -131,8 +139,8 @@ def audit(
         nuclear_budget=_nuclear_budget(spectra, radius),
         ceiling=ceiling,
         efficiency=with_nan_of(ratio(needed.astype(dtype), ceiling.astype(dtype)), radius),
-        segment_distance=nearest_in(columns, rounding, "convex")[1],
-        line_distance=nearest_in(columns, rounding, "affine")[1],
+        segment_distance=nearest_in(columns, rounding, "convex")[1] + undefined,
+        line_distance=nearest_in(columns, rounding, "affine")[1] + undefined,
         source_budgets=jnp.where((shares == 0) & outside, jnp.inf, ratio(margin, shares)),
         dtype_floor=floor,
         average_norm=size,
