@@ -211,8 +211,7 @@ def scalar(
     if is_traced(known):
         if domain is None:
             return known
-        known = floating(known)
-        return jnp.where(domain(known) & jnp.isfinite(known), known, jnp.nan)
+        return jnp.where(domain(floating(known)) & jnp.isfinite(known), known, jnp.nan)
     if not math.isfinite(known) or (domain is not None and not domain(known)):
         raise ValueError(f"{name} must be {words}, got {known}")
     return known
