@@ -201,6 +201,52 @@ def test_steering_several_writes_a_folder_for_each(words, function, points):
 
 
 @pytest.mark.parametrize("words", ["offset A --target C", "extract A C"])
+def difference(x, y):
+    return tree.combine((1.0, -1.0), (x, y), rounded=False)
+
+
+AIMS = {
+    "--towards C": lambda m: difference(m["C"], m["P"]),
+    "--away-from C": lambda m: difference(m["P"], m["C"]),
+    "--{} C": lambda m: m["C"],
+}
+
+
+@pytest.mark.parametrize("aim", AIMS)
+@pytest.mark.parametrize("method", ["exit", "guard"])
+def test_a_direction_is_given_by_a_model(method, aim, points):
+    name = {"exit": "direction", "guard": "normal"}[method]
+    words = f"steer {method} A BASE --avoid P --radius 9 {aim.format(name)} -o OUT --quiet"
+    assert run(words) == 0
+    given, ends = {name: AIMS[aim](points)}, [points["A"], points["BASE"]]
+    wanted = (
+        negative.exit_ball(ends, [1.0, 1.0], points["P"], 9.0, **given)
+        if method == "exit"
+        else negative.guard_hull(ends, points["P"], 9.0, **given)
+    )
+    for folder, one in zip(("A", "BASE"), wanted, strict=True):
+        for key, x in weights(f"OUT/{folder}").items():
+            np.testing.assert_allclose(
+                np.float32(x), np.float32(one[key]), rtol=1e-2 if x.dtype != "float32" else 1e-5
+            )
+    recipe = json.loads(checkpoint.open("OUT/A").metadata["wspace"])["recipe"]
+    assert recipe[aim.format(name).split()[0][2:].replace("-", "_")] == "C"
+
+
+def test_where_a_direction_is_asked_for_the_options_are_named(capsys):
+    words = "steer exit A --avoid A --radius 1 -o OUT --quiet"
+    assert run(words) == 1
+    told = capsys.readouterr().err
+    assert "--towards" in told
+    assert "--away-from" in told
+    assert run(words, "--towards C") == 0
+    assert run("steer guard A --avoid A --radius 1 -o OUT2 --quiet") == 1
+    assert "--towards" in capsys.readouterr().err
+    assert run("steer guard A --avoid A --radius 1 --away-from C -o OUT2 --quiet") == 0
+    assert run(words, "--towards C --direction P --force") == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_an_adapter_is_the_nearest_of_its_rank_and_its_tails_are_printed(words, points, capsys):
     assert run(words, "--rank", 2, "--embeddings", "embed.*", "-o", "OUT") == 0
     told = capsys.readouterr().out
@@ -1001,7 +1047,7 @@ NOT_IN_WORDS = {
     "knots": {"method"},
     "repel": {"allow"},
     "retarget": {"allow"},
-    "exit": {"cone", "direction", "allow"},
+    "exit": {"cone", "direction", "allow"},  # a direction and a normal are given by models
     "guard": {"normal", "allow"},
 }
 

@@ -62,7 +62,13 @@ class Recipe:
     def sources(self) -> tuple[Path, ...]:
         """All models; the first gives names, shapes and dtypes."""
         first = [self.trees["base"]] if self.table.base else []
-        return (*first, *self.models, *(self.trees[name] for name in self.table.others))
+        aim = [self.trees[self.aim]] if self.aim else []
+        return (*first, *self.models, *(self.trees[name] for name in self.table.others), *aim)
+
+    @property
+    def aim(self) -> str | None:
+        """The option that says where models move, if one does."""
+        return next((name for name in self.table.aims if name in self.trees), None)
 
     @property
     def outputs(self) -> int:
@@ -144,6 +150,15 @@ class Recipe:
                 raise Misuse(f"{self.method}{where}: {error}") from error
 
 
+def hinted(recipe: Recipe, error: Exception) -> None:
+    """Notes the options of a direction beside an error that asks for one."""
+    name = recipe.table.entry.aim
+    if name and recipe.aim is None and name in str(error):
+        error.add_note(
+            f"here by --towards MODEL, --away-from MODEL or --{name} MODEL, a tree as a model is"
+        )
+
+
 class Call:
     """The function of a recipe, and what it certifies."""
 
@@ -176,7 +191,11 @@ class Call:
         """What the function returns."""
         given, method = self._given(points, options), self._method
         if not method.entry.per_tensor or self._recipe.is_whole(options):
-            return self._function(**given)
+            try:
+                return self._function(**given)
+            except ValueError as error:
+                hinted(self._recipe, error)
+                raise
         function = self._function
         if options.get("preset") and function is interpolate.slerp:
             function = functools.partial(interpolate.slerp_unless_aligned, cosine=_ALIGNED)
@@ -188,6 +207,8 @@ class Call:
     ) -> dict[str, Any]:
         method, points = self._method, list(points)
         given: dict[str, Any] = {}
+        aim = self._recipe.aim
+        goal = points.pop() if aim else None
         if method.base:
             given["base"] = points.pop(0)
         for name in reversed(method.others):
@@ -199,6 +220,10 @@ class Call:
         if method.returns == "list" and any(x.name == "coefficients" for x in method.options):
             given["coefficients"] = [1.0] * len(points)
         given.update(self._recipe.keywords(options))
+        if aim:
+            signs = {"towards": (1.0, -1.0), "away_from": (-1.0, 1.0)}.get(aim)
+            ends = goal, given["avoid"]
+            given[method.entry.aim] = tree.combine(signs, ends, rounded=False) if signs else goal
         if method.seeded:
             given["key"] = jax.random.key(self._recipe.seed)
         return given

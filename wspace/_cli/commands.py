@@ -218,6 +218,10 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
         parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     _add_weights_options(parser)
     options = parser.parse(words[1:])
+    aims = [aim for aim in method.aims if getattr(options, aim) is not None]
+    if len(aims) > 1:
+        one, two, *_ = (f"--{aim.replace('_', '-')}" for aim in aims)
+        raise Misuse(f"{one} and {two} each say where models move: give one of them")
 
     def recipe() -> Any:
         from wspace._cli.calls import Recipe
@@ -226,7 +230,7 @@ def _from_words(command: str, words: Sequence[str]) -> tuple[Callable[[], Any], 
             command,
             name,
             tuple(options.models),
-            {tree: Path(getattr(options, tree)) for tree in method.named},
+            {tree: Path(getattr(options, tree)) for tree in (*method.named, *aims)},
             given(method, options),
             seed=getattr(options, "seed", 0),
             common_rows=options.common_rows,

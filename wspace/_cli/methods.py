@@ -67,6 +67,11 @@ class Method(NamedTuple):
         return "base" in self.named
 
     @property
+    def aims(self) -> tuple[str, ...]:
+        """The options that say where models move, each by a model, if there are any."""
+        return ("towards", "away_from", self.entry.aim) if self.entry.aim else ()
+
+    @property
     def others(self) -> tuple[str, ...]:
         """The other parameters that take a model which an option names."""
         return tuple(name for name in self.named if name != "base")
@@ -125,6 +130,13 @@ def add_options(parser: Parser, method: Method) -> None:
     """The options of a method, in the words of a command."""
     for name in method.named:
         parser.add_argument(f"--{name}", required=True, metavar="MODEL", help="required")
+    texts = (
+        "where to move: from the model to avoid to this one",
+        "where to move: from this model to the one to avoid",
+        f"where to move: the {method.entry.aim} itself, in files as a model is",
+    )
+    for name, text in zip(method.aims, texts, strict=False):
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="MODEL", help=text)
     for option in method.options:
         name = f"--{option.name.replace('_', '-')}"
         text = option.help + (", required" if option.required else "")

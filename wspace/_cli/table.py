@@ -17,6 +17,8 @@ class Entry(NamedTuple):
         per_tensor: Whether the command has a choice that the function has not, the scope: of the
             whole model, or of every tensor by itself, as `tree.per_leaf` of the function.
         like: Systems that do the latter, and are presets of the command.
+        aim: The parameter that takes a direction, which a model gives by itself, or by where it
+            lies as seen from the one to avoid.
     """
 
     function: str
@@ -24,6 +26,7 @@ class Entry(NamedTuple):
     lazy: bool = True
     per_tensor: bool = False
     like: tuple[str, ...] = ()
+    aim: str = ""
 
 
 MERGE = {
@@ -57,8 +60,8 @@ MERGE = {
 STEER = {
     "repel": Entry("negative.repel"),
     "retarget": Entry("negative.retarget"),
-    "exit": Entry("negative.exit_ball", whole=True),
-    "guard": Entry("negative.guard_hull", whole=True),
+    "exit": Entry("negative.exit_ball", whole=True, aim="direction"),
+    "guard": Entry("negative.guard_hull", whole=True, aim="normal"),
 }
 
 ENTRIES = {"merge": MERGE, "steer": STEER}

@@ -7,6 +7,7 @@ from typing import Any
 
 from wspace.checkpoint import header
 from wspace.checkpoint.header import shown
+from wspace.checkpoint.tensors import reading
 
 _TENSORS = ".safetensors"
 _INDEX = re.compile(r"(.+)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
@@ -98,11 +99,13 @@ def is_weights(name: str) -> bool:
 def others_of(folder: Path) -> tuple[Path, ...]:
     """The small files of a folder that hold no weights, as `Checkpoint.others` tells."""
     others = []
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or is_weights(file.name) or not file.is_file():
-            continue
-        if file.stat().st_size <= _SMALL:
-            others.append(file)
+    with reading(folder):
+        names = sorted(os.listdir(folder))
+    for file in (folder / name for name in names):
+        with reading(file):
+            is_other = not file.name.startswith(".") and not is_weights(file.name)
+            if is_other and file.is_file() and file.stat().st_size <= _SMALL:
+                others.append(file)
     return tuple(others)
 
 
