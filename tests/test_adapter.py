@@ -554,7 +554,7 @@ def test_a_base_that_is_no_mapping_of_weights_is_refused(tmp_path, refuses):
         checkpoint.load_adapter(tmp_path, {"query.weight": jnp.ones((3, 4), jnp.int32)})
     with refuses(TypeError, match=r"base\['query'\] is a .*dict.*flat mapping"):
         checkpoint.load_adapter(tmp_path, {"query": {"weight": jnp.ones((3, 4))}})
-    with pytest.raises(ValueError, match="base lacks: it has no names"):
+    with pytest.raises(ValueError, match="base lacks: it has none like it"):
         checkpoint.load_adapter(tmp_path, {})
 
 

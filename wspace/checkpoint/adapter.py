@@ -1,6 +1,5 @@
 """LoRA adapters in folders, as PEFT keeps them, read as edits and written."""
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wspace.checkpoint.header import shown
+from wspace.checkpoint.header import nearest, shown
 from wspace.checkpoint.tensors import flat, named, packed, read, write_all, writing
 from wspace.checkpoint.trees import load
 from wspace.lowrank import LowRank, from_lora, to_lora
@@ -118,14 +117,17 @@ def load_adapter(
     for layer, is_embedding, a, b in _layers(file, base):
         name = f"{layer}.weight"
         _refuse_unknown_name(
-            name, base, f"{file} has factors of layer {layer!r}, whose {name!r} base lacks"
+            name,
+            base,
+            f"{file} has factors of layer {shown(layer)}, whose {shown(name)} base lacks",
         )
         rank = _setting(config, layer, "r", "rank_pattern")
         if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
             raise ValueError(
-                f"the factors of layer {layer!r} in {file} have shapes {a.shape} and {b.shape}, "
-                f"but {_CONFIG} says rank {rank}, so (rank, in) and (out, rank): restore the two "
-                "files as they were saved together; factors of convolutions are not read"
+                f"the factors of layer {shown(layer)} in {file} have shapes {a.shape} and "
+                f"{b.shape}, but {_CONFIG} says rank {rank}, so (rank, in) and (out, rank): "
+                "restore the two files as they were saved together; factors of convolutions are "
+                "not read"
             )
         transposed = is_embedding or config.get("fan_in_fan_out")
         edit[name] = from_lora(
@@ -137,9 +139,9 @@ def load_adapter(
         )
         if edit[name].shape != base[name].shape:
             raise ValueError(
-                f"the factors of layer {layer!r} in {file} are an edit of shape "
-                f"{edit[name].shape}, but base has {name!r} of shape {base[name].shape}: give the "
-                f"base that the adapter was trained on; fan_in_fan_out of {_CONFIG}, one value "
+                f"the factors of layer {shown(layer)} in {file} are an edit of shape "
+                f"{edit[name].shape}, but base has {shown(name)} of shape {base[name].shape}: give "
+                f"the base that the adapter was trained on; fan_in_fan_out of {_CONFIG}, one value "
                 "for all layers but embeddings, must say whether it stores weights as (in, out)"
             )
     return edit
@@ -196,7 +198,7 @@ def save_adapter(
     """
     leaves = named("edit", edit)
     for name in embeddings:
-        _refuse_unknown_name(name, leaves, f"embeddings has a name {name!r} that edit lacks")
+        _refuse_unknown_name(name, leaves, f"embeddings has a name {shown(name)} that edit lacks")
     tensors: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     for name, leaf in leaves.items():
@@ -238,9 +240,9 @@ def _config(file: Path) -> dict[str, Any]:
     for field, value in {"peft_type": None, **config}.items():
         if field not in _ANY and value not in _PLAIN.get(field, _NOTHING):
             raise ValueError(
-                f"{file} has {field} {value!r}, with which an adapter may be more than the factors "
-                "of LoRA added to its base: merge it by merge_and_unload of PEFT, and take the "
-                "edit from the base that it was made for by lowrank.extract"
+                f"{file} has {field} {shown(value)}, with which an adapter may be more than the "
+                "factors of LoRA added to its base: merge it by merge_and_unload of PEFT, and take "
+                "the edit from the base that it was made for by lowrank.extract"
             )
     return config
 
@@ -340,7 +342,7 @@ def _setting(config: Mapping[str, Any], layer: str, field: str, patterns: str) -
     if not (_is_rank(value) if field == "r" else _is_number(value)):
         wanted = "a positive integer" if field == "r" else "a finite number"
         raise ValueError(
-            f"{_CONFIG} has {value!r} in {field} or {patterns} for layer {layer!r}: "
+            f"{_CONFIG} has {shown(value)} in {field} or {patterns} for layer {shown(layer)}: "
             f"it must be {wanted}, as it was when the adapter was trained"
         )
     return value
@@ -352,7 +354,7 @@ def _matches(key: str, layer: str) -> bool:
         return re.match(rf"(.*\.)?({key})$", layer) is not None
     except re.error as error:
         raise ValueError(
-            f"pattern {key!r} of {_CONFIG} is no regular expression ({error}): mend it there"
+            f"pattern {shown(key)} of {_CONFIG} is no regular expression ({error}): mend it there"
         ) from error
 
 
@@ -373,9 +375,9 @@ def _refuse_unknown_name(name: str, names: Iterable[str], message: str) -> None:
     """Raises with this message, and the nearest of the names, unless the name is one of them."""
     names = list(names)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0.0)
-        nearest = f"the nearest that it has is {near[0]!r}" if near else "it has no names"
-        raise ValueError(f"{message}: {nearest}")
+        near = nearest(name, names, 0.0)
+        hint = f"the nearest that it has is {shown(near[0])}" if near else "it has none like it"
+        raise ValueError(f"{message}: {hint}")
 
 
 def _factored(name: str, leaf: LowRank | Leaf) -> LowRank | None:
@@ -384,18 +386,18 @@ def _factored(name: str, leaf: LowRank | Leaf) -> LowRank | None:
         flat(edit={name: leaf})
         if np.any(np.asarray(leaf)):
             raise ValueError(
-                f"edit[{name!r}] is dense and not zero, which LoRA cannot hold: factor it by "
+                f"edit[{shown(name)}] is dense and not zero, which LoRA cannot hold: factor it by "
                 "lowrank.truncate, or leave it out"
             )
         return None
     try:
         left, right = factors_of(leaf)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"edit[{name!r}]: {error}") from error
+        raise type(error)(f"edit[{shown(name)}]: {error}") from error
     if left.shape[-1] and left.ndim > 2:
         raise ValueError(
-            f"edit[{name!r}] is of a stack of matrices {leaf.shape}, but a layer of PEFT has one: "
-            "give each matrix a name of its own"
+            f"edit[{shown(name)}] is of a stack of matrices {leaf.shape}, but a layer of PEFT has "
+            "one: give each matrix a name of its own"
         )
     return LowRank(left, right) if left.shape[-1] else None
 
@@ -404,7 +406,7 @@ def _layer_of(name: str) -> str:
     layer, _, parameter = name.rpartition(".")
     if not layer or parameter != "weight":
         raise ValueError(
-            f"edit has {name!r}, but LoRA edits the weights of layers, named as in "
+            f"edit has {shown(name)}, but LoRA edits the weights of layers, named as in "
             "'model.layers.0.mlp.weight': rename it as torch does, or leave it out"
         )
     return layer

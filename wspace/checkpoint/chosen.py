@@ -5,7 +5,6 @@ file is no coordinate of it: buffers of integers, tables of complex numbers, fac
 codes of quantized weights, and whatever a single model has.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 from wspace import _checks
 from wspace._checks import is_weight
 from wspace.checkpoint.folder import files_with
+from wspace.checkpoint.header import nearest, shown
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.tensors import matches
 
@@ -124,7 +124,7 @@ def _refuse_unmatched(what: str, globs: Sequence[str], sources: Sequence[Checkpo
     for glob in globs:
         if not any(matches(name, [glob]) for source in sources for name in source):
             paths = ", ".join(str(source.path) for source in sources[:8])
-            raise ValueError(f"{what} has {glob!r}, which is the name of no tensor of {paths}")
+            raise ValueError(f"{what} has {shown(glob)}, which is the name of no tensor of {paths}")
 
 
 def refuse_factors(tensors: Checkpoint) -> None:
@@ -151,8 +151,8 @@ def refuse_factors(tensors: Checkpoint) -> None:
             "makes an adapter of the result"
         )
         raise ValueError(
-            f"tensor {name!r} of {tensors.path} is a factor of an adapter (LoRA or like it), and "
-            f"combinations of factors are not those of the edits: {how}"
+            f"tensor {shown(name)} of {tensors.path} is a factor of an adapter (LoRA or like it), "
+            f"and combinations of factors are not those of the edits: {how}"
         )
 
 
@@ -180,7 +180,7 @@ def codes(tensors: Mapping[str, Stored]) -> tuple[str, str] | None:
         dtype = tensors[name].dtype
         by = f"by its {system}" if system == "scales" else f"as {system} does it"
         return name, (
-            f"is {dtype}, quantized {by} ({companion!r} beside it says so), and nothing "
+            f"is {dtype}, quantized {by} ({shown(companion)} beside it says so), and nothing "
             f"is computed of codes: {how}"
         )
     for name, tensor in tensors.items():
@@ -192,7 +192,7 @@ def codes(tensors: Mapping[str, Stored]) -> tuple[str, str] | None:
 def _refuse_codes(source: Checkpoint) -> None:
     if (wrong := codes(source)) is not None:
         name, what = wrong
-        raise TypeError(f"tensor {name!r} of {source.path} {what}; or {WAYS}")
+        raise TypeError(f"tensor {shown(name)} of {source.path} {what}; or {WAYS}")
 
 
 def _lone(sources: Sequence[Checkpoint]) -> list[tuple[str, Checkpoint, Checkpoint]]:
@@ -209,15 +209,15 @@ def _lone(sources: Sequence[Checkpoint]) -> list[tuple[str, Checkpoint, Checkpoi
 
 def _told_lone(lone: Sequence[tuple[str, Checkpoint, Checkpoint]]) -> str:
     name, one, two = lone[0]
-    near = difflib.get_close_matches(name, list(two), 1)
-    hint = f"; the nearest name there is {near[0]!r}" if near else ""
+    near = nearest(name, two)
+    hint = f"; the nearest name there is {shown(near[0])}" if near else ""
     twin = _twin(one, name)
     if twin is not None:
-        hint = f"; it has the values of {twin!r}, as a tied head has"
+        hint = f"; it has the values of {shown(twin)}, as a tied head has"
     more = len({name for name, _, _ in lone}) - 1
     count = f" (and there are {more} more such tensors)" if more else ""
     return (
-        f"{one.path} has a tensor {name!r} that {two.path} lacks{hint}{count}: {WAYS}; "
+        f"{one.path} has a tensor {shown(name)} that {two.path} lacks{hint}{count}: {WAYS}; "
         "--common-tensors combines the tensors that all have, and keeps the others of the first"
     )
 
@@ -246,10 +246,10 @@ def _refuse_tied(model: Checkpoint, lone: Iterable[str], names: Sequence[str]) -
     for name in sorted(set(lone) & set(model))[:_MOST]:
         if (twin := _twin(model, name, names)) is not None:
             raise ValueError(
-                f"tensor {name!r}, which {model.path} has and another model lacks, has the values "
-                f"of {twin!r}, as a tied head has, and would keep them while {twin!r} changes: "
-                f"leave it out by --skip {name}, or keep it by --carry {name} (skip and carry in "
-                "Python)"
+                f"tensor {shown(name)}, which {model.path} has and another model lacks, has the "
+                f"values of {shown(twin)}, as a tied head has, and would keep them while "
+                f"{shown(twin)} changes: leave it out by --skip {name}, or keep it by --carry "
+                f"{name} (skip and carry in Python)"
             )
 
 
@@ -260,12 +260,12 @@ def _is_combined(name: str, sources: Sequence[Checkpoint]) -> bool:
         one, two = first[name], source[name]
         if is_weight(one) != is_weight(two):
             raise ValueError(
-                f"tensor {name!r} is {one.dtype} in {first.path} and {two.dtype} in "
+                f"tensor {shown(name)} is {one.dtype} in {first.path} and {two.dtype} in "
                 f"{source.path}: only weights are merged; {WAYS}"
             )
         if is_weight(one) and one.shape != two.shape:
             raise ValueError(
-                f"tensor {name!r} has shape {one.shape} in {first.path} and {two.shape} in "
+                f"tensor {shown(name)} has shape {one.shape} in {first.path} and {two.shape} in "
                 f"{source.path}: both must be points of one weight space; {WAYS}"
             )
     return is_weight(first[name])
@@ -280,11 +280,11 @@ def _told_carried(name: str, sources: Sequence[Checkpoint]) -> str:
             continue
         if one.size == two.size == 1 and one.dtype.kind in "iu":
             return (
-                f"{name!r}, one integer, differs between the models, as a counter of steps does: "
-                "it is not combined, and an output keeps that of the model that it is like"
+                f"{shown(name)}, one integer, differs between the models, as a counter of steps "
+                "does: it is not combined, and an output keeps that of the model that it is like"
             )
         raise ValueError(
-            f"tensor {name!r} is of {one.dtype}, so it is carried over, but differs between "
+            f"tensor {shown(name)} is of {one.dtype}, so it is carried over, but differs between "
             f"{first.path} and {source.path}: {WAYS}"
         )
     return ""

@@ -8,12 +8,13 @@ A file is, in this order:
 """
 
 import contextlib
+import difflib
 import json
 import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -186,6 +187,12 @@ def shown(value: Any) -> str:
     """A value that a file or a caller gives, as it stands in a message: the middle left out."""
     text = repr(value)
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The one of the names that is most like a name, if one is, of those that can be read."""
+    short = [x for x in names if len(x) <= 2 * _SHOWN]
+    return difflib.get_close_matches(name, short, 1, cutoff) if len(name) <= 2 * _SHOWN else []
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

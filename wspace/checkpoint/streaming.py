@@ -13,6 +13,7 @@ import numpy as np
 from wspace import _checks
 from wspace._lazy import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
 from wspace.checkpoint.chosen import Chosen, chosen
+from wspace.checkpoint.header import shown
 from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
 from wspace.checkpoint.writer import Writer
@@ -192,7 +193,7 @@ def refuse_nonfinite(found: Mapping[str, Nonfinite]) -> None:
     made = {name: counts.made for name, counts in found.items() if counts.made}
     if made:
         worst = sorted(made, key=lambda name: -made[name])
-        listed = ", ".join(f"{made[name]} of {name!r}" for name in worst[:8])
+        listed = ", ".join(f"{made[name]} of {shown(name)}" for name in worst[:8])
         raise ValueError(
             f"entries of the result are infinite or NaN that are finite in all models, {listed}"
             f"{', ...' if len(made) > 8 else ''}, so nothing is put in place: "
@@ -273,7 +274,7 @@ def _results(
             try:
                 leaf = function(arrays)[name]
             except (TypeError, ValueError) as error:
-                error.add_note(f"at tensor {name!r}")
+                error.add_note(f"at tensor {shown(name)}")
                 raise
             yield name, 0, _shaped(leaf, tensor)
         if whole is not None and whole[name].size > tensor.size:
@@ -284,7 +285,7 @@ def _shaped(leaf: Any, tensor: Stored) -> Any:
     """A leaf of a result, if it has the shape of the tensor."""
     if leaf.shape != tensor.shape:
         raise ValueError(
-            f"the function returned shape {leaf.shape} for tensor {tensor.name!r}, which has "
+            f"the function returned shape {leaf.shape} for tensor {shown(tensor.name)}, which has "
             f"shape {tensor.shape}: return an array of its shape"
         )
     return leaf

@@ -96,9 +96,9 @@ def flat(**mappings: object) -> None:
         for name, leaf in leaves.items():
             if not all_leaves([leaf]):
                 raise TypeError(
-                    f"{what}[{name!r}] is a {type(leaf)}, but a file holds a flat mapping from "
-                    "names to arrays: join the names of nested ones, as in '1.weight', and leave "
-                    "out None"
+                    f"{what}[{header.shown(name)}] is a {type(leaf)}, but a file holds a flat "
+                    "mapping from names to arrays: join the names of nested ones, as in "
+                    "'1.weight', and leave out None"
                 )
 
 
@@ -113,7 +113,11 @@ def named(what: str, mapping: object) -> dict[str, Any]:
         raise TypeError(f"{what} must be a mapping from names to arrays, got {type(mapping)}")
     for name in mapping:
         if not isinstance(name, str):
-            raise TypeError(f"names of tensors are strings, got {name!r} of {type(name)}")
+            raise TypeError(
+                f"names of tensors are strings, got {header.shown(name)} of {type(name)}"
+            )
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(f"{name!r} has half of a surrogate pair, which no file holds: rename")
+            raise ValueError(
+                f"{header.shown(name)} has half of a surrogate pair, which no file holds: rename"
+            )
     return dict(mapping)

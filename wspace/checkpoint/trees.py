@@ -142,7 +142,7 @@ def load(
         if (wrong := codes(left)) is not None:
             name, what = wrong
             raise ValueError(
-                f"tensor {name!r} of {left[name].file} {what}; or leave it out by skip"
+                f"tensor {header.shown(name)} of {left[name].file} {what}; or leave it out by skip"
             )
         tensors = {name: tensor for name, tensor in left.items() if is_weight(tensor)}
         refuse_nothing(tensors, left, checkpoint.path)
@@ -201,8 +201,9 @@ def refuse_nothing(weights: Mapping[str, Any], tensors: Mapping[str, Any], where
         name, tensor = next(iter(tensors.items()))
         dtype = np.dtype(tensor.dtype)
         raise ValueError(
-            f"{where} holds no weights, which are F64, F32, BF16 and F16: tensor {name!r} has "
-            f"dtype {header.NAMES.get(dtype, dtype)}; read it by checkpoint.open"
+            f"{where} holds no weights, which are F64, F32, BF16 and F16: tensor "
+            f"{header.shown(name)} has dtype {header.NAMES.get(dtype, dtype)}; read it by "
+            "checkpoint.open"
         )
 
 

@@ -90,8 +90,8 @@ class Writer:
         entry = self._entry(name, array)
         if array.shape != entry.shape:
             raise ValueError(
-                f"{name!r} is given as an array of shape {array.shape}, but the layout says "
-                f"{entry.shape}: reshape it, or write parts of it by write_part"
+                f"{header.shown(name)} is given as an array of shape {array.shape}, but the layout "
+                f"says {entry.shape}: reshape it, or write parts of it by write_part"
             )
         self._write(name, 0, array)
 
@@ -112,8 +112,8 @@ class Writer:
         size = entry.nbytes // entry.dtype.itemsize
         if len(array.shape) != 1 or not 0 <= start <= size - array.shape[0]:
             raise ValueError(
-                f"a part of {name!r} is given as an array of shape {array.shape} from element "
-                f"{start}: it must be flat and end in the {size} elements of the tensor"
+                f"a part of {header.shown(name)} is given as an array of shape {array.shape} from "
+                f"element {start}: it must be flat and end in the {size} elements of the tensor"
             )
         self._write(name, start, array)
 
@@ -135,13 +135,15 @@ class Writer:
 
     def _entry(self, name: str, array: Any) -> header.Entry:
         if name not in self._files.places:
-            raise ValueError(f"the layout has no tensor {name!r}: write those that it names")
+            raise ValueError(
+                f"the layout has no tensor {header.shown(name)}: write those that it names"
+            )
         entry = self._files.places[name].entry
         dtype = getattr(array, "dtype", type(array))
         if dtype != entry.dtype:
             raise ValueError(
-                f"{name!r} is given as {dtype}, but the layout says {entry.dtype}: convert it, so "
-                "that what is rounded is seen"
+                f"{header.shown(name)} is given as {dtype}, but the layout says {entry.dtype}: "
+                "convert it, so that what is rounded is seen"
             )
         return entry
 
@@ -151,7 +153,9 @@ class Writer:
             return
         place = self._files.places[name]
         if place.file not in self._streams:
-            raise ValueError(f"{name!r} is written too late: write inside of the with statement")
+            raise ValueError(
+                f"{header.shown(name)} is written too late: write inside of the with statement"
+            )
         first = start * array.dtype.itemsize
         span = first, first + array.nbytes
         self._take(name, span)
@@ -182,8 +186,8 @@ class Writer:
             before, after = taken[max(i - 1, 0) : i], taken[i : i + 1]
             if any(x[1] > span[0] for x in before) or any(x[0] < span[1] for x in after):
                 raise ValueError(
-                    f"{name!r} was written before, or a part of it: write every element once, and "
-                    "skip the tensors in finished"
+                    f"{header.shown(name)} was written before, or a part of it: write every "
+                    "element once, and skip the tensors in finished"
                 )
             taken.insert(i, span)
 
