@@ -21,6 +21,7 @@ from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
 from wspace.checkpoint import Checkpoint, Writer, partial, places
 from wspace.checkpoint.chosen import Chosen, chosen
+from wspace.checkpoint.header import shown
 from wspace.checkpoint.streaming import Nonfinite, refuse_nonfinite, streamed
 from wspace.checkpoint.tensors import matches, writing
 
@@ -158,13 +159,16 @@ def _in_common(recipe: Recipe, layouts: Sequence[Checkpoint]) -> list[Checkpoint
             continue
         if not recipe.common_rows:
             raise Misuse(
-                f"tensor {name!r} has {', '.join(str(x[0]) for x in shapes)} rows in the models, "
-                "as where a vocabulary was extended: give --common-rows to combine the rows that "
-                "all have, and to keep the others of the model that the output is like"
+                f"tensor {shown(name)} has {', '.join(str(x[0]) for x in shapes)} rows in the "
+                "models, as where a vocabulary was extended: give --common-rows to combine the "
+                "rows that all have, and to keep the others of the model that the output is like"
             )
         counts[name] = min(x[0] for x in shapes)
     return [x.first_rows({name: n for name, n in counts.items() if name in x}) for x in layouts]
 
+
+_TOLD = 8
+"""Tensors that are told one by one."""
 
 _VARIANCE = re.compile(r"(^|[._])((running|moving)_var(iance)?|var|variance)$")
 
@@ -175,8 +179,9 @@ def _tell(recipe: Recipe, points: Chosen) -> None:
     name = next(filter(_VARIANCE.search, points.combined), None)
     if name is not None and recipe.subtracts():
         told.append(
-            f"what is subtracted is subtracted from variances, too, such as {name!r}, which may "
-            f"become negative: --carry '*{name.rpartition('.')[2]}' keeps those of the first model"
+            f"what is subtracted is subtracted from variances, too, such as {shown(name)}, which "
+            f"may become negative: --carry '*{name.rpartition('.')[2]}' keeps those of the first "
+            "model"
         )
     for text in told:
         print(f"note: {text}", file=sys.stderr)
@@ -192,7 +197,7 @@ def _check_names(recipe: Recipe, points: Chosen) -> None:
         is_other = is_weight(tensor) and tensor.dtype.name != recipe.dtype
         if recipe.dtype is not None and is_other:
             raise Misuse(
-                f"the recipe asks for {recipe.dtype}, but {tensor.name!r} of {first.path} is "
+                f"the recipe asks for {recipe.dtype}, but {shown(tensor.name)} of {first.path} is "
                 f"{tensor.dtype}: every tensor keeps its dtype here, so leave the dtype out"
             )
 
@@ -269,18 +274,28 @@ def _write(job: _Job, target: Path, index: int) -> None:
             said = {**job.record, "certificates": certificates}
             said |= {"nonfinite": counts} if counts else {}
             writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
-    for name, counts in found.items():
-        print(
-            f"note: entries of {name!r} that are infinite or NaN: {counts.made + counts.given}, of "
-            f"which {counts.given} are so in a model",
-            file=sys.stderr,
-        )
+    _tell_nonfinite(found)
     for name, value in certificates.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     if not job.output.quiet:
         nbytes = in_bytes(sum(tensor.nbytes for tensor in layout.values()))
         seconds = time.monotonic() - job.started
         print(f"wrote {target}: {len(layout)} tensors, {nbytes}, {seconds:.1f} s", file=sys.stderr)
+
+
+def _tell_nonfinite(found: Mapping[str, Nonfinite]) -> None:
+    for name, counts in list(found.items())[:_TOLD]:
+        print(
+            f"note: entries of {shown(name)} that are infinite or NaN: {sum(counts)}, of which "
+            f"{counts.given} are so in a model",
+            file=sys.stderr,
+        )
+    if len(found) > _TOLD:
+        total = sum(map(sum, found.values()))
+        print(
+            f"note: so it is in {len(found) - _TOLD} more tensors, {total} entries in all",
+            file=sys.stderr,
+        )
 
 
 def _fill(job: _Job, writer: Writer, index: int) -> dict[str, Nonfinite]:
