@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -167,3 +168,36 @@ def test_less_damping_spares_the_data_more_and_moves_the_weights_more():
     assert all(a <= b * slack for a, b in itertools.pairwise(damage))
     assert all(a * slack >= b for a, b in itertools.pairwise(moves))
     assert damage[0] < 0.5 * damage[-1]
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-9, 1e-30])
+def test_damped_inputs_is_definite_and_accurate_at_every_damping(rank, damping):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, rank)) @ np.linalg.qr(rng.normal(size=(8, 8)))[0][:rank]
+    x = jnp.asarray(x, FLOAT)
+    p = negative.damped_inputs(x, damping=damping)
+    values = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+    share = np.where(np.arange(8) < rank, (values / values[0]) ** 2, 0)
+    wanted = np.sort(damping / (share + damping))
+    got = np.linalg.eigvalsh(np.asarray(p, np.float64))
+    assert (got > 0).all()
+    np.testing.assert_allclose(got, wanted, rtol=256 * UNIT, atol=64 * UNIT * wanted[-1])
+    xs = [{"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)} for _ in range(2)]
+    goal = {"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)}
+    moved = negative.retarget(xs, (0.5, 0.5), goal, allow=[{"w": p}] * 2)
+    mean = (np.asarray(moved[0]["w"], np.float64) + np.asarray(moved[1]["w"], np.float64)) / 2
+    sizes = sum(np.linalg.norm(np.asarray(y["w"], np.float64)) for y in (*xs, *moved, goal))
+    assert np.linalg.norm(mean - np.asarray(goal["w"], np.float64)) <= 64 * UNIT * sizes
+
+
+def test_a_large_matrix_is_no_less_definite():
+    for rows, least in ((512, -1e-3), (512, -1e-6)):
+        p = jnp.eye(rows, dtype=jnp.float32).at[3, 3].set(least)
+        x = {"w": jnp.ones((rows, 1), jnp.float32)}
+        goal = {"w": x["w"].at[:3].set(2.0)}
+        if least < -1e-4:
+            with pytest.raises(ValueError, match="has the eigenvalue -0.001 beside 1"):
+                negative.retarget([x], (1,), goal, allow=[{"w": p}])
+        else:
+            negative.retarget([x], (1,), goal, allow=[{"w": p}])

@@ -601,3 +601,30 @@ def test_a_keeping_guard_of_the_hull_is_invisible_to_gram_weighted_merging():  #
     for x, before, after in zip(inputs, xs, moved, strict=True):
         scale = np.linalg.norm(x, 2) * size(before, after)
         np.testing.assert_allclose(x @ after["w"], x @ before["w"], atol=64 * UNIT * scale)
+
+
+@pytest.mark.parametrize("entry", [1e18, 2.0**120, 2.0**-120])
+def test_a_normal_counts_by_where_it_points(entry):
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.normal(size=1000), FLOAT) for _ in range(2)]
+    for mode in MODES:
+        one = jnp.ones(1000, FLOAT)
+        wanted = negative.guard_hull(xs, 0 * one, 90.0, normal=one, mode=mode)
+        normal = one * jnp.asarray(entry, FLOAT)
+        assert_close(
+            negative.guard_hull(xs, 0 * one, 90.0, normal=normal, mode=mode), wanted, units=64
+        )
+        assert_guarded(wanted, 0 * one, 90.0, mode)
+
+
+def test_a_guard_far_from_a_center_rounds_at_the_size_of_the_center():
+    rng = np.random.default_rng(0)
+    d = rng.normal(size=40)
+    center = jnp.asarray(d / np.linalg.norm(d) / (8 * UNIT), FLOAT)
+    xs = [jnp.asarray(rng.normal(size=40), FLOAT) for _ in range(2)]
+    radius = float(jnp.asarray(np.linalg.norm(flat(center)) * (1 + 4 * UNIT), FLOAT))
+    for mode in MODES:
+        moved = negative.guard_hull(xs, center, radius, mode=mode)
+        for t in np.linspace(0, 1, 5):
+            far = np.linalg.norm(t * flat(moved[0]) + (1 - t) * flat(moved[1]) - flat(center))
+            assert far >= radius - 64 * UNIT * (size(center) + max(map(size, moved)))

@@ -712,3 +712,106 @@ def test_a_displacement_is_in_the_cone_from_the_sine_of_rounding_on():  # e_K > 
     assert_close(y, jnp.asarray([np.sqrt(3), 1.0], FLOAT), units=64)
     with pytest.raises(ValueError, match="give a larger cone, or a direction"):
         negative.exit_ball([x.at[0].set(16 * UNIT)], (1,), zero, 2.0, cone=first)
+
+
+# Scales
+
+
+@pytest.mark.parametrize("k", [2.0**-120, 2.0**-60, 2.0**60, 2.0**120])
+def test_costs_allowances_and_directions_count_by_ratio_and_where_they_point(k):
+    rng = np.random.default_rng(0)
+    x, y, avoid, way = ({"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)} for _ in range(4))
+    metric = jnp.asarray(np.diag([1.0, 0.5, 0.25, 0.0]), FLOAT)
+    a, c, times = (0.3, 0.7), (0.3, 0.7), jnp.asarray(k, FLOAT)
+    scaled = tuple(k * w for w in c)
+    pairs = [
+        ({"costs": c}, {"costs": scaled}),
+        ({"costs": c, "cone": cone.Rank(1)}, {"costs": scaled, "cone": cone.Rank(1)}),
+        ({"direction": way}, {"direction": tree.combine((k,), (way,))}),
+        (
+            {"direction": way, "allow": [{"w": metric}, {"w": 1.0}]},
+            {"direction": way, "allow": [{"w": times * metric}, {"w": k}]},
+        ),
+    ]
+    for options, others in pairs:
+        wanted = negative.exit_ball([x, y], a, avoid, 20.0, **options)
+        got = negative.exit_ball([x, y], a, avoid, 20.0, **others)
+        assert_close(got, wanted, units=16, scale=size(*wanted))
+        assert abs(distance(mean(got, a), avoid) - 20) <= 64 * UNIT * size(*got, avoid)
+    goal = {"w": jnp.asarray(np.diag([1, 1, 1, 0]) @ np.asarray(way["w"]), FLOAT)}
+    allow = [{"w": metric}, None]
+    wanted = negative.retarget([x, y], a, goal, costs=c, allow=allow)
+    scaled_allow = [{"w": times * metric}, {"w": k}]
+    got = negative.retarget([x, y], a, goal, costs=scaled, allow=scaled_allow)
+    assert_close(got, wanted, units=256, scale=size(*wanted, goal))
+
+
+@pytest.mark.parametrize("k", [2.0**-110, 2.0**-70, 2.0**70, 2.0**110])
+def test_all_lengths_may_be_of_any_scale(k):
+    rng = np.random.default_rng(1)
+    xs = [{"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)} for _ in range(2)]
+    avoid, way = ({"w": jnp.asarray(rng.normal(size=(4, 3)), FLOAT)} for _ in range(2))
+
+    def grown(x):
+        return jax.tree.map(lambda leaf: leaf * jnp.asarray(k, leaf.dtype), x)
+
+    for options in ({}, {"direction": way}, {"cone": cone.Rank(1)}):
+        wanted = negative.exit_ball(xs, (1, 2), avoid, 20.0, **options)
+        got = negative.exit_ball(list(map(grown, xs)), (1, 2), grown(avoid), 20 * k, **options)
+        assert_close(got, list(map(grown, wanted)), units=4)
+    with pytest.raises(ValueError, match="out of reach"):
+        negative.retarget(list(map(grown, xs)), (1, 2), grown(avoid), allow=[{"w": 0.0}] * 2)
+    raised = negative.guard_hull(list(map(grown, xs)), grown(avoid), 20 * k, normal=way)
+    wanted = negative.guard_hull(xs, avoid, 20.0, normal=grown(way))
+    assert_close(raised, list(map(grown, wanted)), units=4)
+
+
+def test_a_radius_that_no_arithmetic_holds_is_refused(refuses):
+    x = jnp.ones(2, jnp.float32)
+    for radius in (1e300, 1e-300):
+        with refuses(ValueError, match="radius .* is below the rounding of the points|out"):
+            negative.exit_ball([x], (1,), 2 * x, radius)
+    for bad in (jnp.inf, jnp.nan, -1.0):
+        call = jax.jit(lambda r: negative.exit_ball([x], (1,), 2 * x, r))
+        assert is_nan(call(jnp.asarray(bad)))
+        assert is_nan(jax.jit(lambda c: negative.retarget([x], (1,), x, costs=c))(jnp.array([bad])))
+
+
+@pytest.mark.parametrize(
+    ("a", "c"),
+    [
+        ((0.9999, 1e-4), (1, 1)),
+        ((1e-4, 0.9999), (1, 1)),
+        ((0.5, 0.5), (1, 1e7)),
+        ((0.5, 0.5), (1e-9, 1)),
+        ((1.001, -1e-3), (1, 100)),
+    ],
+)
+def test_what_the_spaces_span_together_is_reached_whatever_the_weights(a, c):
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    allow = [{"w": jnp.asarray(v @ v.T, FLOAT)} for v in (q[:, :4], q[:, 4:])]
+    xs = [{"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)} for _ in allow]
+    goal = {"w": jnp.asarray(rng.normal(size=(8, 3)), FLOAT)}
+    for function in (negative.retarget, retarget):
+        moved = function(xs, a, goal, costs=c, allow=allow)
+        scale = abs(normalized(a)) @ [size(x) + size(y) for x, y in zip(xs, moved, strict=True)]
+        off = flat(goal) - normalized(a) @ [flat(y) for y in moved]
+        assert np.linalg.norm(off) <= 64 * UNIT * (scale + size(goal))
+
+
+def test_the_step_along_a_direction_has_its_second_derivative_at_the_center():
+    # rho - s d^2 / 2 with the slope of E along the way: from t = sqrt(s^2 + rho^2 - |E|^2) - s.
+    rng = np.random.default_rng(0)
+    z, y, g = (rng.normal(size=6) for _ in range(3))
+    unit = g / np.linalg.norm(g)
+    along, square = y @ unit / 2, y @ y / 4
+    center, other, way = (jnp.asarray(v, FLOAT) for v in (z, y, g))
+
+    def length(s):
+        xs = [center + s * other, center]
+        moved = negative.exit_ball(xs, (0.5, 0.5), center, 2.0, direction=way)
+        return (moved[1] - center) @ jnp.asarray(unit, FLOAT)
+
+    second = jax.jit(jax.grad(jax.grad(length)))(jnp.zeros((), FLOAT))
+    np.testing.assert_allclose(second, (along**2 - square) / 2.0, rtol=1e3 * UNIT)

@@ -24,7 +24,7 @@ def finite_length(length: Scalar, points: Sequence[WeightsLike], **trees: Weight
 
 def upcast_or(known: Rounding) -> str:
     """The other way out for points that are stored in half precision, at the end of an error."""
-    way = ", or upcast the points by tree.upcast if they are to be taken as they are"
+    way = ", or pass all trees through tree.upcast, if all digits stored are meant"
     return way if known.by_storage else ""
 
 
