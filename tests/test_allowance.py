@@ -197,7 +197,7 @@ def test_a_large_matrix_is_no_less_definite():
         x = {"w": jnp.ones((rows, 1), jnp.float32)}
         goal = {"w": x["w"].at[:3].set(2.0)}
         if least < -1e-4:
-            with pytest.raises(ValueError, match="has the eigenvalue -0.001 beside 1"):
+            with pytest.raises(ValueError, match=r"has the eigenvalue -0\.001 beside 1"):
                 negative.retarget([x], (1,), goal, allow=[{"w": p}])
         else:
             negative.retarget([x], (1,), goal, allow=[{"w": p}])

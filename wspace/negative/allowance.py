@@ -326,9 +326,10 @@ def damped_inputs(
     $P L$ of the matrix is charged $\lVert dW \rVert^2 + \lVert X\, dW \rVert^2 / (\delta
     \sigma_1^2)$, its own size and that of what it does to these data, and $\lVert X P L \rVert \le
     \tfrac12 \sqrt\delta\, \sigma_1 \lVert L \rVert$. Small damping spares the data and large
-    damping the weights; a sweep over it draws the curve of damage against margin. Eigenvalues
-    below $4 \min(d, 8 \sqrt d)\, \varepsilon$ of the largest are raised to that: the entries of a
-    matrix do not hold smaller ones, nor their sign.
+    damping the weights; a sweep over it draws the curve of damage against margin. Inputs that the
+    data use by no more than rounding count as unused, and eigenvalues below $4 \min(d, 8 \sqrt
+    d)\, \varepsilon$ of the largest are raised to that: the entries of a matrix do not hold smaller
+    ones, nor their sign.
 
     Args:
         activations: The inputs $X$ of the layer, one a row, `(n, d)`.
@@ -352,7 +353,8 @@ def damped_inputs(
     """
     damping = _checks.above_zero("damping", damping)
     values, vectors = _spectrum(activations)
-    share = (values / jnp.where(values[:1] > 0, values[:1], 1)) ** 2
+    part = values / jnp.where(values[:1] > 0, values[:1], 1)
+    share = jnp.where(part <= rounding_share(max(activations.shape), part.dtype), 0, part) ** 2
     delta = jnp.asarray(damping).astype(values.dtype)
     kept = jnp.where(share == 0, 1, 1 / (1 + share / delta)) + jnp.where(jnp.isnan(delta), delta, 0)
     rows = vectors.shape[-1]
