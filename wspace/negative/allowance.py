@@ -69,13 +69,6 @@ def relative(allowed: Sequence[Allowed]) -> tuple[list[Allowed], Int[Array, ""]]
     return [_times(p, -top) for p in allowed], top
 
 
-def relative_rows(rows: Sequence[Sequence[Allowed]]) -> list[list[Allowed]]:
-    """The allowances of several points over the power of two of the largest of all."""
-    several, _ = relative([p for row in rows for p in row])
-    parts = iter(several)
-    return [[next(parts) for _ in row] for row in rows]
-
-
 def _times(allowed: Allowed, exponent: Int[Array, ""] | int) -> Allowed:
     """The allowance times a power of two, all of it in its scale."""
     power = jnp.where(allowed.exponent == NOTHING, 0, allowed.exponent + exponent)

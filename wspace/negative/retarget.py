@@ -41,16 +41,15 @@ from wspace.negative.allowance import (
     each_allowance,
     moved_by,
     relative,
-    relative_rows,
     rounding_share,
 )
 from wspace.negative.sources import (
     Pulls,
+    allowing,
     apart_of,
     average_of,
     finite_length,
     held,
-    numbers_in,
     pulls_of,
     sources,
     unit_of,
@@ -70,19 +69,17 @@ def _least_edits(
     $\sum_i a_i / \sqrt{c_i}\, F_i y_i = D$. Of this problem $S L = D$ are the normal equations,
     whose condition number is the square.
     """
-    allowed, _ = relative(allowed)
-    roots, prices = (numbers_in(x, d.dtype) for x in pulls)
+    alone = [relative([p]) for p in allowed]
+    allowed = [p for (p,), _ in alone]
+    pulls = allowing(pulls, jnp.stack([top for _, top in alone]), d.dtype)
+    roots, prices = map(unstacked, pulls)
     rows = list(zip(roots, prices, allowed, strict=True))
     if all(p.root is None for p in allowed):
         total = sum((s**2 * p.scale for s, _, p in rows), jnp.zeros((), d.dtype))
         least = d / jnp.where(total == 0, jnp.inf, total)
         return [s * q * p.scale * least for s, q, p in rows]
     matrix = replicated(lowrank.as_matrix(d))
-    # The largest block is to be about one: a point without much pull may be the only one allowed.
-    sizes = [safe_sqrt(p.scale) for p in allowed]
-    pulled = jnp.stack([jnp.abs(jnp.asarray(s) * x) for s, x in zip(roots, sizes, strict=True)])
-    unit = power_of_two(jnp.max(pulled))
-    factors = [x / unit * p.whole_root(matrix.shape) for x, p in zip(sizes, allowed, strict=True)]
+    factors = [safe_sqrt(p.scale) * p.whole_root(matrix.shape) for p in allowed]
     blocks = [s * factor for s, factor in zip(roots, factors, strict=True)]
     y = _least_solution(jnp.concatenate(blocks, axis=-1), matrix, rounding)
     parts = jnp.split(y, len(rows), axis=-2)
@@ -386,7 +383,10 @@ def exit_ball(
     if allow is None:
         step, largest, ways = speed, 1.0, None
     else:
-        allowed = relative_rows(each_allowance(allow, points, avoid, way))
+        alone = [relative(row) for row in each_allowance(allow, points, avoid, way)]
+        allowed = [row for row, _ in alone]
+        pulls = allowing(pulls, jnp.stack([top for _, top in alone]), dtype)
+        moves = pulls.moves(dtype)
         ways = [moved_by(row, way, turn) for row in allowed]
         shares = pulls.shares(dtype)
         moved = _average(shares, ways)

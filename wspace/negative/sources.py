@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array, DTypeLike, Int
 
 from wspace import _checks, tree
 from wspace._checks import Numbers
@@ -59,6 +59,15 @@ class Pulls(NamedTuple):
     def shares(self, dtype: DTypeLike) -> list[Any]:
         """The part of the shift of the average that each point makes; they sum to one."""
         return numbers_in(self.roots**2 / (self.roots**2).sum(), dtype)
+
+
+def allowing(pulls: Pulls, exponents: Int[Array, " k"], dtype: DTypeLike) -> Pulls:
+    """The pulls where what each point is allowed is over a power of two of its own."""
+    half = jnp.exp2((exponents - jnp.max(exponents)).astype(dtype) / 2)
+    roots, prices = (jnp.asarray(x).astype(dtype) * half for x in pulls)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(roots)))
+    largest = jnp.where(largest == 0, 1, largest)
+    return Pulls(roots / largest, prices / largest)
 
 
 def numbers_in(x: Numbers, dtype: DTypeLike) -> list[Any]:
