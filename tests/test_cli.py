@@ -200,7 +200,6 @@ def test_steering_several_writes_a_folder_for_each(words, function, points):
         assert_same(f"OUT/{name}", wanted)
 
 
-@pytest.mark.parametrize("words", ["offset A --target C", "extract A C"])
 def difference(x, y):
     return tree.combine((1.0, -1.0), (x, y), rounded=False)
 
@@ -247,6 +246,7 @@ def test_where_a_direction_is_asked_for_the_options_are_named(capsys):
     assert "give one of them" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["offset A --target C", "extract A C"])
 def test_an_adapter_is_the_nearest_of_its_rank_and_its_tails_are_printed(words, points, capsys):
     assert run(words, "--rank", 2, "--embeddings", "embed.*", "-o", "OUT") == 0
     told = capsys.readouterr().out
@@ -267,7 +267,9 @@ def test_an_adapter_is_the_nearest_of_its_rank_and_its_tails_are_printed(words, 
 def test_adapters_are_not_replaced_unless_forced(capsys):
     words = "extract A C --rank 1 -o OUT"
     assert [run(words), run(words), run(words, "--force")] == [0, 1, 0]
-    assert "OUT exists: give another path, or --force" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "OUT exists: give another path, or --force" in told
+    assert "replaces OUT/adapter_model.safetensors, OUT/adapter_config.json" in told
 
 
 @pytest.mark.parametrize("words", ["--energy 0.7", "--tail 0.15", "--energy 0.9 --rank 1"])

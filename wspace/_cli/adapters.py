@@ -92,6 +92,11 @@ def run(job: Adapter) -> None:
         weights = points.of_weights(0)
         layers = [x.name for x in weights if _is_layer(x)]
         embeddings = _embeddings(job, layers)
+        names = ("adapter_model.safetensors", "adapter_config.json", records.NAME)
+        replaced = [str(job.output / x) for x in names if (job.output / x).exists()]
+        if replaced and (job.dry_run or not job.quiet):
+            said = f"replaces {records.listed(replaced)}; what else is in {job.output} stays"
+            print(said, file=sys.stdout if job.dry_run else sys.stderr)
         if job.dry_run:
             print(_plan(job, weights, layers, embeddings))
             _tell_left(job)
@@ -252,7 +257,7 @@ def _recipe(job: Adapter) -> dict[str, Any]:
     return {
         "command": job.command,
         "models": [str(job.start), str(job.target)],
-        **{name: value for name, value in how.items() if value},
+        **{name: value for name, value in how.items() if value is not None},
         "fan_in_fan_out": job.fan_in_fan_out,
         "embeddings": list(job.embeddings),
         **job.choice.said(),
