@@ -423,6 +423,18 @@ def test_what_is_undefined_is_null(folder, capsys):
         assert part["angles_in_degrees"][0][1] is None
 
 
+def test_a_record_is_json_whatever_was_certified(folder, monkeypatch):
+    monkeypatch.setattr(jobs.Call, "certificates", lambda _: {"residual": np.nan, "steps": 3})
+    assert run("merge linear A C -o OUT --quiet") == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (folder / "OUT" / "wspace.json").read_text()
+    said = json.loads(text, parse_constant=refuse)
+    assert said["certificates"] == {"residual": None, "steps": 3}
+
+
 def test_a_small_angle_is_not_lost(folder, capsys):
     x = np.ones((50, 50), np.float32)
     y = x.copy()

@@ -1,7 +1,6 @@
 """The difference of two models as a low-rank adapter, with what it leaves out."""
 
 import fnmatch
-import json
 import math
 import os
 import sys
@@ -116,7 +115,7 @@ def run(job: Adapter) -> None:
                 embeddings=[name for name in embeddings if name in edit],
             )
             said = record | {"certificates": _certificates(rows)}
-            write(job.output / records.NAME, json.dumps(said, indent=2).encode() + b"\n")
+            write(job.output / records.NAME, f"{records.text(said)}\n".encode())
     print(_table(rows))
     _tell_embeddings(job, edit, embeddings)
     if not job.quiet:

@@ -273,7 +273,7 @@ def _write(job: _Job, target: Path, index: int) -> None:
             counts = {name: x._asdict() for name, x in found.items()}
             said = {**job.record, "certificates": certificates}
             said |= {"nonfinite": counts} if counts else {}
-            writer.add(records.NAME, json.dumps(said, indent=2).encode() + b"\n")
+            writer.add(records.NAME, f"{records.text(said)}\n".encode())
     _tell_nonfinite(found)
     for name, value in certificates.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")

@@ -3,11 +3,15 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from wspace._cli.words import Misuse, in_bytes, printable
 from wspace.checkpoint import Checkpoint, partial, places
@@ -51,6 +55,21 @@ def _input(source: Checkpoint, full: bool) -> dict[str, Any]:
             while piece := stream.read(_PIECE):
                 state.update(piece)
     return said | {"blake2b_of_files": state.hexdigest()}
+
+
+def text(said: Any) -> str:
+    """JSON, which has no infinity and no NaN: what is one is null."""
+    return json.dumps(_plain(said), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def of_targets(targets: Iterable[Path], others: Sequence[Path]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from wspace import checkpoint, geometry, negative
+from wspace._cli import records
 from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
 from wspace._cli.words import Choice, Misuse, in_bytes, printable, table
@@ -40,7 +40,7 @@ def inspect(path: Path, as_json: bool) -> None:
             "bytes": sum(x.nbytes for x in tensors),
         }
         if as_json:
-            _print_json(said)
+            print(records.text(said))
             return
         rows = [("tensor", "dtype", "shape", "bytes")]
         rows += [
@@ -92,7 +92,7 @@ def distance(paths: Sequence[Path], as_json: bool, quiet: bool, choice: Choice) 
         },
     }
     if as_json:
-        _print_json(said)
+        print(records.text(said))
         return
     labels = [f"{i + 1}" for i in range(k)]
     rows = [("model", "norm", "path")]
@@ -175,7 +175,7 @@ def audit(
         said = {x.name: getattr(report, x.name) for x in dataclasses.fields(report)}
         said["leaves"] = [dataclasses.asdict(leaf) for leaf in report.leaves]
         said["unmoved_leaves"] = report.unmoved_leaves
-        _print_json({"models": list(map(str, paths)), "avoid": str(avoid), **said})
+        print(records.text({"models": list(map(str, paths)), "avoid": str(avoid), **said}))
 
 
 @contextlib.contextmanager
@@ -188,18 +188,3 @@ def _opened(paths: Sequence[Path], choice: Choice) -> Generator[Chosen]:
         for text in points.told:
             print(f"note: {text}", file=sys.stderr)
         yield points
-
-
-def _print_json(said: Any) -> None:
-    print(json.dumps(_plain(said), indent=2))
-
-
-def _plain(value: Any) -> Any:
-    """A value in the types of JSON, which has no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

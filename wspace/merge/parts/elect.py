@@ -245,7 +245,7 @@ def _combined(
     # Coefficients brought to one, whose sum does not overflow.
     shares = list(_checks.to_one(jnp.stack(coefficients)))
     by = sum(jnp.where(a, c, 0) for a, c in zip(agree, shares, strict=True))
-    parts = [jnp.where(a, c * x, 0) for a, c, x in zip(agree, shares, edits, strict=True)]
+    parts = [where_kept(a, c * x) for a, c, x in zip(agree, shares, edits, strict=True)]
     return jnp.where(by == 0, together, sum(parts[1:], parts[0]) / jnp.where(by == 0, 1, by))
 
 
