@@ -8,8 +8,9 @@ next to one lose any. Before the first update there is nothing to average, and t
 refused, or NaN if traced.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +67,6 @@ class _Ring(NamedTuple):
     last: PyTree
 
 
-Increment: TypeAlias = Callable[[Array, Array, Array, Array], Array]
-"""From a coefficient, the parts of a sum and an array to what is added to the sum; defined once."""
-
-
-def _term(coefficient: Array, _high: Array, _low: Array, x: Array) -> Array:
-    return coefficient * x
-
-
-def _approach(rate: Array, high: Array, low: Array, x: Array) -> Array:
-    return rate * ((x - high) - low)
-
-
 def _nothing(x: WeightsLike) -> _Sums:
     """The sums before the first update."""
     zero = jax.tree.map(jnp.zeros_like, tree.upcast(x))
@@ -93,39 +82,49 @@ def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
     return total, (x - (total - part)) + (y - part)
 
 
-def _with_increment(
-    increment: Increment, coefficient: ScalarLike, sums: _Sums, x: WeightsLike
+@tree.elementwise
+def _with_term(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (coefficient,), (high, low, x) = scalars, arrays
+    return _increased(high, low, coefficient * x)
+
+
+@tree.elementwise
+def _nearer(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (rate,), (high, low, x) = scalars, arrays
+    return _increased(high, low, rate * ((x - high) - low))
+
+
+def _increased(high: Array, low: Array, increment: Array) -> list[Array]:
+    total, error = _two_sum(high, increment)
+    return list(_two_sum(total, low + error))
+
+
+def _updated(
+    increased: Callable[..., Any], coefficient: ScalarLike, sums: _Sums, x: WeightsLike
 ) -> _Sums:
     """The sums after one more increment."""
     weights, mass = sums.high
     _checks.same_layout(state=weights, weights=x)
-    high, low = _grown(increment, coefficient, sums.high, sums.low, (x, jnp.ones_like(mass)))
+    # Else the arithmetic, and what it rounds, would be that of x.
+    x = jax.tree.map(lambda x, y: x.astype(y.dtype) if _is_wider(x, y) else x, x, weights)
+    high, low = increased((coefficient,), (sums.high, sums.low, (x, jnp.ones_like(mass))))
     return _Sums(sums.count + 1, high, low, sums.like)
 
 
-@jax.jit(static_argnums=0)
-def _grown(
-    increment: Increment, coefficient: ScalarLike, high: PyTree, low: PyTree, x: PyTree
-) -> tuple[PyTree, PyTree]:
-    def leaf(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
-        c = jnp.asarray(coefficient).astype(high.dtype)
-        total, error = _two_sum(high, increment(c, high, low, x.astype(high.dtype)))
-        return _two_sum(total, low + error)
-
-    grown = jax.tree.map(leaf, high, low, x)
-    return jax.tree.transpose(jax.tree.structure(high), jax.tree.structure((0, 0)), grown)
+def _is_wider(x: Any, y: Any) -> bool:
+    return accumulator(x.dtype, y.dtype) != y.dtype
 
 
-@jax.jit
+@functools.partial(tree.elementwise, rounded=False)
+def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (mass,), (high, low) = scalars, arrays
+    return (high + low) / mass
+
+
 def _quotient(sums: _Sums) -> PyTree:
     (high, mass), (low, rest) = sums.high, sums.low
-    mass = mass + rest
-    return jax.tree.map(
-        lambda high, low, like: ((high + low) / mass.astype(high.dtype)).astype(like.dtype),
-        high,
-        low,
-        sums.like,
-    )
+    found = _over((mass + rest,), (high, low))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), found, sums.like)
 
 
 def running_mean() -> Average:
@@ -172,7 +171,7 @@ def running_mean() -> Average:
         state: _SignedSums, weights: WeightsLike, coefficient: ScalarLike = 1.0
     ) -> _SignedSums:
         coefficient = _checks.scalar("coefficient", coefficient)
-        sums = _with_increment(_term, coefficient, state.sums, weights)
+        sums = _updated(_with_term, coefficient, state.sums, weights)
         size = state.size + jnp.abs(jnp.asarray(coefficient).astype(state.size.dtype))
         return _SignedSums(sums, size)
 
@@ -310,7 +309,7 @@ def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
         return sums._replace(high=(tree.upcast(weights), jnp.ones_like(sums.high[1])))
 
     def update(state: _Sums, weights: WeightsLike) -> _Sums:
-        return _with_increment(_approach, rate(state.count), state, weights)
+        return _updated(_nearer, rate(state.count), state, weights)
 
     def value(state: _Sums) -> PyTree:
         _refuse_empty((state.high[1] == 0) & (state.low[1] == 0))
@@ -375,28 +374,24 @@ def window(length: int) -> Average:
     def update(state: _Ring, weights: WeightsLike) -> _Ring:
         slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.last)
         _checks.same_layout(state=slots, weights=weights)
-        return _Ring(state.count + 1, _stored(state.last, weights, state.count % length))
+        place = state.count % length
+        last = jax.tree.map(lambda row, x: _stored(row, x, place), state.last, weights)
+        return _Ring(state.count + 1, last)
 
     def value(state: _Ring) -> PyTree:
         _refuse_empty(state.count == 0)
-        return _mean_of_stored(state)
+        return jax.tree.map(lambda row: _mean_of_stored(row, state.count), state.last)
 
     return Average(init, update, value)
 
 
 @jax.jit
-def _stored(last: PyTree, weights: PyTree, place: Array) -> PyTree:
-    def put(row: Array, x: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(row, x.astype(row.dtype), place, 0)
-
-    return jax.tree.map(put, last, weights)
+def _stored(row: Array, x: Array, place: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(row, x.astype(row.dtype), place, 0)
 
 
 @jax.jit
-def _mean_of_stored(state: _Ring) -> PyTree:
-    def leaf(row: Array) -> Array:
-        wide = row.astype(accumulator(row.dtype))
-        seen = jnp.minimum(state.count, len(row)).astype(wide.dtype)
-        return (jnp.sum(wide, 0) / seen).astype(row.dtype)
-
-    return jax.tree.map(leaf, state.last)
+def _mean_of_stored(row: Array, count: Array) -> Array:
+    wide = row.astype(accumulator(row.dtype))
+    seen = jnp.minimum(count, len(row)).astype(wide.dtype)
+    return (jnp.sum(wide, 0) / seen).astype(row.dtype)
