@@ -295,3 +295,17 @@ def test_a_hardened_edit_keeps_its_norm_at_every_scale(power):
     edit = np.float32(2.0**power) * jnp.diag(jnp.array([4.0, 3.0, 1.0]))
     flat = np.asarray(negative.harden(edit), float) / 2.0**power
     np.testing.assert_allclose(np.linalg.svd(flat)[1], np.sqrt(26 / 3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1e-50, 2.0**-120, 2.0**120, 1e50])
+def test_the_costs_of_a_split_count_by_ratio(k):
+    shift = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), FLOAT)
+    c = np.array([1.0, 3.0])
+    for ranks in ((2, 1), (3, 3), (2, 2)):
+        wanted = negative.split_rank(shift, (0.3, 0.7), ranks, costs=c)
+        got = negative.split_rank(shift, (0.3, 0.7), ranks, costs=k * c)
+        for x, y in zip(wanted, got, strict=True):
+            scale = np.linalg.norm(lowrank.materialize(x))
+            np.testing.assert_allclose(
+                lowrank.materialize(y), lowrank.materialize(x), atol=64 * UNIT * scale
+            )

@@ -111,7 +111,8 @@ def rewrite(
     terms = jnp.linalg.norm(y) + jnp.linalg.norm(k) * jnp.linalg.norm(w)
     new = _checks.poisoned(
         w + edit,
-        (ridge == 0) & ~(lost <= jnp.finfo(w.dtype).eps ** 0.5 * whole + rounding * terms),
+        ~jnp.isfinite(terms)
+        | ((ridge == 0) & ~(lost <= jnp.finfo(w.dtype).eps ** 0.5 * whole + rounding * terms)),
         lambda: (
             f"keys cannot take the values: of a change of norm {whole:.3g}, {lost:.3g} is out of "
             f"reach, most of it ({jnp.max(missing):.3g}) at keys[{jnp.argmax(missing)}], which "
