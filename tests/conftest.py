@@ -63,7 +63,13 @@ for name, count in (("default", 15), ("few", 2)):
         ],
     )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
-hypothesis.settings.register_profile("guards", deadline=None, database=None, max_examples=10_000)
+hypothesis.settings.register_profile(
+    "guards",
+    deadline=None,
+    database=None,
+    max_examples=10_000,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
