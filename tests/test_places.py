@@ -172,13 +172,14 @@ def test_force_keeps_what_is_not_of_a_checkpoint_and_says_so(models, capsys):
     assert (out / "runs" / "config.json").read_text() == "mine"
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_stays(models):
+def test_a_link_is_replaced_and_what_it_leads_to_stays(models, capsys):
     real = written(models / "real", MODEL)
     (real / "notes.txt").write_text("1")
     (models / "m").symlink_to("real")
     before = content(real)
     assert places.replaced(models / "m") == ([], [])
-    assert run("merge linear a c -o m --force --quiet") == 0
+    assert run("merge linear a c -o m --force") == 0
+    assert "replaces m\n" in capsys.readouterr().err
     assert content(real) == before
     assert not (models / "m").is_symlink()
     assert not (models / "m" / "notes.txt").exists()

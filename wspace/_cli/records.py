@@ -77,7 +77,8 @@ def of_targets(targets: Iterable[Path], others: Sequence[Path]) -> dict[str, str
     gone, kept, left = [], [], []
     for target in targets:
         goes, stays = places.replaced(target, [NAME, *(other.name for other in others)])
-        gone += [str(target)] if os.path.isfile(target) else [str(target / x) for x in goes]
+        whole = os.path.isfile(target) or os.path.islink(target)
+        gone += [str(target)] if whole else [str(target / x) for x in goes]
         kept += [str(target / x) for x in stays]
         left += [f"{x} ({in_bytes(partial.held(x))})" for x in partial.leftovers(target)]
     mend = "; give their commands again to go on, or --remove-partial to remove them"
