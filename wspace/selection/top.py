@@ -124,7 +124,7 @@ def _is_selected(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) 
     wide = jnp.float64 if last.code.dtype == np.uint64 else jnp.float32
     own = code(arrays[0].astype(wide), wide)
     # Of the entries that have the last one's magnitude, how many of this leaf are not after it.
-    until = jnp.where(own_number > last.number, jnp.iinfo(index.dtype).max, 0)
+    until = jnp.where(own_number > last.number, np.uint32(2**32 - 1), np.uint32(0))
     until = jnp.where(own_number == last.number, own_first - last.place + 1, until)
     return (own > last.code) | ((own == last.code) & (index < until))
 
