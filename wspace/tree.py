@@ -121,7 +121,8 @@ def elementwise(
 
         # Of the kernel itself, which is traced once for leaves of the same kind.
         def traced(leaves: Sequence[Any], start: Any) -> Any:
-            return jax.eval_shape(kernel, scalars, [own], [leaves], start)[0]
+            row = _as_columns(own), _as_columns(leaves)
+            return jax.eval_shape(kernel, scalars, *row, start)[0]
 
         return _pieces.put_off(on_span, leaves, scope == "entry", traced)
 
