@@ -4,6 +4,7 @@ What shows in shapes and dtypes raises always. What shows only in values raises 
 is known, and elsewhere, under tracing, becomes NaN.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from jax.core import Tracer
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from jaxtyping import Array, Bool, DTypeLike, Float
 
+from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
 from wspace.typing import Coefficients, Scalar, ScalarLike
@@ -419,20 +421,25 @@ def where_orthonormal(
 def finite(**trees: object) -> None:
     """Raises if a leaf with known values holds NaN or an infinity; traced leaves pass."""
     leaves = [(name, *leaf) for name, x in trees.items() for leaf in tree_leaves_with_path(x)]
-    flags = [jnp.isfinite(leaf).all() for *_, leaf in leaves]
+    known = [(name, path, jnp.asarray(x)) for name, path, x in leaves if not is_traced(x)]
+    arrays = [x for *_, x in known]
     together: dict[Any, Array] = {}  # one flag to read, wherever the leaves lie
-    for sound in flags:
-        if not is_traced(sound):
-            where = sound.sharding
-            together[where] = sound & together[where] if where in together else sound
+    for group in _pieces.groups([arrays]):
+        sound = _are_finite([arrays[i] for i in group])
+        where = sound.sharding
+        together[where] = sound & together[where] if where in together else sound
     if all(map(bool, together.values())):
         return
-    for (name, path, _), sound in zip(leaves, flags, strict=True):
-        if not is_traced(sound) and not sound:
-            raise ValueError(
-                f"leaf {path_of(path)} of {name} holds NaN or an infinity: "
-                "no distance or rank is defined for it; mend the weights first"
-            )
+    name, path, _ = next(row for row in known if not _are_finite([row[-1]]))
+    raise ValueError(
+        f"leaf {path_of(path)} of {name} holds NaN or an infinity: "
+        "no distance or rank is defined for it; mend the weights first"
+    )
+
+
+@jax.jit
+def _are_finite(leaves: Sequence[Array]) -> Bool[Array, ""]:
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in leaves])
 
 
 def measured(

@@ -182,8 +182,15 @@ class Mask:
         edit = _multiplied_out(edit)
         kinds = "booleans at each leaf"
         places = _checks.entries("mask", self.mask, edit, kinds, of="the edit")
-        kept = [_within_mask(*place) for place in places]
-        return _nearest(edit, jax.tree.structure(edit).unflatten(kept))
+        structure = jax.tree.structure(edit)
+        is_whole = [_is_whole(*place) for place in places]
+        # Where one boolean is for the whole leaf, the leaf itself takes the place of a mask.
+        masks = [x if whole else mask for whole, (mask, x, _) in zip(is_whole, places, strict=True)]
+        flags = [
+            mask if whole else True for whole, (mask, *_) in zip(is_whole, places, strict=True)
+        ]
+        kept = _within_mask((), (edit, structure.unflatten(masks)), [structure.unflatten(flags)])
+        return _nearest(edit, kept)
 
     def holds_only_zero(self) -> Bool[Array, ""]:
         """Whether the mask is false everywhere."""
@@ -328,7 +335,8 @@ def _nearest(edit: PyTree, nearest: PyTree) -> Projection:
     return Projection(nearest, tree.norm(nearest), geometry.distance(edit, nearest))
 
 
-def _within_mask(allowed: Any, leaf: Array, where: str) -> Array:
+def _is_whole(allowed: Any, leaf: Array, where: str) -> bool:
+    """Whether a mask is one boolean for a leaf, and not one an entry."""
     if jnp.result_type(allowed) != jnp.bool_:
         raise TypeError(f"{where} has dtype {jnp.result_type(allowed)}: give booleans")
     if jnp.shape(allowed) not in ((), leaf.shape):
@@ -336,4 +344,11 @@ def _within_mask(allowed: Any, leaf: Array, where: str) -> Array:
             f"{where} has shape {jnp.shape(allowed)} for a leaf of shape {leaf.shape}: "
             "give one boolean an entry, or one for the leaf"
         )
-    return jnp.where(allowed, leaf, 0)
+    return jnp.shape(allowed) == ()
+
+
+@tree.elementwise
+def _within_mask(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
+    (allowed,), (edit, mask) = scalars, arrays
+    inside = mask if mask.dtype == bool else True
+    return jnp.where((allowed != 0) & inside, edit, 0)

@@ -3,6 +3,7 @@ r"""LiNeS: an edit scaled by depth."""
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, PyTree
 
@@ -60,7 +61,7 @@ def lines(
     """
     start, rise = _checks.scalar("start", start), _checks.scalar("rise", rise)
     _checks.same_layout(edit=edit)
-    leaves, structure = jax.tree.flatten(edit)
+    structure = jax.tree.structure(edit)
     if callable(layers):
         layers = tree_map_with_path(lambda path, _: layers(keystr(path)), edit)
     kinds = "an integer or None at each leaf, or a function of paths"
@@ -70,10 +71,8 @@ def lines(
     last = deepest if count is None else _checks.rank(count, "count") - 1
     if deepest > last:
         raise ValueError(f"a leaf is of layer {deepest}, but count is {count}: layers begin at 0")
-    return structure.unflatten(
-        _by_depth((start, rise, (layer or 0) / max(last, 1)), (leaf,))
-        for layer, leaf in zip(depths, leaves, strict=True)
-    )
+    shares = [np.float64((layer or 0) / max(last, 1)) for layer in depths]
+    return _by_depth((start, rise), (edit,), [structure.unflatten(shares)])
 
 
 @tree.elementwise

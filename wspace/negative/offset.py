@@ -12,7 +12,7 @@ An edit $L$ of an average is an edit of one source: $\operatorname{avg}(A + L/a,
 \operatorname{avg}(A, C) + L$. It needs no layer and no access to $A$ or $C$.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -256,8 +256,10 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
         _checks.finite(point=point, where=where)
     radius = jnp.asarray(radius).astype(far.dtype)
     inside, undefined = far <= radius, jnp.isnan(radius + far)
-    return jax.tree.map(
-        lambda moved, x: jnp.where(undefined, jnp.nan, jnp.where(inside, moved, jnp.asarray(x))),
-        lowrank.apply(point, edit),
-        point,
-    )
+    return _gated((inside, undefined), (lowrank.apply(point, edit), point))
+
+
+@tree.elementwise
+def _gated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (inside, undefined), (moved, x) = scalars, arrays
+    return jnp.where(undefined != 0, jnp.nan, jnp.where(inside != 0, moved, x))
