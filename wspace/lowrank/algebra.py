@@ -336,10 +336,22 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
     """
     _checks.same_layout(base=base)
     rows, structure = side_by_side(base=base, edit=edit)
-    return structure.unflatten(_edited(leaf, change) for leaf, change in rows)
+    dense = [(leaf, change) for leaf, change in rows if not isinstance(change, LowRank)]
+    moved = iter(_sum((), list(map(list, zip(*dense, strict=True)))) if dense else [])
+    return structure.unflatten(
+        _edited(leaf, change) if isinstance(change, LowRank) else next(moved)
+        for leaf, change in rows
+    )
 
 
-def _edited(leaf: Any, edit: Leaf | LowRank) -> Array:
-    if isinstance(edit, LowRank) and not edit.rank:
+@tree.elementwise
+def _sum(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    base, edit = arrays
+    return base + edit
+
+
+def _edited(leaf: Any, edit: LowRank) -> Array:
+    # One by one, so that no more than one product is held beside the result.
+    if not edit.rank:
         return jnp.asarray(leaf)
-    return tree.combine((1, 1), (leaf, _dense_like(edit, leaf)))
+    return _sum((), (leaf, _dense_like(edit, leaf)))
