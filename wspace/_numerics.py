@@ -30,6 +30,17 @@ def unstacked(x: Array) -> list[Array]:
     return list(x)
 
 
+@jax.jit
+def settled(scalars: Sequence[Array]) -> list[Array]:
+    """Scalars of one dtype as they are, at the end of a kernel of their own.
+
+    XLA repeats what scalars are made of in each kernel that uses them, for every leaf, but not
+    what is sorted; nothing changes places here.
+    """
+    x = jnp.stack([*scalars, *scalars[:1]])  # no array of one number is sorted
+    return list(jax.lax.sort((jax.lax.iota(jnp.int32, len(x)), x), num_keys=1)[1])[:-1]
+
+
 # XLA adds the entries of a row one after another if it adds several rows in one pass, so rows are
 # cut into pieces, few enough entries for a float32 sum to keep its digits.
 _LONGEST = 64

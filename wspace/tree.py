@@ -21,7 +21,7 @@ from jaxtyping import Array, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _pieces
 from wspace._lazy import Lazy
-from wspace._numerics import Wide, accumulator, plus, row_sums, safe_sqrt
+from wspace._numerics import Wide, accumulator, plus, row_sums, safe_sqrt, settled
 from wspace._per_leaf import per_leaf
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -131,7 +131,7 @@ def elementwise(
         trees: Sequence[PyTree],
         each: Sequence[PyTree] = (),
     ) -> Any:
-        scalars = [_as_one_dtype(c) for c in scalars]
+        scalars = _settled([_as_one_dtype(c) for c in scalars])
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         columns = [leaves, *map(structure.flatten_up_to, others)]
@@ -216,7 +216,7 @@ def reduction(
         *,
         by_leaf: bool = False,
     ) -> Any:
-        scalars = [_as_one_dtype(c) for c in scalars]
+        scalars = _settled([_as_one_dtype(c) for c in scalars])
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         columns = [leaves, *map(structure.flatten_up_to, others)]
@@ -286,6 +286,19 @@ def _as_one_dtype(c: Any) -> Any:
         return c
     with np.errstate(over="ignore"):
         return np.float64(c) if jax.config.read("jax_enable_x64") else np.float32(c)
+
+
+def _settled(scalars: list[Any]) -> list[Any]:
+    """Traced numbers as parts of one array, which is computed once, not for every leaf."""
+    together: dict[Any, list[int]] = {}
+    for i, c in enumerate(scalars):
+        if _checks.is_traced(c) and jnp.issubdtype(c.dtype, jnp.floating) and jnp.ndim(c) == 0:
+            together.setdefault(c.dtype, []).append(i)
+    for places in together.values():
+        found = settled([scalars[i] for i in places])
+        for i, c in zip(places, found, strict=True):
+            scalars[i] = c
+    return scalars
 
 
 def _number(c: Any, wide: Any) -> Any:

@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt32
 
 from wspace import _checks, tree
 from wspace import _frames as frames
@@ -90,29 +91,71 @@ def rounding_of(sizes: Sequence[Scalar]) -> Scalar:
 
 
 @tree.reduction
-def _gaps_from_first(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    first, *others = arrays
-    return [(x - first) ** 2 for x in others]
+def _gaps_from_first(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (over,), (first, *others) = scalars, arrays
+    return [(over * x - over * first) ** 2 for x in others]
 
 
-def _path(
-    points: Sequence[WeightsLike], center: WeightsLike
-) -> tuple[list[WeightsLike], list[Scalar]]:
-    """Points from the one nearest to a center on, each time to the nearest left; and the steps."""
-    count, at, path, steps = len(points), center, [], []
-    passed = jnp.zeros(count, bool)
-    for _ in range(count):
-        gaps = jnp.where(passed, jnp.inf, safe_sqrt(_gaps_from_first((), [at, *points])))
-        near = jnp.argmin(gaps)
-        passed = passed | (jnp.arange(count) == near)
-        if _checks.is_traced(near):
-            places = [jnp.where(near == i, 1, 0) for i in range(count)]
-            at = tree.combine(places, points, rounded=False)
-        else:
-            at = points[int(near)]
-        path.append(at)
-        steps.append(jnp.min(gaps))
-    return path, steps[1:]
+def _square_gaps(trees: Sequence[WeightsLike], over: Scalar | float) -> Float[Array, "m m"]:
+    """The squared distances of all pairs, from each tree to half of the others, in a circle."""
+    count = len(trees)
+    half = count // 2
+    circle = [*trees, *trees]
+    rows = [_gaps_from_first((over,), circle[i : i + half + 1]) for i in range(count)]
+    i, j = np.indices((count, half))
+    j = (i + j + 1) % count
+    gaps = jnp.stack(rows)
+    return jnp.zeros((count, count), gaps.dtype).at[(i, j), (j, i)].set(gaps)
+
+
+@jax.jit
+def _order(squares: Float[Array, "m m"]) -> tuple[UInt32[Array, " k"], Float[Array, " k"]]:
+    """From the first on, each time to the nearest that is left: where that is, and how far."""
+    gaps = safe_sqrt(squares)
+    places = jnp.arange(len(gaps))
+
+    def step(state: Any, _: None) -> Any:
+        at, passed = state
+        row = jnp.where(passed, jnp.inf, gaps[at])
+        near = jnp.argmin(row)
+        return (near, passed | (places == near)), (near, row[near])
+
+    start = (jnp.zeros((), places.dtype), places == 0)
+    order, spans = jax.lax.scan(step, start, length=len(gaps) - 1)[1]
+    return (order - 1).astype(jnp.uint32), spans
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _ordered(order: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    together = jnp.stack(arrays)
+    return [jax.lax.dynamic_index_in_dim(together, i, keepdims=False) for i in order]
+
+
+class Path(NamedTuple):
+    """Points from the one nearest to a center on, each time to the nearest left.
+
+    `spans` are the lengths of the steps, from the center on, and `order` which point is where.
+    """
+
+    points: list[WeightsLike]
+    spans: list[Scalar]
+    order: UInt32[Array, " k"]
+
+
+def path_of(points: Sequence[WeightsLike], center: WeightsLike, over: Scalar | float = 1.0) -> Path:
+    """The path from a center through points, lengths times `over`.
+
+    The distances of all pairs are measured before any point is chosen, so that a traced order is
+    a permutation of every leaf, made once.
+    """
+    order, spans = _order(jax.lax.stop_gradient(_square_gaps([center, *points], over)))
+    if len(points) == 1:
+        path = list(points)
+    elif _checks.is_traced(order):
+        path = _ordered(unstacked(order), points)
+    else:
+        path = [points[i] for i in np.asarray(order).tolist()]
+    return Path(path, unstacked(spans), order)
 
 
 def _inverse(length: Scalar) -> Scalar:
@@ -128,11 +171,13 @@ def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scal
     steps span is decided of all of them, each at length one: of two that are nearly dependent the
     first may be short, and what the other leaves beside it large.
     """
-    (start, *others), spans = _path(points, center) if len(points) > 1 else (points, [])
-    if not others:
+    if len(points) == 1:
+        (start,) = points
         left = frames.distance(start, center)
         left = jnp.where(left > rounding, left, 0)
         return Seen(left[None, None], None, (start, center), [], _inverse(left))
+    path = path_of(points, center)
+    (start, *others), (_, *spans) = path.points, path.spans
     eps = jnp.finfo(rounding.dtype).eps
 
     def kept(i: int, left: Scalar) -> Scalar:

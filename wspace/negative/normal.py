@@ -1,16 +1,20 @@
 """The search for the cheapest guard of a hull."""
 
 import functools
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from wspace import _checks, geometry, tree
+from wspace._numerics import unstacked
 from wspace._records import Solution
-from wspace.negative.hull import checked_guard, heights_of, is_blocked
-from wspace.negative.nearest import HullMode
-from wspace.typing import Allow, Coefficients, ScalarLike, WeightsLike
+from wspace.negative.hull import Guard, checked_guard, heights_of, is_blocked
+from wspace.negative.nearest import HullMode, path_of
+from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guard_normal"]
 
@@ -91,10 +95,79 @@ def guard_normal(
         jnp.any(is_blocked(asked, guard.allowed, mode)),
         lambda: "allow leaves nothing of start at a point that would have to rise: give another",
     )
-    normal, residual, taken, converged = _descend(guard._replace(undefined=0.0), rtol, mode, steps)
-    return Solution(
-        tree.combine((1 + undefined,), (normal,)), residual + undefined, taken, converged
+    guard = guard._replace(undefined=0.0)
+    if guard.allowed is None:
+        seen = _in_span(guard, given=start is not None)
+        unit, *search = _descend(seen.guard, rtol, mode, steps)
+        normal = tree.weighted_sum(unstacked((1 + undefined) * unit), seen.basis)
+    else:
+        normal, *search = _descend(guard, rtol, mode, steps)
+        normal = tree.combine((1 + undefined,), (normal,))
+    residual, taken, converged = search
+    residual = residual + undefined
+    return Solution(normal, residual, taken, converged & ~jnp.isnan(residual))
+
+
+class _Coordinates(NamedTuple):
+    """A guard whose points are their coordinates in an orthonormal basis, around zero."""
+
+    guard: Guard
+    basis: list[Weights]
+
+
+def _in_span(guard: Guard, given: bool) -> _Coordinates:
+    """What a search without `allow` sees: the span of the gaps to the points, and of the start.
+
+    The basis is made of the steps of a path from the center on, each to the nearest point left,
+    and of the start where it was `given` and may point elsewhere. Lengths are over the unit, in
+    which radii are about one.
+    """
+    over = 1 / guard.unit
+    center, normal, *points = tree.in_one_dtype(guard.center, guard.normal, *guard.points)
+    path = path_of(points, center, over)
+    trees, sizes = _steps((over,), (center, *path.points)), list(path.spans)
+    if given:
+        trees = [*trees, tree.weighted_sum((guard.inverse,), tree.widened(normal))]
+        sizes.append(jnp.ones_like(sizes[0]))
+    basis: list[Weights] = []
+    rows = []
+    for i, (x, size) in enumerate(zip(trees, sizes, strict=True)):
+        coefficients, rest = geometry.components(x, basis)
+        left = tree.norm(rest)
+        left = jnp.where(left > 4 * jnp.finfo(left.dtype).eps * size, left, 0)
+        basis.append(_times((jnp.where(left > 0, 1 / jnp.where(left > 0, left, 1), 0),), (rest,)))
+        zeros = [jnp.zeros_like(left)] * (len(trees) - 1 - i)
+        rows.append(jnp.stack([*coefficients, left, *zeros]))
+    if given:
+        *rows, way = rows
+    else:
+        coefficients, _ = geometry.components(normal, basis)
+        way = jnp.stack(list(coefficients))
+    columns = list(itertools.accumulate(rows))
+    return _Coordinates(
+        guard._replace(
+            points=columns,
+            center=jnp.zeros_like(way),
+            radius=guard.radius * over,
+            costs=guard.costs[path.order],
+            normal=way,
+            inverse=1 / tree.norm(way),
+            unit=jnp.ones_like(guard.unit),
+        ),
+        basis,
     )
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _steps(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (over,) = scalars
+    return [over * x - over * y for y, x in itertools.pairwise(arrays)]
+
+
+@functools.partial(tree.elementwise, rounded=False)
+def _times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    (c,), (x,) = scalars, arrays
+    return c * x
 
 
 @jax.jit(static_argnames="mode")
