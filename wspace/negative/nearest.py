@@ -112,13 +112,13 @@ def _square_gaps(trees: Sequence[WeightsLike], over: Scalar | float) -> Float[Ar
 def _order(squares: Float[Array, "m m"]) -> tuple[UInt32[Array, " k"], Float[Array, " k"]]:
     """From the first on, each time to the nearest that is left: where that is, and how far."""
     gaps = safe_sqrt(squares)
-    places = jnp.arange(len(gaps))
+    places, most = jnp.arange(len(gaps)), jnp.finfo(gaps.dtype).max
 
     def step(state: Any, _: None) -> Any:
         at, passed = state
-        row = jnp.where(passed, jnp.inf, gaps[at])
-        near = jnp.argmin(row)
-        return (near, passed | (places == near)), (near, row[near])
+        # Those that are left come before those passed, also where they are infinitely far.
+        near = jnp.argmin(jnp.where(passed, jnp.inf, jnp.minimum(gaps[at], most)))
+        return (near, passed | (places == near)), (near, gaps[at, near])
 
     start = (jnp.zeros((), places.dtype), places == 0)
     order, spans = jax.lax.scan(step, start, length=len(gaps) - 1)[1]
