@@ -45,7 +45,9 @@ class _Inverted:
     ) -> Float[Array, "2"]:
         start, table = data
         seen = name if table is None else placed(table, self.rows, name)
-        off = frames.gap_square((), (name, start))  # no root, whose derivative at 0 is no number
+        off = frames.gap_square(
+            (1.0,), (name, start)
+        )  # no root, whose derivative at 0 is no number
         value = jnp.asarray(called(*functions, seen, key, self.keyed))
         return jnp.stack([value.astype(off.dtype), off])
 

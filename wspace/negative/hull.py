@@ -31,7 +31,7 @@ from wspace._numerics import (
     with_nan_of,
 )
 from wspace.negative.allowance import NOTHING, Allowed, each_allowance, moved_by, relative
-from wspace.negative.nearest import HullMode, nearest_average, rounding_of
+from wspace.negative.nearest import HullMode, Path, nearest_average, path_of, rounding_of
 from wspace.negative.sources import finite_length, held, unit_of, upcast_or
 from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -84,7 +84,8 @@ class Guard(NamedTuple):
     """The arguments of a guard of the hull, checked, and the normal, `inverse` times a tree.
 
     What each point is allowed is over a power of two of its own, which is taken into its cost, and
-    costs are over the power of two of the largest. Heights are summed over the unit.
+    costs are over the power of two of the largest. Heights are summed over the unit. The path
+    through the points is known where the normal was not given.
     """
 
     points: list[WeightsLike]
@@ -96,6 +97,7 @@ class Guard(NamedTuple):
     inverse: Scalar
     undefined: Scalar | float
     unit: Scalar
+    path: Path | None
 
 
 @tree.reduction
@@ -135,9 +137,10 @@ def checked_guard(
             f"average of them can be placed that finely: enlarge it{upcast_or(known)}"
         ),
     )
-    turn = 1.0
+    turn, path = 1.0, None
     if normal is None:
-        nearest = nearest_average(points, avoid, mode, rounding_of(sizes) * unit)
+        path = path_of(points, avoid, 1 / unit)
+        nearest = nearest_average(points, avoid, mode, rounding_of(sizes) * unit, path)
         normal = nearest.normal
         where = "convex hull" if mode == "convex" else "affine span"
         undefined += _checks.refuse(
@@ -149,7 +152,7 @@ def checked_guard(
             ),
         )
     else:
-        turn = 1 / unit_of([normal])
+        turn = (1 / unit_of([normal])).astype(dtype)
     length = safe_sqrt(_squares((turn,), [normal])[0]).astype(dtype) / turn
     finite_length(length, points, **given)
     undefined += _checks.refuse(
@@ -165,7 +168,9 @@ def checked_guard(
         tops = jnp.where(tops == NOTHING, jnp.max(tops), tops)
         weights = jnp.ldexp(weights, jnp.min(tops) - tops)
         weights = weights / power_of_two(jnp.max(weights))
-    return Guard(list(points), avoid, radius, weights, allowed, normal, inverse, undefined, unit)
+    return Guard(
+        list(points), avoid, radius, weights, allowed, normal, inverse, undefined, unit, path
+    )
 
 
 @_checks.of_points

@@ -31,10 +31,14 @@ class Nearest(NamedTuple):
 
 
 def nearest_average(
-    points: Sequence[WeightsLike], center: WeightsLike, mode: HullMode, rounding: Scalar
+    points: Sequence[WeightsLike],
+    center: WeightsLike,
+    mode: HullMode,
+    rounding: Scalar,
+    path: "Path | None" = None,
 ) -> Nearest:
-    """The nearest of all convex or of all affine averages of points."""
-    seen = seen_from(points, center, rounding)
+    """The nearest of all convex or of all affine averages of points, whose path may be known."""
+    seen = seen_from(points, center, rounding, path)
     foot, distance = nearest_in(seen.columns, rounding, mode)
     unit = ratio(foot, distance)
     bound = jnp.min(_matvec(seen.columns.T, unit))
@@ -104,7 +108,7 @@ def _square_gaps(trees: Sequence[WeightsLike], over: Scalar | float) -> Float[Ar
     rows = [_gaps_from_first((over,), circle[i : i + half + 1]) for i in range(count)]
     i, j = np.indices((count, half))
     j = (i + j + 1) % count
-    gaps = jnp.stack(rows)
+    gaps = jnp.stack(*tree.widened(rows))
     return jnp.zeros((count, count), gaps.dtype).at[(i, j), (j, i)].set(gaps)
 
 
@@ -127,8 +131,7 @@ def _order(squares: Float[Array, "m m"]) -> tuple[UInt32[Array, " k"], Float[Arr
 
 @functools.partial(tree.elementwise, rounded=False)
 def _ordered(order: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    together = jnp.stack(arrays)
-    return [jax.lax.dynamic_index_in_dim(together, i, keepdims=False) for i in order]
+    return [jax.lax.select_n(i.astype(jnp.int32), *arrays) for i in order]
 
 
 class Path(NamedTuple):
@@ -143,7 +146,7 @@ class Path(NamedTuple):
 
 
 def path_of(points: Sequence[WeightsLike], center: WeightsLike, over: Scalar | float = 1.0) -> Path:
-    """The path from a center through points, lengths times `over`.
+    """The path from a center through points, squares summed of differences times `over`.
 
     The distances of all pairs are measured before any point is chosen, so that a traced order is
     a permutation of every leaf, made once.
@@ -155,15 +158,20 @@ def path_of(points: Sequence[WeightsLike], center: WeightsLike, over: Scalar | f
         path = _ordered(unstacked(order), points)
     else:
         path = [points[i] for i in np.asarray(order).tolist()]
-    return Path(path, unstacked(spans), order)
+    return Path(path, unstacked(spans / over), order)
 
 
-def _inverse(length: Scalar) -> Scalar:
+def inverse_of(length: Scalar) -> Scalar:
     """One over a length, zero for zero."""
     return jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
 
 
-def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scalar) -> Seen:
+def seen_from(
+    points: Sequence[WeightsLike],
+    center: WeightsLike,
+    rounding: Scalar,
+    path: Path | None = None,
+) -> Seen:
     """Points as seen from a center, in whatever order they are given.
 
     The frame is made of the steps of a path that goes on to the nearest point that is left: the
@@ -175,8 +183,8 @@ def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scal
         (start,) = points
         left = frames.distance(start, center)
         left = jnp.where(left > rounding, left, 0)
-        return Seen(left[None, None], None, (start, center), [], _inverse(left))
-    path = path_of(points, center)
+        return Seen(left[None, None], None, (start, center), [], inverse_of(left))
+    path = path or path_of(points, center)
     (start, *others), (_, *spans) = path.points, path.spans
     eps = jnp.finfo(rounding.dtype).eps
 
@@ -184,7 +192,7 @@ def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scal
         return jnp.where((spans[i] > rounding) & (left > 4 * eps * spans[i]), left, 0)
 
     pairs = list(zip(others, [start, *others[:-1]], strict=True))
-    frame, rows = frames.of_differences(pairs, lambda i, left: _inverse(kept(i, left)))
+    frame, rows = frames.of_differences(pairs, lambda i, left: inverse_of(kept(i, left)))
     zero = jnp.zeros_like(rows[0][0])
     steps = jnp.stack(
         [
@@ -202,7 +210,7 @@ def seen_from(points: Sequence[WeightsLike], center: WeightsLike, rounding: Scal
     for step in steps:
         columns.append(columns[-1] + jnp.concatenate([step, zero[None]]))
     gap = start, center
-    return Seen(jnp.stack(columns, axis=-1), frame, gap, unstacked(inside), _inverse(left))
+    return Seen(jnp.stack(columns, axis=-1), frame, gap, unstacked(inside), inverse_of(left))
 
 
 def _matvec(matrix: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:

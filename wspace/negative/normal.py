@@ -3,18 +3,17 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from wspace import _checks, geometry, tree
+from wspace import _frames as frames
 from wspace._numerics import unstacked
 from wspace._records import Solution
 from wspace.negative.hull import Guard, checked_guard, heights_of, is_blocked
-from wspace.negative.nearest import HullMode, path_of
-from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.negative.nearest import HullMode, inverse_of, path_of
+from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["guard_normal"]
 
@@ -97,77 +96,57 @@ def guard_normal(
     )
     guard = guard._replace(undefined=0.0)
     if guard.allowed is None:
-        seen = _in_span(guard, given=start is not None)
-        unit, *search = _descend(seen.guard, rtol, mode, steps)
-        normal = tree.weighted_sum(unstacked((1 + undefined) * unit), seen.basis)
+        seen, frame = _in_span(guard, given=start is not None)
+        unit, *search = _descend(seen, rtol, mode, steps)
+        normal = frames.within(frame, unstacked((1 + undefined) * unit))
     else:
-        normal, *search = _descend(guard, rtol, mode, steps)
+        normal, *search = _descend(guard._replace(path=None), rtol, mode, steps)
         normal = tree.combine((1 + undefined,), (normal,))
     residual, taken, converged = search
     residual = residual + undefined
     return Solution(normal, residual, taken, converged & ~jnp.isnan(residual))
 
 
-class _Coordinates(NamedTuple):
-    """A guard whose points are their coordinates in an orthonormal basis, around zero."""
+def _in_span(guard: Guard, given: bool) -> tuple[Guard, frames.Frame]:
+    """A guard without `allow` in coordinates, around zero, and the frame that they belong to.
 
-    guard: Guard
-    basis: list[Weights]
-
-
-def _in_span(guard: Guard, given: bool) -> _Coordinates:
-    """What a search without `allow` sees: the span of the gaps to the points, and of the start.
-
-    The basis is made of the steps of a path from the center on, each to the nearest point left,
-    and of the start where it was `given` and may point elsewhere. Lengths are over the unit, in
-    which radii are about one.
+    The frame is made of the steps of a path from the center on, each to the nearest point left,
+    and of what is left of the start outside of these, if it was `given`. Lengths are over the
+    unit, in which radii are about one.
     """
     over = 1 / guard.unit
     center, normal, *points = tree.in_one_dtype(guard.center, guard.normal, *guard.points)
-    path = path_of(points, center, over)
-    trees, sizes = _steps((over,), (center, *path.points)), list(path.spans)
+    path = guard.path or path_of(points, center, over)
+    least = [4 * jnp.finfo(over.dtype).eps * over * span for span in path.spans]
+
+    def kept(i: int, left: Scalar) -> Scalar:
+        return jnp.where(left > least[i], left, 0)
+
+    pairs = list(zip(path.points, [center, *path.points[:-1]], strict=True))
+    frame, steps = frames.of_differences(pairs, lambda i, left: inverse_of(kept(i, left)), over)
+    rows = [[*row, kept(i, left)] for i, (*row, left) in enumerate(steps)]
     if given:
-        trees = [*trees, tree.weighted_sum((guard.inverse,), tree.widened(normal))]
-        sizes.append(jnp.ones_like(sizes[0]))
-    basis: list[Weights] = []
-    rows = []
-    for i, (x, size) in enumerate(zip(trees, sizes, strict=True)):
-        coefficients, rest = geometry.components(x, basis)
+        along, rest = frames.parts(frame, frames.multiple((guard.inverse,), (normal,)))
+        second, rest = frames.parts(frame, rest)
         left = tree.norm(rest)
-        left = jnp.where(left > 4 * jnp.finfo(left.dtype).eps * size, left, 0)
-        basis.append(_times((jnp.where(left > 0, 1 / jnp.where(left > 0, left, 1), 0),), (rest,)))
-        zeros = [jnp.zeros_like(left)] * (len(trees) - 1 - i)
-        rows.append(jnp.stack([*coefficients, left, *zeros]))
-    if given:
-        *rows, way = rows
+        left = jnp.where(left > 4 * jnp.finfo(left.dtype).eps, left, 0)
+        along = [*(a + b for a, b in zip(along, second, strict=True)), left]
+        frame.others.append(frames.multiple((inverse_of(left),), (rest,)))
     else:
-        coefficients, _ = geometry.components(normal, basis)
-        way = jnp.stack(list(coefficients))
-    columns = list(itertools.accumulate(rows))
-    return _Coordinates(
-        guard._replace(
-            points=columns,
-            center=jnp.zeros_like(way),
-            radius=guard.radius * over,
-            costs=guard.costs[path.order],
-            normal=way,
-            inverse=1 / tree.norm(way),
-            unit=jnp.ones_like(guard.unit),
-        ),
-        basis,
+        along = frames.along(frame, normal)
+    zero = jnp.zeros_like(along[0])
+    columns = [jnp.stack([*row, *[zero] * (len(along) - len(row))]) for row in rows]
+    small = guard._replace(
+        points=list(itertools.accumulate(columns)),
+        center=jnp.zeros_like(columns[0]),
+        radius=guard.radius * over,
+        costs=guard.costs[path.order],
+        normal=jnp.stack(along),
+        inverse=1 / tree.norm(along),
+        unit=jnp.ones_like(guard.unit),
+        path=None,
     )
-
-
-@functools.partial(tree.elementwise, rounded=False)
-def _steps(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
-    (over,) = scalars
-    return [over * x - over * y for y, x in itertools.pairwise(arrays)]
-
-
-@functools.partial(tree.elementwise, rounded=False)
-def _times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    (c,), (x,) = scalars, arrays
-    return c * x
+    return small, frame
 
 
 @jax.jit(static_argnames="mode")
