@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from wspace import _checks, geometry, tree
 from wspace import _frames as frames
@@ -179,21 +180,22 @@ def _descend(guard, rtol, mode, steps):
 
     def unfinished(state):
         _, _, _, residual, _, taken = state
-        return (residual > rtol) & (taken < steps)
+        return (taken < 0) | ((residual > rtol) & (taken < steps))
 
     def step(state):
         normal, value, gradient, _, length, taken = state
+        is_start = taken < 0
         moved = onto_sphere(tree.combine((1, -length), (normal, gradient)))
         other = measured(moved)
-        slope = tree.vdot(gradient, gradient)
-        slack = rounding * scale_of(value)
-        good = other[0] <= value - 1e-4 * length * slope + slack
         s = tree.combine((1, -1), (moved, normal))
         y = tree.combine((1, -1), (other[1], gradient))
-        curvature = tree.vdot(s, y)
-        secant = tree.vdot(s, s) / jnp.where(curvature > 0, curvature, 1)
+        slope, steep, curvature, secant = unstacked(_products((), (gradient, other[1], s, y)))
+        slack = rounding * scale_of(value)
+        good = is_start | (other[0] <= value - 1e-4 * length * slope + slack)
+        secant = secant / jnp.where(curvature > 0, curvature, 1)
         longer = jnp.where(curvature > 0, secant, 4 * length)
-        length = jnp.where(good, longer, length / 4)
+        first = 0.1 / jnp.where(steep > 0, jnp.sqrt(steep), 1)
+        length = jnp.where(is_start, first, jnp.where(good, longer, length / 4))
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (moved, *other), state[:4])
         return (*kept, length, taken + 1)
 
@@ -201,12 +203,17 @@ def _descend(guard, rtol, mode, steps):
     gaps = [geometry.distance(x, guard.center) for x in guard.points]
     sizes = functools.reduce(jnp.maximum, [gap.astype(radius.dtype) for gap in gaps])
     rounding = 4 * jnp.finfo(radius.dtype).eps * (1 + sizes / radius)
-    value, gradient, residual = measured(start)
-    steep = tree.norm(gradient)
-    length = 0.1 / jnp.where(steep > 0, steep, 1)
-    state = (start, value, gradient, residual, length, jnp.int32(0))
+    # The first round measures the start, so that a program has one gradient in it, not two.
+    zero, most = jnp.zeros_like(radius), jnp.full_like(radius, jnp.inf)
+    state = (start, most, jax.tree.map(jnp.zeros_like, start), most, zero, jnp.int32(-1))
     normal, _, _, residual, _, taken = jax.lax.while_loop(unfinished, step, state)
     asked = asked_of(normal)
     outward = 2 * jnp.sum(costs * asked.needs * asked.heights)
     least = outward >= -rtol * scale_of(asked.cost(costs)) if guard.allowed is None else True
     return normal, residual, taken, (residual <= rtol) & least
+
+
+@tree.reduction
+def _products(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    gradient, other, s, y = arrays
+    return [gradient**2, other**2, s * y, s**2]
