@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, costs, projectors
 from wspace import average, geometry, negative, tree
-from wspace.negative.nearest import nearest_average, rounding_of
+from wspace.negative.nearest import nearest_average, path_of, rounding_of
+from wspace.negative.normal import _descend
 from wspace.testing import assert_close, points, size, vector, weights
 
 LAYOUT = {"w": (4, 3), "b": (3,), "s": (2, 3, 2)}
@@ -152,6 +153,26 @@ def test_a_point_that_is_hardly_nearer_is_found_too():
     found = nearest(xs, jnp.zeros(2, FLOAT), mode="convex")
     for distance in (found.distance, found.bound):
         assert_close(distance, jnp.asarray(1.0, FLOAT), units=32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("far", [1.0, np.inf])
+def test_a_path_goes_to_the_nearest_point_left(count, far):
+    rng = np.random.default_rng(count)
+    draws = np.float32(rng.normal(size=(count, 4)))
+    draws[-1] *= far
+    center = jnp.asarray(rng.normal(size=4), jnp.float32)
+    xs = [jnp.asarray(x) for x in draws]
+    order, at, left = [], flat(center), list(range(count))
+    while left:
+        gaps = [np.linalg.norm(flat(xs[i]) - at) for i in left]
+        order.append(left.pop(int(np.argmin(gaps))))
+        at = flat(xs[order[-1]])
+    for path in (path_of(xs, center), jax.jit(path_of)(xs, center)):
+        assert path.order.tolist() == order
+        np.testing.assert_array_equal(path.points, draws[order])
+        steps = np.diff(np.stack([flat(center), *map(flat, path.points)]), axis=0)
+        np.testing.assert_allclose(path.spans, np.linalg.norm(steps, axis=1), rtol=1e-6)
 
 
 # guard_hull
@@ -536,6 +557,86 @@ def test_about_their_mean_the_cheapest_normal_is_across_the_differences():
     along = guard_normal([a, c], avoid, 5.0, start=a)  # stationary, and the dearest of all
     assert along.residual <= 1e-4
     assert not along.converged
+
+
+def residual_of(xs, avoid, radius, n, mode, k):
+    """The norm of the gradient along the sphere, as the search measures it, in float64."""
+    gaps = rows(xs) - flat(avoid)
+    heights = gaps @ n
+    middle = np.average(heights, weights=k)
+    above = mode == "affine" and middle > radius
+    needs = (middle if above else radius) - heights
+    needs = np.maximum(needs, 0) if mode == "convex" else needs
+    shared = np.average(gaps, axis=0, weights=k) if above else 0
+    gradient = 2 * (k * needs) @ (shared - gaps)
+    gradient -= n * (n @ gradient)
+    return np.linalg.norm(gradient) / (2 * radius * np.sqrt(np.sum(k * needs**2) * np.sum(k)))
+
+
+POSITIONS = {
+    "any": lambda x, _: x,
+    "nearly collinear": lambda x, way: x[0] + np.outer([0, 1e-3, 2], way) + 1e-6 * x,
+    "repeated": lambda x, _: x[[0, 0, 1]],
+    "far": lambda x, _: x * [[1], [1], [1e4]],
+    "close": lambda x, _: x[0] + 1e-5 * x,
+    "beside a far origin": lambda x, way: x + 1e3 * way,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("power", [-60, 0, 60])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_certificate_holds_at_the_points_themselves(position, power, mode):
+    """The search runs on coordinates in the span of the gaps, and the points are elsewhere."""
+    rng = np.random.default_rng(5)
+    draws, way = rng.normal(size=(4, 9)), rng.normal(size=9)
+    *xs, avoid = [
+        {"w": jnp.asarray(x[:6].reshape(2, 3), jnp.float32), "b": jnp.asarray(x[6:], jnp.float32)}
+        for x in np.ldexp([*POSITIONS[position](draws[:3], way), *draws[3:]], power)
+    ]
+    if position == "beside a far origin":
+        avoid = tree.combine((1, np.ldexp(1e3, power)), (avoid, from_vector(way, avoid)))
+    radius = np.float32(3 * np.linalg.norm(rows(xs) - flat(avoid), axis=1).max())
+    k = np.array([1.0, 2.0, 0.5])
+    costs = tuple(k)
+    start = from_vector(rng.normal(size=9), avoid)
+    found = guard_normal(xs, avoid, radius, mode=mode, costs=costs, start=start)
+    assert found.converged
+    n = flat(found.weights)
+    assert abs(np.linalg.norm(n) - 1) <= 16 * np.finfo(np.float32).eps
+    residual = residual_of(xs, avoid, radius, n, mode, k)
+    assert abs(residual - found.residual) <= 64 * np.finfo(np.float32).eps
+
+
+def from_vector(x, like):
+    """A float32 tree of the layout of another, from its entries."""
+    parts = np.split(np.float32(x), np.cumsum([leaf.size for leaf in jax.tree.leaves(like)])[:-1])
+    leaves, structure = jax.tree.flatten(like)
+    shaped = [jnp.asarray(p.reshape(leaf.shape)) for p, leaf in zip(parts, leaves, strict=True)]
+    return structure.unflatten(shaped)
+
+
+def test_the_start_may_leave_the_span_and_the_search_keeps_it():
+    rng = np.random.default_rng(2)
+    xs = [jnp.asarray(x, FLOAT) for x in rng.normal(size=(2, 6))]
+    avoid, start = (jnp.asarray(x, FLOAT) for x in rng.normal(size=(2, 6)))
+    found = negative.guard_normal(xs, avoid, 9.0, start=start, steps=0)
+    wanted = flat(start) / np.linalg.norm(flat(start))
+    np.testing.assert_allclose(flat(found.weights), wanted, atol=16 * UNIT)
+    found = negative.guard_normal(xs, avoid, 9.0, start=start)
+    ways = np.stack([*(rows(xs) - flat(avoid)), flat(start)])
+    beside = flat(found.weights) - ways.T @ np.linalg.lstsq(ways.T, flat(found.weights))[0]
+    np.testing.assert_allclose(beside, 0, atol=16 * UNIT)
+
+
+def test_the_program_of_a_search_is_that_of_every_layout():
+    rng = np.random.default_rng(0)
+    sizes = []
+    for shapes in ([(3, 4)], [(2, 5), (7,), (2, 3, 2), ()]):
+        *xs, avoid = [[jnp.asarray(rng.normal(size=s), FLOAT) for s in shapes] for _ in range(3)]
+        assert negative.guard_normal(xs, avoid, 20.0).residual <= 1e-4
+        sizes.append(_descend._cache_size())
+    assert sizes[0] == sizes[1]
 
 
 def test_a_guard_that_costs_nothing_is_found_at_once_and_steps_are_counted(refuses):

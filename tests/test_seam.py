@@ -361,3 +361,17 @@ def test_sums_have_derivatives_of_first_and_second_order():
         for key, leaf in x.items():
             wanted = -(c**2) * np.sin(c * leaf) * y[key] * leaf
             np.testing.assert_allclose(bends[key], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_traced_scalar_is_made_of_is_computed_once():
+    def programs(leaves):
+        x = [jnp.full((3, i + 1), 2.0) for i in range(leaves)]
+        c = jnp.float32([1.0, 2.0])
+
+        def moved(c, x):
+            return tree.combine((1 - abs(c[0] - jnp.float32(3)), c[1]), (x, x))
+
+        text = jax.jit(moved).lower(c, x).compile().as_text()
+        return text.count(" abs(")
+
+    assert programs(2) == programs(6) == 1
