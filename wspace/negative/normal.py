@@ -51,6 +51,10 @@ def guard_normal(
     such as the gradient of the average's loss. With `allow` a converged normal is stationary.
     A search has no derivatives; those of the guard along the normal found exist.
 
+    Without `allow` no step leaves the span of the gaps $x_i - b$ and of `start`, so the search runs
+    on coordinates in an orthonormal basis of that span, one a point and one for `start`: a step
+    reads no tree, and what is compiled for it does not grow with the leaves.
+
     Args:
         points: The $x_i$, trees of one layout, at least one.
         avoid: The center $b$ of the ball, of the same layout.
