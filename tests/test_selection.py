@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import FLOAT
@@ -109,6 +109,40 @@ def test_an_array_of_any_size_is_selected_from_alike(few, small, kind, seed, k):
         patch.setattr(top, "SMALL", small)
         np.testing.assert_array_equal(flat(selection.top_mask(x, k)), mask)
         np.testing.assert_array_equal(np.asarray(selection.kth_magnitude(x, k)), value)
+
+
+@pytest.mark.parametrize("few", [2**14, 10], ids=["sorted", "counted"])
+@pytest.mark.parametrize("most", [1, 4])
+def test_small_leaves_that_are_joined_are_selected_from_as_by_themselves(few, most, monkeypatch):
+    monkeypatch.setattr(top, "FEW", few)
+    rng = np.random.default_rng(0)
+    sizes = 7, 1, 4, 0, 5, 11, 2, 3
+    x = [jnp.asarray(rng.integers(-most, most + 1, size=n), jnp.float32) for n in sizes]
+    for k in range(sum(sizes) + 1):
+        np.testing.assert_array_equal(flat(selection.top_mask(x, k)), oracle(x, k)[1])
+
+
+def test_equal_entries_are_counted_across_leaves_beyond_two_to_the_sixteen():
+    x = [jnp.ones(40_000, jnp.float32), -jnp.ones(40_000, jnp.float32), jnp.zeros(20_000)]
+    for k in (39_999, 70_000, 90_000):
+        assert float(selection.kth_magnitude(x, k)) == (k < 80_000)
+        mask = flat(selection.top_mask(x, k))
+        assert mask[:k].all()
+        assert not mask[k:].any()
+
+
+@each_dtype
+def test_every_nan_comes_before_infinity_whatever_its_bits(dtype):
+    bits = f"u{jnp.dtype(dtype).itemsize}"
+    x = np.array([np.inf, 1, np.nan, -np.nan, -np.inf, np.nan, 0], jnp.dtype(dtype))
+    x.view(bits)[[2, 5]] += np.array([3, 1], bits)
+    for k in range(1, x.size + 1):
+        for value, mask in (
+            (selection.kth_magnitude(x, k), selection.top_mask(x, k)),
+            (kth_magnitude(x, k), top_mask(x, k)),
+        ):
+            np.testing.assert_array_equal(np.asarray(value, np.float64), oracle(x, k)[0])
+            np.testing.assert_array_equal(mask, oracle(x, k)[1])
 
 
 @given(kind=st.sampled_from(["normal", "ties"]), seed=seeds)
@@ -260,6 +294,7 @@ def test_leaves_that_a_counter_cannot_hold_are_refused():
 
 
 @given(counts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
+@example(counts=[2**16 - 1, 1])
 def test_sums_and_differences_of_counts_carry_and_borrow(counts):
     total = functools.reduce(bracket.plus, [bracket.count_of(c) for c in counts])
     assert int(total[0]) * 2**16 + int(total[1]) == sum(counts)

@@ -114,10 +114,15 @@ def _in_leaf(counts: Sequence[Array], need: Count) -> tuple[Array, Count, Count]
     own = jnp.stack([jnp.asarray(count) for count in counts])
     low, high = jnp.cumsum(own & 0xFFFF), jnp.cumsum(own >> 16)
     until = jnp.stack([high + (low >> 16), low & 0xFFFF], axis=-1)
-    leaf = jnp.argmax(bracket.reaches(until, need))
+    # A search that ended as exactly the entries needed reach a code counts larger codes too: then
+    # all entries that have the code are selected, up to the last leaf.
+    reached = bracket.reaches(until, need)
+    all_of_them = ~reached[-1]
+    leaf = jnp.where(all_of_them, len(counts) - 1, jnp.argmax(reached))
     before = jnp.where(leaf > 0, until[jnp.maximum(leaf - 1, 0)], 0)
     number = jnp.uint32(len(counts) - 1) - leaf.astype(jnp.uint32)
-    return number, bracket.less(need, before), jnp.stack([own[leaf] >> 16, own[leaf] & 0xFFFF])
+    total = jnp.stack([own[leaf] >> 16, own[leaf] & 0xFFFF])
+    return number, jnp.where(all_of_them, total, bracket.less(need, before)), total
 
 
 @jax.jit(static_argnums=5)
