@@ -181,6 +181,25 @@ def test_edits_of_nothing_are_nothing(space):
 
 
 @each_space
+def test_a_direction_is_kept_from_the_rounding_of_a_matrix_on(space):
+    small = 32 * UNIT
+    edit = LowRank(jnp.diag(jnp.array([1, small], FLOAT)), jnp.eye(2, dtype=FLOAT))
+    got = SPACES[space](merge.task_arithmetic, [edit, edit], [1.0, 1.0])
+    np.testing.assert_allclose(lowrank.materialize(got)[1, 1], 2 * small, rtol=0.25)
+
+
+@each_space
+def test_edits_in_half_precision_come_back_in_it_and_no_basis_is_as_coarse(space):
+    rng = np.random.default_rng(0)
+    half, single = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.bfloat16)
+    got = SPACES[space](odd, [{"w": half}, {"w": single.astype(jnp.float32)}], [1.0, 1.0])["w"]
+    wide = [x.astype(jnp.float32) for x in (half, single)]
+    wanted = SPACES[space](odd, [{"w": x} for x in wide], [1.0, 1.0])["w"]
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=2**-8)
+
+
+@each_space
 def test_bad_arguments_are_refused(space):
     function, edits = SPACES[space], adapters(0)
     with pytest.raises(ValueError, match="edits is empty"):

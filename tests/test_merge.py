@@ -288,6 +288,25 @@ def test_drop_keeps_the_expectation_or_the_norm():
     assert set(np.unique(np.asarray(masked / tau))) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("power", [-120, 125])
+def test_what_is_left_of_a_leaf_keeps_its_norm_at_every_scale(power):
+    x = jnp.asarray([1.0, -1.5, 1.75, -1.25, 1.5, -1.0, 1.25, 1.75, -1.0], jnp.float32)
+    scaled = 2.0**power * x  # 2^125 times the norm, which is 12, is out of range
+    for method in (merge.drop, merge.magprune):
+        got, wanted = (method(KEY, tau, 0.6, rescale="norm") for tau in (scaled, x))
+        assert_close(got, 2.0**power * wanted, units=0)
+
+
+@pytest.mark.parametrize("rescale", ["norm", "inverse"])
+def test_a_leaf_of_which_nothing_stays_is_zero_and_so_is_its_derivative(rescale):
+    def dropped(x):
+        return merge.drop(KEY, x, 1e-6, rescale=rescale)
+
+    for x in (jnp.ones(3), jnp.array([3e38, -3e38, 3e38], jnp.float32)):
+        assert_close(dropped(x), jnp.zeros_like(x), units=0)
+        assert_close(jax.jacobian(dropped)(x), jnp.zeros((3, 3), x.dtype), units=0)
+
+
 def test_masks_of_drop_are_those_of_the_path_on_any_number_of_devices():
     x = {"w": jnp.ones((16, 8)), "b": jnp.ones(24)}
     wanted = merge.drop(KEY, x, 0.4)

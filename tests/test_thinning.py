@@ -57,6 +57,16 @@ def test_every_leaf_and_row_keeps_its_share_however_small_it_is():
     np.testing.assert_array_equal(rows, jnp.asarray(wanted, FLOAT))
 
 
+def test_shares_that_are_all_together_may_be_rounded_to_more():
+    x = jnp.arange(1.0, 51.0)
+    assert float(np.float32(0.93)) + float(np.float32(0.07)) > 1
+    for kept, gone in ((0.93, 0.07), (0.99, 0.01), (0.5, 0.5)):
+        got = merge.band(x, np.float32(kept), np.float32(gone))
+        np.testing.assert_array_equal(got, band_of(np.asarray(x), kept, gone))
+        with pytest.raises(ValueError, match="are more than all entries together"):
+            merge.band(x, kept, gone + 1e-6)
+
+
 def test_slicing_by_counts_from_both_ends_would_empty_small_leaves():
     def sliced(x, density, outliers):
         gone = int(outliers * x.size)

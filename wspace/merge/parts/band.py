@@ -2,6 +2,8 @@ r"""The entries of a task vector that are neither outliers nor small."""
 
 from typing import get_args
 
+import numpy as np
+
 from wspace import _checks
 from wspace.merge.parts.numbers import count, part
 from wspace.merge.parts.trim import Scope, band_of
@@ -52,7 +54,7 @@ def band(
         Masks*, ECCV 2024, [arXiv:2312.06795](https://arxiv.org/abs/2312.06795).
     """
     density, outliers = _checks.share("density", density), part("outliers", outliers)
-    if density + outliers > 1 + 1e-12:  # 0.83 + 0.17 is more than 1 in floating point
+    if density + outliers > 1 + float(np.finfo(np.float32).eps):  # as 0.99 and 0.01 are in float32
         raise ValueError(
             f"density {density} and outliers {outliers} are more than all entries together: "
             "lower one of them"

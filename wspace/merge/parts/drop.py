@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wspace import _checks, tree
-from wspace._numerics import where_kept
+from wspace._numerics import power_of_two, where_kept
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = ["drop"]
@@ -86,5 +86,6 @@ def uniform(key: Array, leaf: Array) -> Float[Array, "*s"]:
 
 def norm_ratio(whole: Array, part: Array) -> Scalar:
     """The 1-norm of an array divided by the 1-norm of a part of the array; 1 for nothing."""
-    left = jnp.sum(jnp.abs(part))
-    return jnp.where(left == 0, 1, jnp.sum(jnp.abs(whole)) / jnp.where(left == 0, 1, left))
+    unit = power_of_two(jnp.max(jnp.abs(whole), initial=0))
+    left = jnp.sum(jnp.abs(part / unit))
+    return jnp.where(left == 0, 1, jnp.sum(jnp.abs(whole / unit)) / jnp.where(left == 0, 1, left))
