@@ -451,3 +451,28 @@ def test_where_the_sum_of_weights_divides_only_their_ratios_matter(size):
     c = np.float32(size) * np.array([3.0, 3.0], np.float32)
     merged = merge.disjoint_merge(edits, signs, c, divide="weight")
     np.testing.assert_allclose(merged, [0.2, -0.4, -0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 8.0])
+def test_weights_that_cancel_divide_by_nothing(size):
+    edits = [jnp.array([1.0, 2.0], jnp.float32), jnp.array([-3.0, 1.0], jnp.float32)]
+    merged = merge.disjoint_merge(edits, jnp.ones(2), [size, -size], divide="weight")
+    np.testing.assert_array_equal(merged, [4 * size, 2])
+
+
+def test_votes_and_agreement_by_hand():
+    rows = [jnp.array([x], jnp.float32) for x in (2.0, -4.0, -1.0)]
+    c = [3.0, 1.0, 1.0]
+    assert merge.elect(rows, c, vote="mass").item() == 1  # 6 - 4 - 1
+    assert merge.elect(rows, c, vote="count").item() == -1  # one against two, whatever the c_i
+    up, pair = jnp.ones(1, jnp.float32), [jnp.array([x], jnp.float32) for x in (2.0, 4.0)]
+    assert merge.disjoint_merge(pair, up, [-1.0, 1.0]).item() == 4  # the first term is negative
+    assert merge.disjoint_merge(pair, up, [-1.0, 1.0], weighted=False).item() == 1
+    for weighted, wanted in ((True, 4), (False, 1)):
+        election = merge.Election(weighted=weighted, zero="plus")
+        assert merge.ties(0 * up, pair, [-1.0, 1.0], density=1.0, election=election) == wanted
+    pair[1] = jnp.array([-3.0], jnp.float32)
+    for zero in ("zero", "plus", "majority"):
+        for weighted, wanted in ((True, 4), (False, -3)):
+            election = merge.Election(weighted=weighted, zero=zero)
+            assert merge.ties(0 * up, pair, [2.0, 1.0], density=1.0, election=election) == wanted
