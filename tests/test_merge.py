@@ -305,6 +305,7 @@ def test_a_leaf_of_which_nothing_stays_is_zero_and_so_is_its_derivative(rescale)
     for x in (jnp.ones(3), jnp.array([3e38, -3e38, 3e38], jnp.float32)):
         assert_close(dropped(x), jnp.zeros_like(x), units=0)
         assert_close(jax.jacobian(dropped)(x), jnp.zeros((3, 3), x.dtype), units=0)
+    assert_close(dropped(jnp.array([1.0, jnp.inf, -jnp.inf])), jnp.zeros(3), units=0)
 
 
 def test_masks_of_drop_are_those_of_the_path_on_any_number_of_devices():

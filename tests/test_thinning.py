@@ -65,6 +65,10 @@ def test_shares_that_are_all_together_may_be_rounded_to_more():
         np.testing.assert_array_equal(got, band_of(np.asarray(x), kept, gone))
         with pytest.raises(ValueError, match="are more than all entries together"):
             merge.band(x, kept, gone + 1e-6)
+    # Of so many entries these two shares are 60 more than all.
+    many = jax.ShapeDtypeStruct((2**31,), jnp.float32)
+    whole = jax.eval_shape(lambda x: merge.band(x, np.float32(0.97), np.float32(0.03)), many)
+    assert whole.shape == many.shape
 
 
 def test_slicing_by_counts_from_both_ends_would_empty_small_leaves():
