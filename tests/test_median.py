@@ -126,7 +126,7 @@ def test_what_has_no_median_is_never_certified(refuses):
         assert is_nan(found.weights)
         assert jnp.isnan(found.residual)
         assert not found.converged
-    for scale in (2.0**-80, 2.0**80):
+    for scale in (2.0**-80, 2.0**-62, 2.0**-58, 2.0**80):
         scaled = [jnp.asarray(np.float32(scale) * x) for x in rows]
         with refuses(ValueError, match="squares of their entries leave the range of float32"):
             median(scaled)
@@ -141,6 +141,29 @@ def test_on_a_line_it_is_the_median_of_numbers(line):
     wanted = jnp.asarray([np.median(line), 2 * np.median(line)], FLOAT)
     for order in (xs, xs[::-1]):
         assert_close(median(order).weights, wanted, units=4)
+
+
+@pytest.mark.parametrize(
+    ("line", "c", "middle"),
+    [(np.arange(14) ** 2, None, (36 + 49) / 2), ((0, 1, 1), (1.0, 0.5, 0.5), 0.5)],
+    ids=["many", "an end twice"],
+)
+def test_the_middle_of_a_segment_does_not_depend_on_how_its_ends_are_counted(line, c, middle):
+    xs = [jnp.asarray([x, 2.0 * x], FLOAT) for x in map(float, line)]
+    assert_close(median(xs, c).weights, jnp.asarray([middle, 2 * middle], FLOAT), units=4)
+
+
+@pytest.mark.parametrize("excess", [-100, 4, 200])
+def test_a_pull_is_compared_with_what_a_point_holds_to_its_rounding(excess):
+    # Two points at an angle pull at the third with 2 cos(angle), which holds a little more or less.
+    unit = float(jnp.finfo(FLOAT).eps)
+    rows = np.array([[0, 0], [0.6, 0.8], [0.6, -0.8]])
+    found = median(trees(rows), [1.2 / (1 + excess * unit), 1.0, 1.0])
+    assert found.converged
+    assert found.residual >= max(excess, 0) * unit * (1.2 / 3.2 / 2 if excess < 8 else 0)
+    # Off the point the pull falls by 2 sin(angle)^2 of the way.
+    way = max(1.2 * excess * unit / 1.28, 0)
+    np.testing.assert_allclose(found.weights, [way, 0], rtol=0.1, atol=16 * unit)
 
 
 def test_bad_coefficients_are_refused_and_a_median_at_a_point_moves_with_it(refuses):

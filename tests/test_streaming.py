@@ -264,3 +264,11 @@ def test_coefficients_whose_sum_overflows_are_refused(refuses):
     with refuses(ValueError, match="sum to inf, out of the range of float32"):
         running.value(state)
     assert jnp.isnan(jax.jit(running.value)(state)).all()
+
+
+def test_a_window_in_half_precision_is_summed_in_single():
+    latest = average.window(2)
+    state = latest.init(jnp.zeros(1, jnp.float16))
+    for x in (40_000, 60_032):
+        state = latest.update(state, jnp.array([x], jnp.float16))
+    assert latest.value(state).item() == 50_016
