@@ -815,3 +815,18 @@ def test_the_step_along_a_direction_has_its_second_derivative_at_the_center():
 
     second = jax.jit(jax.grad(jax.grad(length)))(jnp.zeros((), FLOAT))
     np.testing.assert_allclose(second, (along**2 - square) / 2.0, rtol=1e3 * UNIT)
+
+
+@pytest.mark.parametrize("k", [1e-60, 1e60])
+def test_allowances_of_numpy_that_float32_does_not_hold_count_by_ratio(k):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(4, 3)))[0]
+    *xs, way = [jnp.asarray(x, FLOAT) for x in rng.normal(size=(3, 4, 2))]
+    for allow in ([2.0, 1.0], [basis @ basis.T, 1.0]):
+        scaled = [k * entry for entry in allow]
+        for guard in (
+            lambda allow: negative.retarget(xs, [0.5, 0.5], way, allow=allow),
+            lambda allow: negative.guard_hull(xs, 0 * way, 9.0, normal=way, allow=allow),
+        ):
+            for got, wanted in zip(guard(scaled), guard(allow), strict=True):
+                assert_close(got, wanted, units=64)

@@ -258,9 +258,9 @@ def test_a_decay_in_half_precision_is_taken_from_one_in_single(dtype):
 
 def test_coefficients_whose_sum_overflows_are_refused(refuses):
     running = average.running_mean()
-    state = running.init(jnp.zeros(1))
+    state = running.init(jnp.zeros(1, jnp.float32))
     for _ in range(2):
-        state = running.update(state, jnp.full(1, 0.1), 2e38)
+        state = running.update(state, jnp.full(1, 0.1, jnp.float32), 2e38)
     with refuses(ValueError, match="sum to inf, out of the range of float32"):
         running.value(state)
     assert jnp.isnan(jax.jit(running.value)(state)).all()
@@ -272,3 +272,15 @@ def test_a_window_in_half_precision_is_summed_in_single():
     for x in (40_000, 60_032):
         state = latest.update(state, jnp.array([x], jnp.float16))
     assert latest.value(state).item() == 50_016
+
+
+def test_wider_weights_are_averaged_in_the_arithmetic_of_the_state():
+    """Else what float32 rounds would be lost, as the errors kept would be those of float64."""
+    running = average.running_mean()
+    with jax.enable_x64(True):
+        state = running.init(jnp.zeros(1, jnp.float32))
+        for x in (1.0, *[2.0**-24] * 64):
+            state = running.update(state, jnp.array([x], jnp.float64))
+        got = running.value(state)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, (1 + 64 * 2.0**-24) / 65, rtol=2e-7)
