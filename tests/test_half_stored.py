@@ -141,6 +141,11 @@ def test_what_is_out_of_reach_by_what_is_stored_is_reached(dtype, pair):
     assert_defined(retargeted, pair, stored(goal, dtype))
     off = goal | {"b": goal["b"] + 16 * eps_of(dtype)}
     assert_refused(retargeted, pair, stored(off, jnp.float32), match="out of reach.*'b'")
+    # The rounding is that of the target too, where the points are small beside it.
+    nothing = [jax.tree.map(jnp.zeros_like, x) for x in pair]
+    far = jax.tree.map(jnp.ones_like, exact)
+    near = far | {"b": jnp.full_like(far["b"], eps_of(dtype) / 4)}
+    assert_defined(retargeted, nothing, stored(near, dtype))
 
 
 def test_a_direction_made_of_others_is_dependent_once_it_is_stored(dtype):

@@ -175,6 +175,19 @@ def test_a_path_goes_to_the_nearest_point_left(count, far):
         np.testing.assert_allclose(path.spans, np.linalg.norm(steps, axis=1), rtol=1e-6)
 
 
+def test_what_is_nearer_by_more_than_rounding_is_told():
+    zero = jnp.zeros(2, FLOAT)
+    # The second point is behind the first one's normal by 300 roundings.
+    xs = [jnp.asarray([1.0, 0.0], FLOAT), jnp.asarray([1 - 300 * UNIT, 1.0], FLOAT)]
+    assert nearest(xs, zero, mode="convex").bound >= 1 - 100 * UNIT
+    # The third is off the line of the others by as much.
+    xs = [jnp.asarray(x, FLOAT) for x in ([-1.0, 0.0], [1.0, 0.0], [0.0, 200 * UNIT])]
+    for height, wanted in ((1000, 800), (-1000, 1000)):
+        center = jnp.asarray([0.0, height * UNIT], FLOAT)
+        found = nearest(xs, center, mode="convex")
+        np.testing.assert_allclose(found.distance, wanted * UNIT, rtol=0.01)
+
+
 # guard_hull
 
 
@@ -459,6 +472,33 @@ def test_guard_hull_refuses(options, words, refuses):
     usual = {"points": [jnp.ones(2), 2 * jnp.ones(2)], "avoid": jnp.zeros(2), "radius": 3.0}
     with refuses(ValueError, match=words):
         negative.guard_hull(**(usual | options))
+
+
+def test_points_that_are_high_enough_stay_bit_for_bit():
+    x = jnp.asarray([5.0, -0.0, 0.0], FLOAT)
+    normal = jnp.asarray([1.0, 1.0, -1.0], FLOAT)
+    (moved,) = negative.guard_hull([x], jnp.zeros(3, FLOAT), 1.0, normal=normal)
+    assert_close(moved, x, units=0)
+    np.testing.assert_array_equal(np.signbit(moved), [False, True, False])
+
+
+def test_a_point_is_moved_by_no_more_than_its_dtype_holds(refuses):
+    x, zero = jnp.asarray([1.0, 0.5], jnp.float16), jnp.zeros(2, jnp.float16)
+    (moved,) = negative.guard_hull([x], zero, 5e4)
+    assert np.isfinite(moved).all()
+    with refuses(ValueError, match=r"would have to move by 3e\+05, and its dtype holds"):
+        negative.guard_hull([x], zero, 3e5)
+
+
+def test_a_point_that_may_not_move_and_need_not_has_no_part_in_the_cost():
+    xs = [jnp.asarray(x, FLOAT) for x in ([1.0, 0.3], [0.2, -0.6], [9.0, 0.0])]
+    zero = jnp.zeros(2, FLOAT)
+    free, frozen = (
+        negative.guard_normal(xs, zero, 2.0, allow=[None, None, last]) for last in (None, 0.0)
+    )
+    assert free.converged
+    assert frozen.converged
+    assert_close(frozen.weights, free.weights, units=4096)
 
 
 @pytest.mark.parametrize("name", ["radius", "costs"])

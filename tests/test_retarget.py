@@ -561,7 +561,7 @@ def test_outside_the_ball_nothing_moves_whatever_the_direction():
 
 def test_on_the_sphere_nothing_moves_even_where_the_direction_leads_inward():
     x, zero = jnp.asarray([3.0, 4.0], FLOAT), jnp.zeros(2, FLOAT)
-    for options in ({}, {"direction": -x}, {"cone": cone.Sparse(1)}):
+    for options in ({}, {"direction": -x}, {"direction": zero}, {"cone": cone.Sparse(1)}):
         moved = negative.exit_ball([x, x], (1, 1), zero, 5.0, **options)
         assert_close(moved, [x, x], units=0)
 
@@ -830,3 +830,17 @@ def test_allowances_of_numpy_that_float32_does_not_hold_count_by_ratio(k):
         ):
             for got, wanted in zip(guard(scaled), guard(allow), strict=True):
                 assert_close(got, wanted, units=64)
+
+
+def test_a_way_out_whose_squares_are_lost_beside_the_radius_is_none(refuses):
+    zero = jnp.zeros(2, jnp.float32)
+    for length in (1e-11, 1e-15, 1e-19):
+        # The square of 0.9e-19 is zero, that of 1.2e-19 is not.
+        x = length * jnp.array([1.2, 0.9], jnp.float32)
+        if length > 1e-12:
+            (moved,) = negative.exit_ball([x], [1.0], zero, 1.0)
+            np.testing.assert_allclose(moved, [0.8, 0.6], rtol=1e-6)
+            continue
+        with refuses(ValueError, match="no way out is distinguished"):
+            negative.exit_ball([x], [1.0], zero, 1.0)
+        assert is_nan(exit_ball([x], [1.0], zero, 1.0))

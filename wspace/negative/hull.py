@@ -269,7 +269,8 @@ def guard_hull(
     undefined = guard.undefined + _checks.refuse(jnp.any(blocked), message)
     steps = asked.needs / jnp.where(asked.reaches == 0, 1, asked.reaches)
     # |P n|^2 <= |P| <n, P n>, and |P| is about one.
-    lengths = unstacked(2 * jnp.abs(steps) * safe_sqrt(jnp.minimum(asked.reaches, 1)))
+    most = 1 if allowed is None else 2
+    lengths = unstacked(most * jnp.abs(steps) * safe_sqrt(jnp.minimum(asked.reaches, 1)))
     undefined += held(lengths, points, "a normal along which more is allowed")
     steps = unstacked(steps + undefined)
     if allowed is None:
