@@ -410,7 +410,7 @@ CASES = (
         "merge.gram, factored",
         2,
         lambda x, y: merge.gram((thin(x), thin(y))),
-        peak=4.2,
+        peak=4.6,
         composed=True,
     ),
     Case(

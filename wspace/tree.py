@@ -203,7 +203,7 @@ def reduction(
     def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
         """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
         like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
-        (terms,) = jax.eval_shape(kernel, scalars, [like], wide)
+        (terms,) = jax.eval_shape(kernel, scalars, _as_columns(like), wide)
         exact = jnp.issubdtype(terms.dtype, jnp.integer)
         if not exact and kind == "sum":
             return kernel(scalars, _as_columns(_pieces.whole(row)), wide)[0]
