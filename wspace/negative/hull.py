@@ -153,7 +153,8 @@ def checked_guard(
         )
     else:
         turn = (1 / unit_of([normal])).astype(dtype)
-    length = safe_sqrt(_squares((turn,), [normal])[0]).astype(dtype) / turn
+    way = tree.in_one_dtype(normal, avoid, *points)[0]  # its norm is known in the widest dtype
+    length = safe_sqrt(_squares((turn,), [way])[0]).astype(dtype) / turn
     finite_length(length, points, **given)
     undefined += _checks.refuse(
         ~((length > 0) & jnp.isfinite(length)),
