@@ -127,3 +127,22 @@ def test_a_number_takes_over_nan_of_others():
     for bad in (jnp.nan, jnp.inf):
         assert np.isnan(_numerics.with_nan_of(x, 3.0, bad)).all()
     assert np.array_equal(np.isnan(_numerics.with_nan_of(x, x / x)), [True, False])
+
+
+def test_a_power_of_two_is_the_nearest_and_has_an_inverse():
+    info = np.finfo(np.float32)
+    for x in (1.0, 1.4, 1.5, 3e-5, float(info.tiny), -float(info.max), 1e-45, 0.0, np.inf, np.nan):
+        power = np.float32(_numerics.power_of_two(jnp.float32(x)))
+        assert np.isfinite([power, 1 / power]).all()
+        assert np.frexp(power)[0] == 0.5
+        if info.tiny <= abs(x) < 2.0**126:
+            assert 0.5**0.5 <= abs(x) / power <= 2**0.5
+        if x == 0 or not np.isfinite(x):
+            assert power == 1
+
+
+def test_a_multiple_of_a_gap_is_finite_where_the_gap_is_not():
+    x, y = jnp.float32([3e38, 1.0, np.inf]), jnp.float32([-3e38, 0.25, 1.0])
+    np.testing.assert_allclose(
+        _numerics.gap_times(jnp.float32(0.25), x, y), [1.5e38, 0.1875, np.inf]
+    )

@@ -263,3 +263,16 @@ def test_a_matrix_is_as_symmetric_and_definite_as_it_is_stored(dtype):
         least = np.eye(8)
         least[3, 3] = -4 * eps_of(dtype)
         assert_refused(call, stored(least, dtype), match="has the eigenvalue -")
+
+
+def test_a_radius_is_above_the_least_step_of_float16():
+    zero = jnp.zeros(4, jnp.float16)
+    way = jnp.ones(4, jnp.float16)
+    for call in (
+        lambda radius: negative.exit_ball([zero], [1.0], zero, radius, direction=way),
+        lambda radius: negative.guard_hull([zero], zero, radius, normal=way),
+    ):
+        (moved,) = call(1e-5)
+        np.testing.assert_allclose(np.linalg.norm(np.asarray(moved, np.float64)), 1e-5, rtol=0.05)
+        with pytest.raises(ValueError, match="is below the rounding of the points"):
+            call(1e-7)
