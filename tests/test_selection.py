@@ -94,7 +94,8 @@ def test_an_array_is_a_tree(dtype, kind, seed, k):
     np.testing.assert_array_equal(flat(selection.top_mask(x, k)), mask)
     if k:
         np.testing.assert_array_equal(np.asarray(kth_magnitude(x, k), np.float64), value)
-    kept = np.where(mask.reshape(5, 7), np.asarray(x).astype(np.float64), 0)
+    wide = np.asarray(x).astype(np.float64)
+    kept = np.where(mask.reshape(5, 7) | np.isnan(wide), wide, 0)  # NaN stays, or it would be lost
     assert keep_top(x, k).dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(keep_top(x, k)).astype(np.float64), kept)
 

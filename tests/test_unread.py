@@ -66,7 +66,6 @@ def window(points):
 
 
 WHOLE = {
-    "gate": lambda p: negative.gate(p[0], p[1], p[2], 1e9),
     "gaussian": lambda p: perturb.gaussian(jax.random.key(0), p[0]),
     "sparse": lambda p: cone.project(cone.Sparse(20), p[0]).edit,
     "mask": lambda p: cone.project(cone.Mask({"w": True, "b": False}), p[0]).edit,

@@ -426,6 +426,8 @@ def finite(**trees: object) -> None:
     together: dict[Any, Array] = {}  # one flag to read, wherever the leaves lie
     for group in _pieces.groups([arrays]):
         sound = _are_finite([arrays[i] for i in group])
+        if is_traced(sound):  # as all is that is computed while something else is traced
+            continue
         where = sound.sharding
         together[where] = sound & together[where] if where in together else sound
     if all(map(bool, together.values())):

@@ -374,23 +374,28 @@ def window(length: int) -> Average:
     def update(state: _Ring, weights: WeightsLike) -> _Ring:
         slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.last)
         _checks.same_layout(state=slots, weights=weights)
-        place = (state.count % length).astype(jnp.uint32)
-        return _Ring(state.count + 1, _stored((place,), (state.last, weights)))
+        return _Ring(state.count + 1, _stored(state.last, weights, state.count % length))
 
     def value(state: _Ring) -> PyTree:
         _refuse_empty(state.count == 0)
-        return _mean_of_stored((state.count.astype(jnp.uint32),), (state.last,))
+        return _mean_of_stored(state)
 
     return Average(init, update, value)
 
 
-@functools.partial(tree.elementwise, scope="leaf")
-def _stored(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    (place,), (row, x) = scalars, arrays
-    return jax.lax.dynamic_update_index_in_dim(row, x, place, 0)
+@jax.jit
+def _stored(last: PyTree, weights: PyTree, place: Array) -> PyTree:
+    def put(row: Array, x: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(row, x.astype(row.dtype), place, 0)
+
+    return jax.tree.map(put, last, weights)
 
 
-@functools.partial(tree.elementwise, scope="leaf")
-def _mean_of_stored(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
-    (count,), (row,) = scalars, arrays
-    return jnp.sum(row, 0) / jnp.minimum(count, len(row)).astype(row.dtype)
+@jax.jit
+def _mean_of_stored(state: _Ring) -> PyTree:
+    def leaf(row: Array) -> Array:
+        wide = row.astype(accumulator(row.dtype))
+        seen = jnp.minimum(state.count, len(row)).astype(wide.dtype)
+        return (jnp.sum(wide, 0) / seen).astype(row.dtype)
+
+    return jax.tree.map(leaf, state.last)
