@@ -61,13 +61,15 @@ def test_shares_that_are_all_together_may_be_rounded_to_more():
     x = jnp.arange(1.0, 51.0)
     assert float(np.float32(0.93)) + float(np.float32(0.07)) > 1
     for kept, gone in ((0.93, 0.07), (0.99, 0.01), (0.5, 0.5)):
-        got = merge.band(x, np.float32(kept), np.float32(gone))
+        got = merge.band(x, float(np.float32(kept)), float(np.float32(gone)))
         np.testing.assert_array_equal(got, band_of(np.asarray(x), kept, gone))
         with pytest.raises(ValueError, match="are more than all entries together"):
             merge.band(x, kept, gone + 1e-6)
     # Of so many entries these two shares are 60 more than all.
     many = jax.ShapeDtypeStruct((2**31,), jnp.float32)
-    whole = jax.eval_shape(lambda x: merge.band(x, np.float32(0.97), np.float32(0.03)), many)
+    whole = jax.eval_shape(
+        lambda x: merge.band(x, float(np.float32(0.97)), float(np.float32(0.03))), many
+    )
     assert whole.shape == many.shape
 
 

@@ -253,7 +253,7 @@ def _placed(x: Array, spec: jax.P) -> Array:
 
 @jax.custom_jvp
 def rows_within(
-    x: Float[Array, "k n"], a: Float[Array, "m n"], cut: Float[Array, ""]
+    x: Float[Array, "k n"], a: Float[Array, "m n"], cut: Float[Array | np.ndarray, ""]
 ) -> Float[Array, "k n"]:
     """The rows of `x` projected onto the span of the rows of `a` with singular values above cut."""
     if 0 in a.shape:

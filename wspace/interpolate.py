@@ -183,7 +183,7 @@ def _acute(sums: Array, t: ScalarLike) -> tuple[Scalar, Scalar, Bool[Array, ""]]
 
 @jax.jit
 def _weights(
-    sine: Scalar, cosine: Scalar, t: ScalarLike, least: float
+    sine: Scalar, cosine: Scalar, t: ScalarLike, least: ScalarLike
 ) -> tuple[tuple[Scalar, Scalar, Scalar], Bool[Array, ""]]:
     """The coefficients of the start, of the end, and of their sum; whether there are none.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
-from jaxtyping import Array, DTypeLike, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _pieces
 from wspace._lazy import Lazy
@@ -127,7 +127,7 @@ def elementwise(
         return _pieces.put_off(on_span, leaves, scope == "entry", traced)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Key[Array, ""]],
+        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
         trees: Sequence[PyTree],
         each: Sequence[PyTree] = (),
     ) -> Any:
@@ -211,7 +211,7 @@ def reduction(
         return functools.reduce(_MEETING[kind], parts)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Key[Array, ""]],
+        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
         trees: Sequence[PyTree],
         *,
         by_leaf: bool = False,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from wspace import _checks, tree
@@ -57,7 +58,7 @@ def arcee_fusion(base: WeightsLike, tuned: WeightsLike) -> Weights:
     return jax.tree.map(_fused, base, tuned)
 
 
-def _fused(base: Array, tuned: Array) -> Array:
+def _fused(base: Array | np.ndarray, tuned: Array | np.ndarray) -> Array:
     if not base.size:
         return base
     importance = jax.lax.stop_gradient(_importance(*tree.widened(base, tuned)))

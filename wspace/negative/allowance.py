@@ -95,7 +95,7 @@ class Fault(NamedTuple):
     message: Callable[[], str]
 
 
-def _spectral(entry: Array, dtype: Wide, where: str) -> tuple[Allowed, list[Fault]]:
+def _spectral(entry: Array | np.ndarray, dtype: Wide, where: str) -> tuple[Allowed, list[Fault]]:
     """Where a matrix lets a leaf move, and what may be wrong with it."""
     entry, power = _in_range(entry)
     stored = replicated(jnp.asarray(entry))

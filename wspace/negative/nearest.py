@@ -130,7 +130,7 @@ def _order(squares: Float[Array, "m m"]) -> tuple[UInt32[Array, " k"], Float[Arr
 
 
 @functools.partial(tree.elementwise, rounded=False)
-def _ordered(order: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+def _ordered(order: Sequence[UInt32[Array, ""]], arrays: Sequence[Array]) -> list[Array]:
     return [jax.lax.select_n(i.astype(jnp.int32), *arrays) for i in order]
 
 
