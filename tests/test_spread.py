@@ -292,7 +292,7 @@ def test_edits_depend_on_the_ratios_of_costs_alone(price):
 
 @pytest.mark.parametrize("power", [-100, 100])
 def test_a_hardened_edit_keeps_its_norm_at_every_scale(power):
-    edit = np.float32(2.0**power) * jnp.diag(jnp.array([4.0, 3.0, 1.0]))
+    edit = jnp.asarray(np.diag([4.0, 3.0, 1.0]).astype(np.float32) * np.float32(2.0**power))
     flat = np.asarray(negative.harden(edit), float) / 2.0**power
     np.testing.assert_allclose(np.linalg.svd(flat)[1], np.sqrt(26 / 3), rtol=1e-5)
 

@@ -60,7 +60,7 @@ def arcee_fusion(base: WeightsLike, tuned: WeightsLike) -> Weights:
 
 def _fused(base: Array | np.ndarray, tuned: Array | np.ndarray) -> Array:
     if not base.size:
-        return base
+        return jnp.asarray(base)
     importance = jax.lax.stop_gradient(_importance(*tree.widened(base, tuned)))
     ranks = (base.size - int(share * (base.size - 1)) for share in (0.25, 0.5, 0.75))
     quantiles = [kth_magnitude(importance, rank) for rank in ranks]

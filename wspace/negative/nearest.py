@@ -185,7 +185,8 @@ def seen_from(
         left = jnp.where(left > rounding, left, 0)
         return Seen(left[None, None], None, (start, center), [], inverse_of(left))
     path = path or path_of(points, center)
-    (start, *others), (_, *spans) = path.points, path.spans
+    center, start, *others = tree.in_one_dtype(center, *path.points)
+    _, *spans = path.spans
     eps = jnp.finfo(rounding.dtype).eps
 
     def kept(i: int, left: Scalar) -> Scalar:
