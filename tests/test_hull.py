@@ -645,7 +645,7 @@ def test_a_certificate_holds_at_the_points_themselves(position, power, mode):
     n = flat(found.weights)
     assert abs(np.linalg.norm(n) - 1) <= 16 * np.finfo(np.float32).eps
     residual = residual_of(xs, avoid, radius, n, mode, k)
-    assert abs(residual - found.residual) <= 64 * np.finfo(np.float32).eps
+    assert abs(residual - float(found.residual)) <= 64 * np.finfo(np.float32).eps
 
 
 def from_vector(x, like):
