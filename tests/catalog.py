@@ -67,7 +67,8 @@ class Case:
 
 def thin(x):
     """An edit with factors at one leaf, cut from that leaf of the layout."""
-    return x | {"k": lowrank.LowRank(x["k"][:, 0, :, 0], x["k"][:, 0, :, 1])}
+    factors = (jnp.asarray(x["k"][:, 0, :, i]) for i in (0, 1))
+    return x | {"k": lowrank.LowRank(*factors)}
 
 
 def thick(x):
