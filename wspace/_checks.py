@@ -113,8 +113,7 @@ def entries(
 
 def of_points(function: Function) -> Function:
     """Marks a function whose first argument is a sequence of trees, for `tree.per_leaf`."""
-    # By name, since type checkers know no such attribute of a function.
-    setattr(function, "takes_points", True)  # noqa: B010
+    vars(function)["takes_points"] = True
     return function
 
 

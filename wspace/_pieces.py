@@ -7,7 +7,6 @@ program, and small lazy leaves are flat arrays of few lengths.
 
 import collections
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,9 +51,9 @@ def groups(columns: Sequence[Sequence[Any]]) -> list[list[int]]:
     shapes = [leaf.shape for leaf in first]
     often = {shape for shape, count in collections.Counter(shapes).items() if count >= _RARE}
     free = _are_free(columns)
-    places = itertools.repeat(None) if free else map(_place, zip(*columns, strict=True))
+    places = [None] * len(first) if free else map(_place, zip(*columns, strict=True))
     alone, rare = [], collections.defaultdict(list)
-    for i, (shape, place) in enumerate(zip(shapes, places)):  # noqa: B905 - places may not end
+    for i, (shape, place) in enumerate(zip(shapes, places, strict=True)):
         if place is _OF_ITS_OWN or shape in often or math.prod(shape) > _SMALL:
             alone.append([i])
         else:

@@ -9,7 +9,6 @@ a leaf. NaN and infinities pass through to the entries that depend on them.
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -106,11 +105,11 @@ def elementwise(
     def on_leaves(
         scalars: Sequence[Any], own: Sequence[Any], columns: Sequence[Any], start: Any
     ) -> list[Any]:
-        numbers = zip(*own, strict=True) if own else itertools.repeat(())
-        rows = zip(*columns, strict=True)
+        rows = list(zip(*columns, strict=True))
+        numbers = zip(*own, strict=True) if own else [()] * len(rows)
         return [
             on_leaf([*scalars, *row_numbers], leaves, start)
-            for row_numbers, leaves in zip(numbers, rows)  # noqa: B905 - one of them never ends
+            for row_numbers, leaves in zip(numbers, rows, strict=True)
         ]
 
     kernel = _named(on_leaves, formula)

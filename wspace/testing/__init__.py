@@ -7,9 +7,11 @@ names the law, the leaf and the difference. A strategy of [Hypothesis](https://h
 draws the weights.
 """
 
+import importlib
+
 try:
-    # Imported to ask for it here, where one line says which extra to install.
-    import hypothesis as _hypothesis  # noqa: F401
+    # Asked for here, where one line says which extra to install.
+    importlib.import_module("hypothesis")
 except ImportError as error:
     raise ImportError('wspace.testing needs hypothesis: pip install "wspace[testing]"') from error
 
