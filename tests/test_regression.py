@@ -190,3 +190,13 @@ def test_bad_arguments_are_refused_and_nan_where_traced(refuses):
     with refuses(ValueError, match=r"coefficients must be positive, got \[1.0, 0.0\]"):
         average.regression_mean(xs, good, (1.0, 0.0))
     assert is_nan(regression_mean(xs, good, jnp.asarray([1.0, 0.0])).weights)
+
+
+def test_what_is_undefined_has_no_condition():
+    x = jnp.eye(2)
+    for bad in ([[jnp.inf, 0], [0, 1]], [[jnp.nan, 0], [0, 1]], [[-3.0, 0], [0, 1]]):
+        found = jax.jit(lambda g: average.regression_mean([x, 2 * x], [g, jnp.eye(2)]))(
+            jnp.array(bad)
+        )
+        assert jnp.isnan(found.weights).all()
+        assert jnp.isnan(found.condition)

@@ -132,7 +132,8 @@ def regression_mean(
         ]
         xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
         x, eigenvalues, condition, zeros = _fit(c, xs, given, ridge, shrink, rtol)
-        x = x + semidefinite(eigenvalues, entries, f"the sum of {where[0]} and the others")
+        fault = semidefinite(eigenvalues, entries, f"the sum of {where[0]} and the others")
+        x, condition = x + fault, condition + jnp.max(fault)
         weights.append(placed_like(x.astype(leaves[0].dtype).reshape(leaves[0].shape), leaves[0]))
         conditions.append(condition)
         unseen += zeros
@@ -178,6 +179,7 @@ def _fit(
     least = jnp.min(jnp.where(zero, shifted[..., -1:], shifted), axis=-1)
     some = shifted[..., -1] > 0
     conditions = jnp.where(some, shifted[..., -1] / jnp.where(some, least, 1), 1)
+    conditions = jnp.where(jnp.all(jnp.isfinite(shifted), axis=-1), conditions, jnp.nan)
     change = with_nan_of(change, share)
     return mean + change, eigenvalues, jnp.max(conditions), jnp.sum(zero, dtype=jnp.int32)
 
