@@ -133,7 +133,7 @@ def regression_mean(
         xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
         x, eigenvalues, condition, zeros = _fit(c, xs, given, ridge, shrink, rtol)
         fault = semidefinite(eigenvalues, entries, f"the sum of {where[0]} and the others")
-        x, condition = x + fault, condition + jnp.max(fault)
+        x, condition = x + fault, condition + fault
         weights.append(placed_like(x.astype(leaves[0].dtype).reshape(leaves[0].shape), leaves[0]))
         conditions.append(condition)
         unseen += zeros
