@@ -30,7 +30,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10.") and platform.machine
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
-        "--xla_cpu_max_isa=AVX",
+        "--xla_cpu_max_isa=AVX --xla_cpu_parallel_codegen_split_count=1",
     )
 
 import hypothesis

@@ -182,6 +182,8 @@ def _keys(
 
 def axes(x: Any) -> tuple[str, ...]:
     """The axes of the mesh that a leaf is spread over."""
+    if isinstance(getattr(x, "sharding", None), jax.sharding.SingleDeviceSharding):
+        return ()  # without the type of the leaf, which takes longer than all else of a selection
     names = (
         (name,) if isinstance(name, str) else name or () for name in jax.typeof(x).sharding.spec
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, tree
@@ -250,11 +251,13 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
     wide, traced = _wide(leaves), _checks.is_traced(leaves, need)
     if traced:
         leaves = list(map(lax.stop_gradient, leaves))
-    runs = _neighbors(leaves)
-    sizes = [sum(leaves[i].size for i in run) for run in runs]
+    counts = [leaf.size for leaf in leaves]
+    small = [count <= FEW and not axes(x) for count, x in zip(counts, leaves, strict=True)]
+    runs = _neighbors(leaves, small)
+    sizes = [sum(counts[i] for i in run) for run in runs]
     blocks = [
         _joined([leaves[i] for i in run], wide, size if traced else _length(size))
-        if _is_small(leaves[run[0]])
+        if small[run[0]]
         else leaves[run[0]]
         for run, size in zip(runs, sizes, strict=True)
     ]
@@ -264,7 +267,7 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
         last = _in_one_program(blocks, tuple(sizes), need, exact)
     else:
         last = last_by_counting(blocks, sizes, need, exact)
-    return last if exact or len(runs) == len(leaves) else _unjoined(last, *_ranges(leaves, runs))
+    return last if exact or len(runs) == len(leaves) else _unjoined(last, *_ranges(counts, runs))
 
 
 def _length(size: int) -> int:
@@ -272,17 +275,12 @@ def _length(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 1
 
 
-def _is_small(leaf: Array) -> bool:
-    """Whether a leaf takes part in a sort, and so is joined with others."""
-    return leaf.size <= FEW and not axes(leaf)
-
-
-def _neighbors(leaves: Sequence[Array]) -> list[list[int]]:
-    """The indices of leaves that are joined: small neighbors, or one leaf alone."""
+def _neighbors(leaves: Sequence[Array], small: Sequence[bool]) -> list[list[int]]:
+    """The indices of leaves that are joined: neighbors small enough for a sort, or one alone."""
 
     def key(i: int) -> Any:
-        if not _is_small(leaves[i]) or _checks.is_traced(leaves[i]):
-            return -1 if _is_small(leaves[i]) else i
+        if not small[i] or isinstance(leaves[i], Tracer):
+            return -1 if small[i] else i
         devices = leaves[i].sharding.device_set
         return devices if len(devices) == 1 else i
 
@@ -305,11 +303,11 @@ def _in_one_program(
 
 
 def _ranges(
-    leaves: Sequence[Array], runs: Sequence[Sequence[int]]
+    counts: Sequence[int], runs: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each leaf how many runs come after its own, and its first entry and its end there."""
     after = np.repeat(np.arange(len(runs), dtype=np.uint32)[::-1], list(map(len, runs)))
-    sizes = [np.array([leaves[i].size for i in run]) for run in runs]
+    sizes = [np.array([counts[i] for i in run]) for run in runs]
     ends = np.concatenate([np.cumsum(row) for row in sizes])
     return after, (ends - np.concatenate(sizes)).astype(np.uint32), ends.astype(np.uint32)
 
