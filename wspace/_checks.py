@@ -25,6 +25,8 @@ from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
 
+WEIGHTS_AND_MASKS = WEIGHT_DTYPES | {np.dtype(bool)}
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 Numbers: TypeAlias = Float[Array | np.ndarray, " k"]
@@ -49,14 +51,19 @@ def native(leaf: Any) -> Any:
     return leaf
 
 
-def shapes_of(name: str, tree: object, leaves: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The shapes of the leaves of a tree, raising unless all of them are weights."""
+def shapes_of(
+    name: str,
+    tree: object,
+    leaves: Sequence[Any],
+    dtypes: AbstractSet[np.dtype] = WEIGHT_DTYPES,
+) -> list[tuple[int, ...]]:
+    """The shapes of the leaves of a tree, raising unless all of them have one of some dtypes."""
     try:
-        if {leaf.dtype for leaf in leaves} <= WEIGHT_DTYPES:
+        if {leaf.dtype for leaf in leaves} <= dtypes:
             return [leaf.shape for leaf in leaves]
     except AttributeError:
         pass
-    raise _no_weight(name, tree)
+    raise _no_weight(name, tree, dtypes)
 
 
 def path_of(path: KeyPath) -> str:
@@ -64,17 +71,53 @@ def path_of(path: KeyPath) -> str:
     return keystr(path) or "(root)"
 
 
+def described(value: object) -> str:
+    """What a value is, in a few words: a number is shown, of all else the kind and the size."""
+    if value is None or isinstance(value, bool | int | float | complex | np.generic):
+        return shortened(repr(value))
+    if isinstance(value, str | bytes):
+        return shortened(repr(value))
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if value.shape == () and isinstance(value, np.ndarray | jax.Array):
+            return f"the {value.dtype} {value}" if not is_traced(value) else "a traced number"
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, type) or callable(value):
+        return shortened(f"the {kind} {getattr(value, '__name__', '')}".rstrip())
+    try:
+        leaves, structure = jax.tree.flatten(value, is_leaf=is_factored)
+    except (TypeError, ValueError):  # as for keys that have no order
+        return f"{article(kind)} {kind}"
+    if jax.tree_util.treedef_is_leaf(structure):
+        return f"{article(kind)} {kind}"
+    return f"{article(kind)} {kind} of {len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}"
+
+
+def article(word: str) -> str:
+    """The article that goes with the name of a class."""
+    return "an" if word[:1].lower() in "aeio" else "a"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text on one line, without what goes beyond a length."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def is_traced(*values: object) -> bool:
     """Whether a value is known only when the traced program runs."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
-def same_layout(**trees: object) -> None:
-    """Raises unless the trees, by name, share structure and leaf shapes, every leaf floating."""
+def same_layout(dtypes: AbstractSet[np.dtype] = WEIGHT_DTYPES, /, **trees: object) -> None:
+    """Raises unless the trees, by name, share structure and leaf shapes, every leaf floating.
+
+    Where `dtypes` are given, leaves have one of these.
+    """
     flat = {}
     for name, x in trees.items():
         leaves, structure = jax.tree.flatten(x, is_leaf=is_factored)
-        flat[name] = structure, shapes_of(name, x, leaves)
+        flat[name] = structure, shapes_of(name, x, leaves, dtypes)
     (first, layout), *rest = flat.items()
     for name, other in rest:
         if other != layout:
@@ -144,12 +187,14 @@ def floating_leaves(**trees: object) -> None:
         shapes_of(name, tree, jax.tree.leaves(tree, is_leaf=is_factored))
 
 
-def _no_weight(name: str, tree: object) -> TypeError:
-    """What is said of the first leaf of a tree that is no array of weights."""
+def _no_weight(name: str, tree: object, dtypes: AbstractSet[np.dtype]) -> TypeError:
+    """What is said of the first leaf of a tree that is no array of one of some dtypes."""
     path, leaf = next(
         (path, leaf)
         for path, leaf in tree_leaves_with_path(tree, is_leaf=is_factored)
-        if isinstance(leaf, Factored) or not is_weight(leaf)
+        if isinstance(leaf, Factored)
+        or getattr(leaf, "dtype", None) not in dtypes
+        or not hasattr(leaf, "shape")
     )
     where = f"leaf {path_of(path)} of {name}"
     if isinstance(leaf, Factored):
@@ -216,6 +261,13 @@ def scalar(
     if not math.isfinite(known) or (domain is not None and not domain(known)):
         raise ValueError(f"{name} must be {words}, got {known}")
     return known
+
+
+def single(name: str, value: Any) -> None:
+    """Raises unless a value is one of what formulas take: a real number, a truth value or a key."""
+    is_number = isinstance(value, bool | int | float) or hasattr(value, "dtype")
+    if not is_number or np.shape(value) != () or is_complex(value):
+        raise TypeError(f"{name} must be one real number, or a random key, got {described(value)}")
 
 
 def _at_least_single(value: Array) -> Array:

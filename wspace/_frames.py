@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wspace import tree
+from wspace import _lift, tree
 from wspace._numerics import safe_sqrt, unstacked
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -90,7 +90,7 @@ def measured(
     return coefficients, safe_sqrt(_rest_square([*frame.scalars, *unstacked(coefficients)], trees))
 
 
-@tree.reduction
+@_lift.reduction
 def gap_square(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (over,), (x, y) = scalars, arrays
     return _gap(over, x, y) ** 2
@@ -115,38 +115,38 @@ def _without(x: Array, coefficients: Sequence[Scalar], vectors: Sequence[Array])
     return x - functools.reduce(lambda a, b: a + b, parts)
 
 
-@tree.reduction
+@_lift.reduction
 def _gap_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse, over), (x, origin, *frame) = scalars, arrays
     return [q * _gap(over, x, origin) for q in _vectors(inverse, over, frame)]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _gap_beyond(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, over, *c), (x, origin, *frame) = scalars, arrays
     return _without(_gap(over, x, origin), c, _vectors(inverse, over, frame))
 
 
-@tree.reduction
+@_lift.reduction
 def _along_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse, over), (x, *frame) = scalars, arrays
     return [q * x for q in _vectors(inverse, over, frame)]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _beyond_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, over, *c), (x, *frame) = scalars, arrays
     return _without(x, c, _vectors(inverse, over, frame))
 
 
-@tree.reduction
+@_lift.reduction
 def _rest_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse, over, *c), (x, origin, *frame) = scalars, arrays
     vectors = _vectors(inverse, over, frame)
     return [q * _without(_gap(over, x, origin), c, vectors) for q in vectors]
 
 
-@tree.reduction
+@_lift.reduction
 def _rest_square(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, over, *c), (x, origin, *frame) = scalars, arrays
     return _without(_gap(over, x, origin), c, _vectors(inverse, over, frame)) ** 2
@@ -172,27 +172,27 @@ def within(frame: Frame, coefficients: Sequence[Scalar]) -> Weights:
     return _frame_sum([*frame.scalars, *coefficients], frame.trees)
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _gap_times(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x, origin) = scalars, arrays
     return c * (x - origin)
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _gap_and_frame(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, over, c, *coefficients), (x, origin, *frame) = scalars, arrays
     vectors = _vectors(inverse, over, frame)
     return _without(c * _gap(over, x, origin), [-k for k in coefficients], vectors)
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _frame_sum(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     inverse, over, *coefficients = scalars
     vectors = _vectors(inverse, over, arrays)
     return functools.reduce(jnp.add, [c * q for c, q in zip(coefficients, vectors, strict=True)])
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def multiple(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays
     return c * x

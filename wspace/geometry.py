@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace import _frames as frames
 from wspace._numerics import accumulator, safe_sqrt, split, stored_rounding, unstacked
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -72,7 +72,7 @@ def distance(x: WeightsLike, y: WeightsLike) -> Scalar:
     return frames.distance(x, y)
 
 
-@tree.reduction
+@_lift.reduction
 def _chords(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     # The products of the high halves are exact, so x - ratio y and x + ratio y keep all digits
     # where they cancel.
@@ -219,7 +219,7 @@ def gram(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
     return inner_products(points)
 
 
-@tree.reduction
+@_lift.reduction
 def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     return [jnp.abs(x) for x in arrays]
 
@@ -268,7 +268,7 @@ def inner_products(points: Sequence[WeightsLike]) -> Float[Array, "k k"]:
 def _crossed(count: int, others: int) -> Callable[..., Array]:
     """The inner products of some points with others."""
 
-    @tree.reduction
+    @_lift.reduction
     def crossed(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
         return [x * y for x in arrays[:count] for y in arrays[count : count + others]]
 
@@ -291,9 +291,9 @@ def squared_gaps(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     return [(x - y) ** 2 for i, x in enumerate(arrays) for y in arrays[i:]]
 
 
-pair_sums = tree.reduction(pairs)
-pair_sums_from_first = tree.reduction(pairs_from_first)
-gap_sums = tree.reduction(squared_gaps)
+pair_sums = _lift.reduction(pairs)
+pair_sums_from_first = _lift.reduction(pairs_from_first)
+gap_sums = _lift.reduction(squared_gaps)
 
 
 @jax.jit(static_argnums=1)
@@ -305,19 +305,19 @@ def symmetric(upper: Array, count: int) -> Array:
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
-@tree.reduction
+@_lift.reduction
 def _along_basis(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     x, *basis = arrays
     return [q * x for q in basis]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _beyond_basis(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, *basis = arrays
     return x - functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays
     return x / c
@@ -464,7 +464,7 @@ def project(x: WeightsLike, basis: Sequence[WeightsLike]) -> Weights:
     return _in_span(unstacked(_along_basis((), (x, *basis))), (x, *basis))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _in_span(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     _, *basis = arrays
     return functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)])

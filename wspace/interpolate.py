@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lift, geometry, tree
 from wspace._numerics import (
     accumulator,
     arcsin_of_root_squared,
@@ -32,7 +32,7 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["bezier", "lerp", "polygonal_chain", "slerp"]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _segment(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (t,), (x, y) = scalars, arrays
     return (1 - t) * x + t * y
@@ -72,7 +72,7 @@ def lerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     return _segment((_checks.scalar("t", t),), (start, end))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _arc(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (a, b, c), (x, y) = scalars, arrays
     return a * x + b * y + c * (x + y)
@@ -329,7 +329,7 @@ def _on_segment(first: WeightsLike, ends: Sequence[WeightsLike], part: float) ->
     return tree.combine(c, ends) if dtypes[0] == dtypes[1] else _like(c, (first, *ends))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _like(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     _, *ends = arrays
     terms = [c * x for c, x in zip(scalars, ends, strict=True)]

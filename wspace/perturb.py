@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, lowrank, tree
+from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
@@ -33,7 +33,7 @@ def _normal(key: Array, leaf: Array, shape: tuple[int, ...] | None = None) -> Ar
     return jax.random.normal(key, shape, accumulator(leaf.dtype), out_sharding=sharding)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _stretched(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (_, x) = scalars, arrays
     return c * x
@@ -151,7 +151,7 @@ def low_rank_gaussian(
     return lowrank.scale(_stretch(norm, edit if rank else ()), edit)
 
 
-@functools.partial(tree.elementwise, scope="leaf")
+@functools.partial(_lift.elementwise, scope="leaf")
 def _filters(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     direction, like = arrays
     stack = matrix_shape(like.shape)[:-2]

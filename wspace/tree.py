@@ -18,9 +18,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Bool, DTypeLike, Key, PyTree, UInt32
 
-from wspace import _checks, _pieces
+from wspace import _checks, _lift, _pieces
 from wspace._lazy import Lazy
-from wspace._numerics import Wide, accumulator, plus, row_sums, safe_sqrt, settled
+from wspace._numerics import Wide, accumulator, plus, safe_sqrt
 from wspace._per_leaf import per_leaf
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -77,6 +77,8 @@ def elementwise(
         The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
             layout, and as a third argument, if there are any, a sequence of trees with one scalar
             for each leaf, which follow the other scalars. It returns a tree, or a list of several.
+            It raises `ValueError` if the trees differ in structure or in a leaf's shape, and
+            `TypeError` if a leaf is neither floating-point nor boolean, or a scalar no number.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -85,71 +87,15 @@ def elementwise(
         >>> shrink([1.0], [{"w": jnp.array([4.0, 2.0])}])
         {'w': Array([2., 1.], dtype=float32)}
     """
-
-    def cast(x: Array, like: Array, wide: Wide) -> Array:
-        return x if x.dtype == bool else x.astype(like.dtype if rounded else wide)
-
-    def on_leaf(scalars: Sequence[Any], leaves: Sequence[Array], start: Any) -> Any:
-        wide = accumulator(*(leaf.dtype for leaf in leaves))
-        places = [_places(leaves[0], start)] if placed else []
-        result = formula([_number(c, wide) for c in scalars], _widened(leaves, wide), *places)
-        if isinstance(result, list | tuple):
-            if len(result) > len(leaves):
-                raise ValueError(
-                    f"the formula returns {len(result)} arrays for {len(leaves)} trees, and each "
-                    "is rounded to the dtype of a tree: give as many trees, or take fewer"
-                )
-            return [cast(x, like, wide) for x, like in zip(result, leaves, strict=False)]
-        return cast(result, leaves[0], wide)
-
-    def on_leaves(
-        scalars: Sequence[Any], own: Sequence[Any], columns: Sequence[Any], start: Any
-    ) -> list[Any]:
-        rows = list(zip(*columns, strict=True))
-        numbers = zip(*own, strict=True) if own else [()] * len(rows)
-        return [
-            on_leaf([*scalars, *row_numbers], leaves, start)
-            for row_numbers, leaves in zip(numbers, rows, strict=True)
-        ]
-
-    kernel = _named(on_leaves, formula)
-
-    def put_off(scalars: Sequence[Any], own: Sequence[Any], leaves: Sequence[Any]) -> Any:
-        def on_span(leaves: Sequence[Any], start: Any) -> Any:
-            return kernel(scalars, _as_columns(own), _as_columns(leaves), start)[0]
-
-        # Of the kernel itself, which is traced once for leaves of the same kind.
-        def traced(leaves: Sequence[Any], start: Any) -> Any:
-            row = _as_columns(own), _as_columns(leaves)
-            return jax.eval_shape(kernel, scalars, *row, start)[0]
-
-        return _pieces.put_off(on_span, leaves, scope == "entry", traced)
+    lifted = _lift.elementwise(formula, rounded=rounded, scope=scope, placed=placed)
 
     def on_trees(
         scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
         trees: Sequence[PyTree],
         each: Sequence[PyTree] = (),
     ) -> Any:
-        scalars = _settled([_as_one_dtype(c) for c in scalars])
-        first, *others = trees
-        leaves, structure = jax.tree.flatten(first)
-        columns = [leaves, *map(structure.flatten_up_to, others)]
-        own = list(map(structure.flatten_up_to, each))
-        results: list[Any] = [None] * len(leaves)
-        for group in _pieces.groups(columns):
-            if _pieces.is_lazy(_row(columns, group[0])):
-                for i in group:
-                    results[i] = put_off(scalars, _row(own, i), _row(columns, i))
-            else:
-                numbers = [_as_one_array(column) for column in _rows(own, group)]
-                found = kernel(scalars, numbers, _rows(columns, group), np.uint32(0))
-                for i, result in zip(group, found, strict=True):
-                    results[i] = result
-        if not leaves and not each:
-            results = [jax.eval_shape(on_leaf, scalars, [jnp.zeros(0)] * len(trees), np.uint32(0))]
-        if results and isinstance(results[0], list):
-            return [structure.unflatten(xs if leaves else ()) for xs in zip(*results, strict=True)]
-        return structure.unflatten(results if leaves else ())
+        scalars, trees = _given(scalars, trees)
+        return lifted(scalars, trees, _numbers_of_leaves(each, trees[0]))
 
     return on_trees
 
@@ -180,7 +126,8 @@ def reduction(
         The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
             layout, and returns one number, or an array of as many as there are sequences of terms,
             in at least float32; for trees without entries 0, or for the largest and the least term
-            an infinity. With `by_leaf=True` it returns a list with the numbers of every leaf.
+            an infinity. With `by_leaf=True` it returns a list with the numbers of every leaf. It
+            raises what a formula on entries does.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -189,25 +136,7 @@ def reduction(
         >>> moments((), [{"w": jnp.array([3.0, 1.0]), "b": jnp.array(2.0)}])
         Array([ 6., 14.], dtype=float32)
     """
-
-    def on_leaf(scalars: Sequence[Any], leaves: Sequence[Array], wide: Any) -> Array:
-        terms = formula([_number(c, wide) for c in scalars], _widened(leaves, wide))
-        return _reduced(terms, kind, wide)
-
-    def on_leaves(scalars: Sequence[Any], columns: Sequence[Any], wide: Any) -> list[Array]:
-        return [on_leaf(scalars, leaves, wide) for leaves in zip(*columns, strict=True)]
-
-    kernel = _named(on_leaves, formula, static_argnums=2)
-
-    def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
-        """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
-        like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
-        (terms,) = jax.eval_shape(kernel, scalars, _as_columns(like), wide)
-        exact = jnp.issubdtype(terms.dtype, jnp.integer)
-        if not exact and kind == "sum":
-            return kernel(scalars, _as_columns(_pieces.whole(row)), wide)[0]
-        parts = [kernel(scalars, _as_columns(part), wide)[0] for part in _pieces.entries(row)]
-        return functools.reduce(_MEETING[kind], parts)
+    lifted = _lift.reduction(formula, kind=kind)
 
     def on_trees(
         scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
@@ -215,139 +144,9 @@ def reduction(
         *,
         by_leaf: bool = False,
     ) -> Any:
-        scalars = _settled([_as_one_dtype(c) for c in scalars])
-        first, *others = trees
-        leaves, structure = jax.tree.flatten(first)
-        columns = [leaves, *map(structure.flatten_up_to, others)]
-        wide = accumulator(*{leaf.dtype for column in columns for leaf in column})
-        results: list[Any] = [None] * len(leaves)
-        for group in _pieces.groups(columns):
-            if not _pieces.is_lazy(_row(columns, group[0])):
-                found = kernel(scalars, _rows(columns, group), wide)
-            elif len(group) == 1:
-                found = [of_row(scalars, _row(columns, group[0]), wide)]
-            else:
-                rows = [_pieces.whole(_row(columns, i)) for i in group]
-                found = kernel(scalars, list(map(list, zip(*rows, strict=True))), wide)
-            for i, result in zip(group, found, strict=True):
-                results[i] = result
-        if by_leaf:
-            return results
-        results = [x for x, leaf in zip(results, leaves, strict=True) if leaf.size]
-        if not results:
-            empty = [jnp.zeros(0, wide)] * len(trees)
-            return kernel(scalars, _as_columns(empty), wide)[0].astype(wide)
-        try:
-            return _together(results, kind, wide)
-        except ValueError:  # leaves lie on several devices: their numbers meet on the first
-            if _checks.is_traced(results):
-                raise
-            home = results[0].sharding
-            return _together([jax.device_put(x, home) for x in results], kind, wide)
+        return lifted(*_given(scalars, trees), by_leaf=by_leaf)
 
     return on_trees
-
-
-_MEETING = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
-
-
-def _named(function: Any, formula: Callable[..., Any], **options: Any) -> Any:
-    """The function compiled under the name of a formula."""
-    name = getattr(getattr(formula, "func", formula), "__name__", "<lambda>")
-    function.__name__ = function.__qualname__ = "formula" if name == "<lambda>" else name
-    return jax.jit(function, **options)
-
-
-def _row(columns: Sequence[Sequence[Any]], i: int) -> list[Any]:
-    return [column[i] for column in columns]
-
-
-def _rows(columns: Sequence[list[Any]], indices: Sequence[int]) -> list[list[Any]]:
-    """Some rows, as columns."""
-    if all(len(column) == len(indices) for column in columns):
-        return list(columns)
-    return [[column[i] for i in indices] for column in columns]
-
-
-def _as_columns(row: Sequence[Any]) -> list[list[Any]]:
-    return [[x] for x in row]
-
-
-def _as_one_array(numbers: Sequence[Any]) -> Any:
-    """Known numbers of one dtype as an array, which is one argument of a program, not many."""
-    alike = len(numbers) > 1 and isinstance(numbers[0], np.generic)
-    return np.array(numbers) if alike and len(set(map(type, numbers))) == 1 else numbers
-
-
-def _as_one_dtype(c: Any) -> Any:
-    """A plain number in a fixed dtype, so that all plain numbers share one program."""
-    if not isinstance(c, int | float | np.floating | np.signedinteger):
-        return c
-    with np.errstate(over="ignore"):
-        return np.float64(c) if jax.config.read("jax_enable_x64") else np.float32(c)
-
-
-def _settled(scalars: list[Any]) -> list[Any]:
-    """Traced numbers as parts of one array, which is computed once, not for every leaf."""
-    together: dict[Any, list[int]] = {}
-    for i, c in enumerate(scalars):
-        if _checks.is_traced(c) and jnp.issubdtype(c.dtype, jnp.floating) and jnp.ndim(c) == 0:
-            together.setdefault(c.dtype, []).append(i)
-    for places in together.values():
-        found = settled([scalars[i] for i in places])
-        for i, c in zip(places, found, strict=True):
-            scalars[i] = c
-    return scalars
-
-
-def _number(c: Any, wide: Any) -> Any:
-    """A scalar in the dtype of arithmetic; a key or an unsigned integer as it is."""
-    array = jnp.asarray(c)
-    is_other = jnp.issubdtype(array.dtype, jnp.unsignedinteger) or jnp.issubdtype(
-        array.dtype, jax.dtypes.prng_key
-    )
-    return array if is_other else array.astype(wide)
-
-
-def _widened(leaves: Sequence[Array], wide: Any) -> list[Array]:
-    return [leaf if leaf.dtype == bool else leaf.astype(wide) for leaf in leaves]
-
-
-def _places(x: Array, start: Any) -> Array:
-    """The flat indices of entries, where they lie."""
-    places, stride = jnp.asarray(start), 1
-    for axis in reversed(range(x.ndim)):
-        along = jax.lax.broadcasted_iota(
-            jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding
-        )
-        places, stride = places + along * jnp.uint32(stride), stride * x.shape[axis]
-    return places
-
-
-def _reduced(terms: Any, kind: str, wide: Any) -> Array:
-    """One number of an array of terms, or one of each of several arrays."""
-    if isinstance(terms, list | tuple):
-        if kind == "sum" and all(x.dtype == wide for x in terms):
-            return jnp.stack([jnp.sum(x) for x in row_sums(terms)])
-        numbers = [_reduced(x, kind, wide) for x in terms]
-        alike = len({x.dtype for x in numbers}) == 1
-        return jnp.stack(numbers if alike else [x.astype(wide) for x in numbers])
-    if kind == "sum":
-        counted = terms.dtype == bool or jnp.issubdtype(terms.dtype, jnp.integer)
-        return jnp.sum(terms, dtype=jnp.int32 if counted else wide)
-    initial = -jnp.inf if kind == "max" else jnp.inf
-    return (jnp.max if kind == "max" else jnp.min)(terms.astype(wide), initial=initial)
-
-
-@jax.jit(static_argnums=(1, 2))
-def _together(parts: Sequence[Array], kind: str, wide: Any) -> Array:
-    """The numbers of each leaf, combined in pairs into the numbers of all."""
-    rows = jnp.stack([part.astype(wide) for part in parts])
-    while len(rows) > 1:
-        even = len(rows) // 2 * 2
-        met = _MEETING[kind](rows[0:even:2], rows[1:even:2])
-        rows = jnp.concatenate([met, rows[even:]])
-    return rows[0]
 
 
 def _combination(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
@@ -355,13 +154,32 @@ def _combination(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-weighted_sum = elementwise(_combination)
+def _given(scalars: Sequence[Any], trees: Sequence[PyTree]) -> tuple[list[Any], list[PyTree]]:
+    """The arguments of a lifted formula: numbers, and trees of weights or masks of one layout."""
+    trees = _checks.listed("trees", trees)
+    _checks.same_layout(_checks.WEIGHTS_AND_MASKS, **_checks.each("trees", trees))
+    _checks.ordered("scalars", scalars)
+    for i, c in enumerate(scalars):
+        _checks.single(f"scalars[{i}]", c)
+    return list(scalars), trees
+
+
+def _numbers_of_leaves(each: Sequence[PyTree], like: PyTree) -> list[PyTree]:
+    """Trees with one number at each leaf of `like`."""
+    each = _checks.listed("each", each) if len(each) else []
+    for name, numbers in _checks.each("each", each).items():
+        for number, _, where in _checks.entries(name, numbers, like, "one number a leaf"):
+            _checks.single(where, number)
+    return each
+
+
+weighted_sum = _lift.elementwise(_combination)
 """`combine` without checks, for scalars that are known to be right, or traced."""
 
-_wide_sum = elementwise(_combination, rounded=False)
+_wide_sum = _lift.elementwise(_combination, rounded=False)
 
 
-@elementwise
+@_lift.elementwise
 def displaced(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     """A point plus a multiple of a displacement, bit for bit the point where that is zero."""
     (c,), (x, way) = scalars, arrays
@@ -485,7 +303,7 @@ def _cast_array(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
-@reduction
+@_lift.reduction
 def _products(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, y = arrays
     return x * y

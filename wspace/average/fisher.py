@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from wspace import _checks, lowrank, tree
+from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
@@ -48,7 +48,7 @@ class Kronecker(NamedTuple):
     outputs: Float[Array, "... n n"]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _fisher_mean(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     *c, level = scalars
     points, fishers = arrays[: len(c)], arrays[len(c) :]
@@ -134,7 +134,7 @@ def fisher_mean(
     return _fisher_mean([*c, level], [*points, *fishers])
 
 
-@functools.partial(tree.reduction, kind="min")
+@functools.partial(_lift.reduction, kind="min")
 def _least(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return functools.reduce(jnp.minimum, [jnp.where(x < 0, x, 0) for x in arrays])
 
@@ -154,7 +154,7 @@ def _refuse_negative(fishers: Sequence[WeightsLike]) -> None:
                 )
 
 
-@tree.reduction
+@_lift.reduction
 def _weighted_entries(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, [c * x for c, x in zip(scalars, arrays, strict=True)])
 
@@ -270,7 +270,7 @@ def kronecker_mean(
     return Solution(weights, residual, taken, jnp.isfinite(residual) & converged)
 
 
-@tree.reduction
+@_lift.reduction
 def _not_finite(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     """NaN if an entry is not finite, else 0."""
     return 0 * arrays[0]

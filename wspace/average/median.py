@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lift, geometry, tree
 from wspace._numerics import safe_sqrt, unstacked, with_nan_of
 from wspace._records import Solution
 from wspace.average import fixed_point
@@ -110,7 +110,7 @@ def geometric_median(
     )
 
 
-@tree.reduction
+@_lift.reduction
 def _gaps_and_reach(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     """The squared differences of all pairs, and how far all are from the first, unsquared."""
     first, *others = arrays
@@ -158,7 +158,7 @@ def _shares_of_pull(gram: _Gram, c: _Numbers) -> _Shares:
     return _Shares(pulls, jnp.sum(jnp.where(away, 0, c)))
 
 
-@tree.reduction
+@_lift.reduction
 def _pull_square(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     start, *points = arrays
     terms = [c * (x - start) for c, x in zip(scalars, points, strict=True)]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lift, geometry, tree
 from wspace._compiled import compiled
 from wspace._numerics import (
     angle_over_sine,
@@ -355,12 +355,12 @@ def _mean_on(
     return at, residual, taken.astype(jnp.int32), residual <= bound
 
 
-@functools.partial(tree.reduction, kind="max")
+@functools.partial(_lift.reduction, kind="max")
 def _largest(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.abs(arrays[0])
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return arrays[0] / scalars[0]
 

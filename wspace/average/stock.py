@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lift, geometry
 from wspace._numerics import row_sums, safe_sqrt
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -112,7 +112,7 @@ def _any_pole(ratios: Sequence[Array]) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_or, map(jnp.isinf, ratios), jnp.asarray(False))
 
 
-@functools.partial(tree.reduction, kind="max")
+@functools.partial(_lift.reduction, kind="max")
 def _has_pole(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (ratios,) = arrays
     return jnp.isinf(ratios)
@@ -145,7 +145,7 @@ def _t_of(sums: Array, floor: ScalarLike, statistic: str) -> Array:
 def _ratios_of_rows(statistic: str) -> Callable[..., Weights]:
     """For every entry the `t` of its row."""
 
-    @functools.partial(tree.elementwise, rounded=False, scope="leaf")
+    @functools.partial(_lift.elementwise, rounded=False, scope="leaf")
     def ratios_of_rows(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         (floor,) = scalars
         rows = row_sums(geometry.pairs_from_first((), arrays))
@@ -160,13 +160,13 @@ def _toward_mean(t: Array, base: Array, points: Sequence[Array]) -> Array:
     return base + t / len(points) * functools.reduce(jnp.add, [x - base for x in points])
 
 
-@tree.elementwise
+@_lift.elementwise
 def _drawn(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (t,), (base, *points) = scalars, arrays
     return _toward_mean(t, base, points)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _drawn_by_entry(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     base, *points, t = arrays
     return _toward_mean(t, base, points)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.dtypes import canonicalize_dtype
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import accumulator
 from wspace.typing import Scalar, ScalarLike, WeightsLike
 
@@ -82,13 +82,13 @@ def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
     return total, (x - (total - part)) + (y - part)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _with_term(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (coefficient,), (high, low, x) = scalars, arrays
     return _increased(high, low, coefficient * x)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _nearer(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (rate,), (high, low, x) = scalars, arrays
     return _increased(high, low, rate * ((x - high) - low))
@@ -115,7 +115,7 @@ def _is_wider(x: Any, y: Any) -> bool:
     return accumulator(x.dtype, y.dtype) != y.dtype
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _over(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (mass,), (high, low) = scalars, arrays
     return (high + low) / mass

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import accumulator
 from wspace.cone.spectra import (
     Spectra,
@@ -347,7 +347,7 @@ def _is_whole(allowed: Any, leaf: Array, where: str) -> bool:
     return jnp.shape(allowed) == ()
 
 
-@tree.elementwise
+@_lift.elementwise
 def _within_mask(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     (allowed,), (edit, mask) = scalars, arrays
     inside = mask if mask.dtype == bool else True

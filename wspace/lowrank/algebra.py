@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import (
     exponent_of,
     length,
@@ -344,7 +344,7 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
     )
 
 
-@tree.elementwise
+@_lift.elementwise
 def _sum(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     base, edit = arrays
     return base + edit

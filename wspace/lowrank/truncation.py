@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import length, matmul, power_of_two, safe_sqrt
 from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
 from wspace.lowrank.spectrum import rank_for, tails_of
@@ -314,7 +314,7 @@ def displacement(**ends: WeightsLike) -> Weights:
     return edit
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _displacement(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     end, start = arrays
     return end - start

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace.selection import kth_magnitude
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -77,7 +77,7 @@ def _importance(base: Array, tuned: Array) -> Array:
     return jnp.abs(tuned - base) * jnp.maximum(divergence, 0)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _above(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (least, middle, most), (base, tuned, importance) = scalars, arrays
     small = importance < middle + 1.5 * (most - least)  # NaN is not, and shows

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import where_kept
 from wspace.merge.parts.elect import disjoint_merge, elect
 from wspace.merge.task import differences, siblings
@@ -112,19 +112,19 @@ def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
     return _of_task((unified.scales[index],), (base, unified.edit, unified.masks[index]))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _of_task(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale,), (base, edit, mask) = scalars, arrays
     return base + scale * where_kept(mask, edit)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _same_sign(_: Sequence[Scalar], arrays: Sequence[Array]) -> Bool[Array, "*s"]:
     x, edit = arrays
     return (jnp.sign(x) == jnp.sign(edit)) & (edit != 0)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _masked(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     edit, mask = arrays
     return where_kept(mask, edit)
@@ -135,6 +135,6 @@ def _rescaling(whole: WeightsLike, part: WeightsLike) -> Scalar:
     return jnp.where(left == 0, 0, _sum_of_sizes((), (whole,)) / jnp.where(left == 0, 1, left))
 
 
-@tree.reduction
+@_lift.reduction
 def _sum_of_sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.abs(arrays[0])

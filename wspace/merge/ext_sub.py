@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import safe_sqrt
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -62,7 +62,7 @@ def ext_sub(
     return _extracted((_checks.scalar("strength", strength),), (base, tuned, avoid))
 
 
-@functools.partial(tree.elementwise, scope="leaf")
+@functools.partial(_lift.elementwise, scope="leaf")
 def _extracted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (strength,), (base, tuned, avoid) = scalars, arrays
     good, bad = tuned - base, avoid - base

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import accumulator, matmul
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
@@ -350,7 +350,7 @@ def _total(term: Callable[..., Array], edits: Sequence[WeightsLike]) -> Scalar:
 
 @functools.cache
 def _summed(term: Callable[..., Array]) -> Callable[..., Scalar]:
-    @tree.reduction
+    @_lift.reduction
     @functools.wraps(term)
     def formula(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         return term(*arrays)

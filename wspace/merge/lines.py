@@ -7,7 +7,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["lines"]
@@ -75,7 +75,7 @@ def lines(
     return _by_depth((start, rise), (edit,), [structure.unflatten(shares)])
 
 
-@tree.elementwise
+@_lift.elementwise
 def _by_depth(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (start, rise, depth), (edit,) = scalars, arrays
     return (start + rise * depth) * edit

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import larger
 from wspace.merge.task import siblings
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -59,7 +59,7 @@ def magmax(
     return _largest((_checks.scalar("scale", scale), *known), (base, *tuned))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _largest(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *coefficients), (base, *tuned) = scalars, arrays
     terms = [c * (x - base) for c, x in zip(coefficients, tuned, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["nearswap"]
@@ -50,7 +50,7 @@ def nearswap(base: WeightsLike, tuned: WeightsLike, threshold: ScalarLike) -> We
     return _clipped((threshold,), (base, tuned))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _clipped(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (threshold,), (base, tuned) = scalars, arrays
     return base + jnp.clip(tuned - base, -threshold, threshold)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.merge.task import siblings
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -55,7 +55,7 @@ def negmerge(
     return _less_consensus((_checks.scalar("strength", strength),), (base, *tuned))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _less_consensus(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (strength,), (base, *tuned) = scalars, arrays
     edits = [x - base for x in tuned]

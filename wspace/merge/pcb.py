@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace.merge.parts.numbers import count, peak_of
 from wspace.merge.task import differences, siblings
 from wspace.selection import kth_magnitude
@@ -76,7 +76,7 @@ def pcb(
     return _balanced(numbers, (base, *edits, *scores))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _score(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (number, peak), (edit, total) = scalars, arrays
     size = edit / jnp.where(peak == 0, 1, peak)
@@ -84,7 +84,7 @@ def _score(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.exp(number * (jnp.square(size) - 1)) * jnp.maximum(edit * total, 0)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _balanced(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *numbers), (base, *others) = scalars, arrays
     k = len(others) // 2

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import unstacked, where_kept, with_nan_of
 from wspace.merge.parts.numbers import peak_of
 from wspace.merge.task import differences, siblings
@@ -99,7 +99,7 @@ def _boost_of(tally: Array, boost: Any, cap: Any) -> Array:
     return 1 + boost * jnp.minimum(shared / jnp.maximum(alone, 1), cap)
 
 
-@tree.reduction
+@_lift.reduction
 def _tally(cuts: Sequence[Scalar], edits: Sequence[Array]) -> list[Array]:
     """The entries that each model changes alone, and those that it shares."""
     changed = [jnp.abs(x) > cut for x, cut in zip(edits, cuts, strict=True)]
@@ -107,7 +107,7 @@ def _tally(cuts: Sequence[Scalar], edits: Sequence[Array]) -> list[Array]:
     return [*(c & (number == 1) for c in changed), *(c & (number > 1) for c in changed)]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _shared(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *numbers), (base, *edits) = scalars, arrays
     cuts, boosts = numbers[: len(edits)], numbers[len(edits) :]

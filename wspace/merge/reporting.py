@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.merge.task import siblings
 from wspace.typing import Coefficients, Scalar, WeightsLike
 
@@ -200,7 +200,7 @@ def _compared(
     return move, taus, edits, agreed, flipped
 
 
-@tree.reduction
+@_lift.reduction
 def _count_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     _, taus, edits, agreed, flipped = _compared(signs, arrays)
     votes = [jnp.sign(x) * sign for x, sign in zip(edits, signs, strict=True)]
@@ -210,7 +210,7 @@ def _count_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]
     return [*moved, *kept, *agreed, *flipped, *overruled, plus & minus]
 
 
-@tree.reduction
+@_lift.reduction
 def _square_sums(signs: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     move, taus, edits, agreed, _ = _compared(signs, arrays)
     trimmed = [jnp.where(e == 0, x, 0) for x, e in zip(taus, edits, strict=True)]

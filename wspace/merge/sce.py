@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import where_kept
 from wspace.merge.parts.elect import Election, Zero, agreed
 from wspace.merge.parts.numbers import count
@@ -91,7 +91,7 @@ def sce(
     return agreed(base, edits, weights, election, scale)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _variance(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     mean = sum(arrays[1:], arrays[0]) / len(arrays)
     squares = [jnp.square(x - mean) for x in arrays]
@@ -105,7 +105,7 @@ def _energy_shares(energies: Sequence[Scalar]) -> tuple[list[Scalar], Bool[Array
     return [x / jnp.where(total == 0, 1, total) for x in energies], ~jnp.isfinite(total)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _varying(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, mask, variance = arrays
     return where_kept(mask & (variance > 0), x)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.typing import Scalar, ScalarLike, WeightsLike
 
 __all__ = ["consensus_mask", "tall_mask"]
@@ -57,7 +57,7 @@ def tall_mask(edit: WeightsLike, total: WeightsLike, strength: ScalarLike = 0.4)
     return _stands_out((strength,), (edit, total))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _stands_out(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Bool[Array, "*s"]:
     (strength,), (x, total) = scalars, arrays
     return jnp.abs(x) > strength * jnp.abs(total - x)
@@ -104,7 +104,7 @@ def consensus_mask(masks: Sequence[PyTree], at_least: int = 2) -> PyTree:
     return _voted((np.uint32(at_least),), list(named.values()))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _voted(scalars: Sequence[Any], masks: Sequence[Array]) -> Bool[Array, "*s"]:
     votes = [mask.astype(jnp.uint32) for mask in masks]
     return functools.reduce(jnp.add, votes) >= scalars[0]

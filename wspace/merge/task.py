@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["task_arithmetic", "task_vector"]
@@ -18,10 +18,10 @@ def _difference(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return tuned - base
 
 
-_rounded_difference = tree.elementwise(_difference)
+_rounded_difference = _lift.elementwise(_difference)
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _differences(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     base, *tuned = arrays
     return [x - base for x in tuned]
@@ -74,7 +74,7 @@ def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights
     return _differences((), (base, *tuned))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _added(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale,), (base, edit) = scalars, arrays
     return base + scale * edit
@@ -85,7 +85,7 @@ def added(base: WeightsLike, edit: WeightsLike, scale: ScalarLike = 1.0) -> Weig
     return _added((_checks.scalar("scale", scale),), (base, edit))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _moved(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *coefficients), (base, *edits) = scalars, arrays
     return base + scale * total(coefficients, edits)
@@ -109,7 +109,7 @@ def total(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, above) + functools.reduce(jnp.add, below)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _sum_of_terms(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (scale, *coefficients), (base, *tuned) = scalars, arrays
     return base + scale * total(coefficients, [x - base for x in tuned])

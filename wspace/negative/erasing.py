@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import (
     accumulator,
     coarsest_eps,
@@ -35,7 +35,7 @@ __all__ = ["erase_keeping"]
 ErasureMode: TypeAlias = Literal["orthogonal", "oblique"]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _times_number(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (c,), (x,) = scalars, arrays
     return c * x

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import gap_times, plus, unstacked
 from wspace.negative.allowance import allowances, moved_by
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -21,7 +21,7 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_of"]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _extrapolated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (s,), (base, positive, negative) = scalars, arrays
     return plus(base, gap_times(s, positive, negative))
@@ -144,14 +144,14 @@ def guide(
     return _extrapolated((_checks.scalar("scale", scale),), (base, positive, negative))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _perpendicular(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (g, w, share), (base, positive, negative) = scalars, arrays
     p, n = positive - base, negative - base
     return base + g * (p - w * (n - share * p))
 
 
-@tree.reduction
+@_lift.reduction
 def _along_positive(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     base, positive, negative = arrays
     return [(positive - base) ** 2, (positive - base) * (negative - base)]

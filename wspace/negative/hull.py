@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Bool, Float
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import (
     accumulator,
     plus,
@@ -50,7 +50,7 @@ class Heights(NamedTuple):
         return jnp.sum(costs * self.needs**2 / reaches)
 
 
-@tree.reduction
+@_lift.reduction
 def _heights(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse, over), (*points, center, normal) = scalars, arrays
     normal = inverse * normal
@@ -100,7 +100,7 @@ class Guard(NamedTuple):
     path: Path | None
 
 
-@tree.reduction
+@_lift.reduction
 def _squares(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (over,) = scalars
     return [(over * x) ** 2 for x in arrays]
@@ -283,7 +283,7 @@ def guard_hull(
     ]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _raised(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (inverse, *steps), (*points, normal) = scalars, arrays
     return [plus(x, step * (inverse * normal)) for step, x in zip(steps, points, strict=True)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace import _frames as frames
 from wspace._numerics import rows_within, safe_sqrt, unstacked
 from wspace.cone.spectra import ratio
@@ -94,7 +94,7 @@ def rounding_of(sizes: Sequence[Scalar]) -> Scalar:
     return 64 * jnp.finfo(largest.dtype).eps * largest
 
 
-@tree.reduction
+@_lift.reduction
 def _gaps_from_first(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (over,), (first, *others) = scalars, arrays
     return [(over * x - over * first) ** 2 for x in others]
@@ -129,7 +129,7 @@ def _order(squares: Float[Array, "m m"]) -> tuple[UInt32[Array, " k"], Float[Arr
     return (order - 1).astype(jnp.uint32), spans
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _ordered(order: Sequence[UInt32[Array, ""]], arrays: Sequence[Array]) -> list[Array]:
     return [jax.lax.select_n(i.astype(jnp.int32), *arrays) for i in order]
 

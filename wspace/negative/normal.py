@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, geometry, tree
+from wspace import _checks, _lift, geometry, tree
 from wspace import _frames as frames
 from wspace._numerics import unstacked
 from wspace._records import Solution
@@ -217,7 +217,7 @@ def _descend(guard, rtol, mode, steps):
     return normal, residual, taken, (residual <= rtol) & least
 
 
-@tree.reduction
+@_lift.reduction
 def _products(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     gradient, other, s, y = arrays
     return [gradient**2, other**2, s * y, s**2]

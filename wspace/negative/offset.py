@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import power_of_two, safe_sqrt
 from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
@@ -259,7 +259,7 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
     return _gated((inside, undefined), (lowrank.apply(point, edit), point))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _gated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inside, undefined), (moved, x) = scalars, arrays
     return jnp.where(undefined != 0, jnp.nan, jnp.where(inside != 0, moved, x))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float
 
-from wspace import _checks, lowrank, tree
+from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
@@ -219,7 +219,7 @@ def retarget(
     ]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _shifted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     *points, target = arrays
     a, pulls = scalars[: len(points)], scalars[len(points) :]
@@ -227,13 +227,13 @@ def _shifted(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     return [plus(x, k * shift) for k, x in zip(pulls, points, strict=True)]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _shift(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     inverse, *a = scalars
     return -apart_of(a, inverse, arrays)
 
 
-@tree.reduction
+@_lift.reduction
 def _edit_squares(a: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     shift, *edits = arrays
     return [x * x for x in (shift - average_of(a, edits), *edits)]
@@ -432,7 +432,7 @@ def _step(radius: Scalar, distance: Scalar, square: Scalar, step: Scalar, along:
     return jnp.where(outside, 0, reach / safe)
 
 
-@tree.elementwise
+@_lift.elementwise
 def _moved_apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     *points, avoid = arrays
     a, pulls = scalars[: len(points)], scalars[len(points) :]
@@ -440,24 +440,24 @@ def _moved_apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Arr
     return [plus(x, k * apart) for k, x in zip(pulls, points, strict=True)]
 
 
-@tree.elementwise
+@_lift.elementwise
 def _moved_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (turn, *steps), (*points, way) = scalars, arrays
     return [plus(x, step * (turn * way)) for step, x in zip(steps, points, strict=True)]
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _apart(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     inverse, *a = scalars
     return apart_of(a, inverse, arrays)
 
 
-@functools.partial(tree.elementwise, rounded=False)
+@functools.partial(_lift.elementwise, rounded=False)
 def _average(shares: Sequence[Scalar], moves: Sequence[Array]) -> Array:
     return average_of(shares, moves)
 
 
-@tree.reduction
+@_lift.reduction
 def _apart_along(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (inverse, *a), (*trees, moved) = scalars, arrays
     return apart_of(a, inverse, trees) * moved

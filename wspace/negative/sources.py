@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Int
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._checks import Numbers
 from wspace._numerics import Rounding, power_of_two, safe_sqrt, unstacked
 from wspace.typing import Coefficients, Scalar, WeightsLike
@@ -127,7 +127,7 @@ def apart_of(a: Sequence[Scalar], inverse: Scalar, arrays: Sequence[Array]) -> A
     return average_of(a, points) - center
 
 
-@tree.reduction
+@_lift.reduction
 def _squares_and_products(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     inverse, turn, *a = scalars
     trees, ways = arrays[: len(a) + 1], [turn * way for way in arrays[len(a) + 1 :]]
@@ -141,7 +141,7 @@ def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     return [jnp.abs(x) for x in arrays]
 
 
-_largest = tree.reduction(_sizes, kind="max")
+_largest = _lift.reduction(_sizes, kind="max")
 
 
 def unit_of(trees: Sequence[WeightsLike]) -> Scalar:

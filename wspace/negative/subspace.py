@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from wspace import _checks, geometry, lowrank, tree
+from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
@@ -171,7 +171,7 @@ def attenuate(
 def _parts(count: int) -> Callable[..., Array]:
     """The inner products of a basis with a point, less the center if there is one."""
 
-    @tree.reduction
+    @_lift.reduction
     def parts(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
         basis, (x, *center) = arrays[:count], arrays[count:]
         away = x - center[0] if center else x
@@ -180,7 +180,7 @@ def _parts(count: int) -> Callable[..., Array]:
     return parts
 
 
-@tree.elementwise
+@_lift.elementwise
 def _attenuated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, *basis = arrays
     return plus(x, functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)]))

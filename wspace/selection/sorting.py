@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from wspace import tree
+from wspace import _lift
 from wspace._numerics import accumulator, where_kept
 from wspace.selection.bracket import Count
 from wspace.selection.keys import Keys, code
@@ -45,7 +45,7 @@ def _band_of_rows(x: Array, start: Array, stop: Array) -> Bool[Array, "*s n"]:
     return jnp.logical_and(among_first(stop), jnp.logical_not(among_first(start)))
 
 
-@functools.partial(tree.elementwise, scope="leaf")
+@functools.partial(_lift.elementwise, scope="leaf")
 def kept_in_rows(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     """Entries in a band of places of their row, the last axis; a leaf without axes is one row."""
     (start, stop), (x,) = scalars, arrays
@@ -55,7 +55,7 @@ def kept_in_rows(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     return where_kept(_band_of_rows(rows, start, stop), rows).reshape(x.shape)
 
 
-@functools.partial(tree.elementwise, scope="leaf")
+@functools.partial(_lift.elementwise, scope="leaf")
 def kept_in_leaf(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
     """Entries in a band of places of a whole leaf."""
     (start, stop), (x,) = scalars, arrays

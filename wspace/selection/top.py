@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import Wide, accumulator, where_kept
 from wspace.selection import bracket
 from wspace.selection.bracket import Count
@@ -130,10 +130,10 @@ def _is_selected(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) 
     return (own > last.code) | ((own == last.code) & (index < until))
 
 
-_selected = tree.elementwise(_is_selected, placed=True)
+_selected = _lift.elementwise(_is_selected, placed=True)
 
 
-@functools.partial(tree.elementwise, placed=True)
+@functools.partial(_lift.elementwise, placed=True)
 def _kept(scalars: Sequence[Any], arrays: Sequence[Array], index: Array) -> Array:
     return where_kept(_is_selected(scalars, arrays, index), arrays[0])
 
@@ -165,7 +165,7 @@ def keep_between(x: WeightsLike, start: int, stop: int) -> Weights:
     return _between((), (x, top_mask(x, stop), top_mask(x, start)))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _between(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     x, inside, above = arrays
     return where_kept(inside & jnp.logical_not(above), x)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import power_of_two, where_kept
 from wspace.typing import Scalar, Weights, WeightsLike
 
@@ -65,7 +65,7 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
 
 @functools.cache
 def _dropping(rescale: Rescale) -> Callable[..., Weights]:
-    @functools.partial(tree.elementwise, scope="leaf")
+    @functools.partial(_lift.elementwise, scope="leaf")
     def drop(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
         (density, key), (x,) = scalars, arrays
         kept = where_kept(uniform(key, x) < density.astype(jnp.float32), x)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace._numerics import larger, where_kept
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -139,16 +139,16 @@ def _elected(vote: Vote, coefficients: Sequence[Any], edits: Sequence[Array]) ->
 
 @functools.cache
 def _election(vote: Vote) -> Callable[..., Weights]:
-    return tree.elementwise(functools.partial(_elected, vote))
+    return _lift.elementwise(functools.partial(_elected, vote))
 
 
-@tree.elementwise
+@_lift.elementwise
 def _filled(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (sign,) = arrays
     return jnp.where(sign == 0, scalars[0], sign)
 
 
-@tree.reduction
+@_lift.reduction
 def _balance(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     (signs,) = arrays
     return (signs > 0).astype(jnp.int32) - (signs < 0).astype(jnp.int32)
@@ -215,7 +215,7 @@ def disjoint_merge(
 
 @functools.cache
 def _merged(divide: Divide, weighted: bool) -> Callable[..., Weights]:
-    @tree.elementwise
+    @_lift.elementwise
     def disjoint(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         *edits, sign = arrays
         return _combined(divide, weighted, coefficients, edits, sign)
@@ -270,7 +270,7 @@ def agreed(
 
 @functools.cache
 def _in_one_pass(election: Election) -> Callable[..., Weights]:
-    @tree.elementwise
+    @_lift.elementwise
     def agreement(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
         (scale, *coefficients), (base, *edits) = scalars, arrays
         votes = coefficients if election.weighted else [jnp.ones((), base.dtype)] * len(edits)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wspace import _checks, tree
+from wspace import _checks, _lift, tree
 from wspace._numerics import placed_like, replicated, where_kept
 from wspace.merge.parts.drop import Rescale, norm_ratio, uniform
 from wspace.merge.parts.numbers import part
@@ -99,7 +99,7 @@ def _row_of(leaf: Any, scope: RankScope) -> int:
 
 @functools.cache
 def _pruning(scope: RankScope, rescale: Rescale) -> Callable[..., Weights]:
-    @functools.partial(tree.elementwise, scope="leaf")
+    @functools.partial(_lift.elementwise, scope="leaf")
     def magprune(scalars: Sequence[Any], arrays: Sequence[Array]) -> Array:
         """The leaf without entries whose random numbers are not below their probabilities."""
         (density, key, last, step), (x,) = scalars, arrays

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wspace import _checks, tree
+from wspace import _checks, _lift
 from wspace.typing import Scalar, WeightsLike
 
 
@@ -38,7 +38,7 @@ def share_of_each(name: str, value: Any, models: int) -> list[float]:
     return [_checks.share(f"{name}[{i}]", one) for i, one in enumerate(value)]
 
 
-@functools.partial(tree.reduction, kind="max")
+@functools.partial(_lift.reduction, kind="max")
 def _sizes(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return jnp.abs(arrays[0])
 
