@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
+from wspace._words import described
 from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -69,39 +70,6 @@ def shapes_of(
 def path_of(path: KeyPath) -> str:
     """A leaf's path as errors and tables print it."""
     return keystr(path) or "(root)"
-
-
-def described(value: object) -> str:
-    """What a value is, in a few words: a number is shown, of all else the kind and the size."""
-    if value is None or isinstance(value, bool | int | float | complex | np.generic):
-        return shortened(repr(value))
-    if isinstance(value, str | bytes):
-        return shortened(repr(value))
-    kind = type(value).__name__
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        if value.shape == () and isinstance(value, np.ndarray | jax.Array):
-            return f"the {value.dtype} {value}" if not is_traced(value) else "a traced number"
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
-    if isinstance(value, type) or callable(value):
-        return shortened(f"the {kind} {getattr(value, '__name__', '')}".rstrip())
-    try:
-        leaves, structure = jax.tree.flatten(value, is_leaf=is_factored)
-    except (TypeError, ValueError):  # as for keys that have no order
-        return f"{article(kind)} {kind}"
-    if jax.tree_util.treedef_is_leaf(structure):
-        return f"{article(kind)} {kind}"
-    return f"{article(kind)} {kind} of {len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}"
-
-
-def article(word: str) -> str:
-    """The article that goes with the name of a class."""
-    return "an" if word[:1].lower() in "aeio" else "a"
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """A text on one line, without what goes beyond a length."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def is_traced(*values: object) -> bool:

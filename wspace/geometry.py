@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from wspace import _checks, _lift, tree
 from wspace import _frames as frames
 from wspace._numerics import accumulator, safe_sqrt, split, stored_rounding, unstacked
+from wspace._records import record
 from wspace.typing import Scalar, Weights, WeightsLike
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@record
 class Coordinates(NamedTuple):
     """Affine coordinates of a point with respect to others, and how far off they leave it.
 
@@ -508,8 +510,7 @@ def coordinates(point: WeightsLike, points: Sequence[WeightsLike]) -> Coordinate
         >>> from wspace import geometry
         >>> corners = [jnp.array([0.0, 0.0, 0.0]), jnp.array([4.0, 0.0, 0.0])]
         >>> geometry.coordinates(jnp.array([1.0, 0.0, 2.0]), corners)
-        Coordinates(coefficients=Array([0.75, 0.25], dtype=float32),
-                    residual=Array(2., dtype=float32))
+        Coordinates(coefficients=[0.75, 0.25], residual=2.0)
 
     References:
         A. Bjorck, *Solving linear least squares problems by Gram-Schmidt orthogonalization*,

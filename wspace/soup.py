@@ -17,11 +17,13 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from wspace import _checks, average
 from wspace._compiled import compiled
+from wspace._records import record
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["Grid", "Soup", "greedy_soup", "grid", "simplex"]
 
 
+@record
 class Soup(NamedTuple):
     """The mean of members chosen one by one.
 
@@ -39,6 +41,7 @@ class Soup(NamedTuple):
     alone: Float[np.ndarray, " n"]
 
 
+@record
 class Grid(NamedTuple):
     """The best of several coefficients, and all of them.
 

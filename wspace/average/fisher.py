@@ -19,7 +19,7 @@ from wspace._numerics import (
     safe_sqrt,
     with_nan_of,
 )
-from wspace._records import Solution
+from wspace._records import Solution, record
 from wspace.average.regression import (
     by_leaf,
     checked_gram,
@@ -32,6 +32,7 @@ from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["Kronecker", "fisher_mean", "kronecker_mean"]
 
 
+@record
 class Kronecker(NamedTuple):
     r"""The Fisher information of one matrix `x @ W` as a Kronecker product, as K-FAC has it.
 

@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from wspace import _checks, tree
+from wspace._records import record
 from wspace.typing import ScalarLike, WeightsLike
 
 __all__ = ["Profile", "Reconstruction", "exponent_of", "reconstruct", "width_of"]
 
 
+@record
 class Profile(NamedTuple):
     r"""How much each moment of a run counts in an average: a power of time, over an interval.
 
@@ -48,6 +50,7 @@ AnyProfile: TypeAlias = Profile | Real[Array | np.ndarray, " _"] | Sequence[Scal
 """A profile, or the coefficients of the updates from the first one on."""
 
 
+@record
 class Reconstruction(NamedTuple):
     r"""An average put together from others, and how close its profile is to the one asked for.
 

@@ -9,11 +9,13 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, matmul, placed_like, replicated, with_nan_of
+from wspace._records import record
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["Regression", "regression_mean"]
 
 
+@record
 class Regression(NamedTuple):
     """A regression mean, and how well its data determine it.
 
@@ -93,10 +95,12 @@ def regression_mean(
         >>> from wspace import average
         >>> left, right = jnp.array([[1.0], [1.0]]), jnp.array([[3.0], [3.0]])
         >>> grams = [jnp.diag(jnp.array([1.0, 0.0])), jnp.diag(jnp.array([3.0, 0.0]))]
-        >>> average.regression_mean([left, right], grams)
-        Regression(weights=Array([[2.5],
-                                  [2. ]], dtype=float32),
-                   condition=Array(1., dtype=float32), unseen=Array(1, dtype=int32))
+        >>> found = average.regression_mean([left, right], grams)
+        >>> found
+        Regression(weights=<(2, 1) float32>, condition=1.0, unseen=1)
+        >>> found.weights
+        Array([[2.5],
+               [2. ]], dtype=float32)
 
         Edits take the place of inputs where there are no data: the minimum over $W$ of
         $\sum_i \lVert \tau_i^\top (W - \tau_i) \rVert^2 / \lVert \tau_i \rVert^2$, which the merge

@@ -19,11 +19,13 @@ from jaxtyping import Array, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import accumulator
+from wspace._records import record
 from wspace.typing import Scalar, ScalarLike, WeightsLike
 
 __all__ = ["Average", "ema", "power_ema", "running_mean", "window"]
 
 
+@record
 class Average(NamedTuple):
     """How to average a stream of weights.
 
@@ -41,6 +43,7 @@ class Average(NamedTuple):
     value: Callable[..., Any]
 
 
+@record
 class _Sums(NamedTuple):
     """Sums `high + low` of the weights and of the number 1, a pair, with the same coefficients.
 
@@ -53,6 +56,7 @@ class _Sums(NamedTuple):
     like: PyTree
 
 
+@record
 class _SignedSums(NamedTuple):
     """Sums whose coefficients may cancel, and the sum of their sizes."""
 
@@ -60,6 +64,7 @@ class _SignedSums(NamedTuple):
     size: Scalar
 
 
+@record
 class _Ring(NamedTuple):
     """The last weights, stacked, the one of update `i` at place `i` modulo the length."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wspace._records import record
 from wspace.checkpoint import folder, header
 from wspace.checkpoint.tensors import matches
 
@@ -23,6 +24,7 @@ _SAMPLES, _SAMPLE = 16, 2**12
 """Pieces of a file that its fingerprint is taken of, and the bytes of each."""
 
 
+@record
 @dataclass(frozen=True)
 class Stored:
     """One tensor of an open checkpoint, in its file until it is read.

@@ -12,6 +12,7 @@ import numpy as np
 
 from wspace import _checks
 from wspace._lazy import THREADS, Lazy, NotInMemory, Piece, Runs, Span, lengthened
+from wspace._records import record
 from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.header import shown
 from wspace.checkpoint.hosts import share
@@ -30,6 +31,7 @@ _PART = 2**20
 """Entries that are counted at once of what was written before."""
 
 
+@record
 class Nonfinite(NamedTuple):
     """How many entries of a tensor were written that are infinite or NaN.
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int, PyTree
 
 from wspace import _checks, lowrank
 from wspace._numerics import safe_sqrt, with_nan_of
+from wspace._records import record
 from wspace.cone.cones import Projection
 from wspace.cone.lemma import Move
 from wspace.cone.spectra import Spectra, finite_edit, largest, norm_and_tail, pooled, refitted
@@ -17,6 +18,7 @@ from wspace.typing import Scalar, ScalarLike
 __all__ = ["SpectralMove", "nuclear_entry", "project_capped", "spectral_entry"]
 
 
+@record
 class SpectralMove(NamedTuple):
     """The least edit that brings every matrix of a displacement to a spectral radius.
 

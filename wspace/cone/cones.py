@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import accumulator
+from wspace._records import record
 from wspace.cone.spectra import (
     Spectra,
     finite_edit,
@@ -27,6 +28,7 @@ from wspace.typing import Scalar
 __all__ = ["Cone", "Mask", "PooledRank", "Projection", "Rank", "Sparse", "Subspace", "project"]
 
 
+@record
 class Projection(NamedTuple):
     """The nearest edit in a cone.
 
@@ -77,6 +79,7 @@ class Cone(Protocol):
         ...
 
 
+@record
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("rank",))
 @dataclasses.dataclass(frozen=True)
 class Rank:
@@ -104,6 +107,7 @@ class Rank:
         return self.rank == 0
 
 
+@record
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("rank",))
 @dataclasses.dataclass(frozen=True)
 class PooledRank:
@@ -132,6 +136,7 @@ class PooledRank:
         return self.rank == 0
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Subspace:
@@ -165,6 +170,7 @@ class Subspace:
         return _nearest(edit, tree.cast_like(nearest, edit))
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -197,6 +203,7 @@ class Mask:
         return ~jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(self.mask)] or [False]))
 
 
+@record
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("count",))
 @dataclasses.dataclass(frozen=True)
 class Sparse:

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import safe_sqrt, stored_rounding, with_nan_of
+from wspace._records import record
 from wspace.cone.cones import Cone, Projection, holds_only_zero, projected, sizes_of
 from wspace.cone.spectra import finite_edit, ratio
 from wspace.lowrank import LowRank
@@ -16,6 +17,7 @@ from wspace.typing import Scalar, ScalarLike
 __all__ = ["Move", "entry", "exit", "reach", "support"]
 
 
+@record
 class Move(NamedTuple):
     """The least edit that brings a displacement to a radius.
 

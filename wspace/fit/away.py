@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, geometry, tree
 from wspace._numerics import stored_rounding
+from wspace._records import record
 from wspace.fit.training import KeyedLoss, function
 from wspace.negative.sources import unit_of
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
@@ -22,6 +23,7 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["Away", "ascent", "clipped", "entropy", "hinge", "npo"]
 
 
+@record
 @dataclasses.dataclass(frozen=True)
 class Away:
     r"""A penalty $\phi$ that keeps a point away, and its lower bound.

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, tree
 from wspace._numerics import accumulator
+from wspace._records import record
 from wspace.fit.training import (
     Functions,
     History,
@@ -32,6 +33,7 @@ from wspace.typing import Coefficients, WeightsLike
 __all__ = ["Learned", "coefficients"]
 
 
+@record
 class Learned(NamedTuple):
     """A merge whose coefficients were trained, and how it came there.
 
@@ -44,7 +46,7 @@ class Learned(NamedTuple):
     """
 
     weights: PyTree
-    coefficients: PyTree
+    coefficients: Float[Array, " k"] | PyTree
     history: History
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, perturb, tree
 from wspace._compiled import compiled, weakly
+from wspace._records import record
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -40,6 +41,7 @@ Terms: TypeAlias = Callable[[Functions, PyTree, PyTree, Array], Float[Array, " t
 hashable."""
 
 
+@record
 class History(NamedTuple):
     """What happened on the way: one entry at the start, and one after every step.
 
@@ -61,6 +63,7 @@ class History(NamedTuple):
     steps: Int[Array, ""]
 
 
+@record
 class Fit(NamedTuple):
     """What an optimizer found, and how it came there.
 

@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 from wspace import _checks, tree
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, matmul, replicated
+from wspace._records import record
 from wspace.typing import Leaf
 
 __all__ = ["LowRank", "as_matrix", "materialize"]
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank(Factored):

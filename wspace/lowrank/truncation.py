@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import length, matmul, power_of_two, safe_sqrt
+from wspace._records import record
 from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
 from wspace.lowrank.spectrum import rank_for, tails_of
 from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
@@ -20,6 +21,7 @@ __all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
 Method: TypeAlias = Literal["exact", "randomized"]
 
 
+@record
 class Truncation(NamedTuple):
     """A low-rank edit and how much of the original it leaves out.
 

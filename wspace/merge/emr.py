@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, _lift
 from wspace._numerics import where_kept
+from wspace._records import record
 from wspace.merge.parts.elect import disjoint_merge, elect
 from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -15,6 +16,7 @@ from wspace.typing import Scalar, Weights, WeightsLike
 __all__ = ["Unified", "emr", "emr_model"]
 
 
+@record
 class Unified(NamedTuple):
     """One edit for several tasks, with the masks and scales that recover each task's own edit.
 

@@ -17,12 +17,14 @@ from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks, _lift
+from wspace._records import record
 from wspace.merge.task import siblings
 from wspace.typing import Coefficients, Scalar, WeightsLike
 
 __all__ = ["Report", "Tally", "report"]
 
 
+@record
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tally:
     r"""What became of every model in one leaf of a merge, or in all of them.
@@ -63,6 +65,7 @@ class Tally:
     cosines: Float[np.ndarray, " k"]
 
 
+@record
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
     """What became of every model in a merge.

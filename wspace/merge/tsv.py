@@ -84,8 +84,10 @@ def tsv_m(
         >>> from wspace import merge
         >>> x, y = jnp.diag(jnp.array([4.0, 1.0])), jnp.diag(jnp.array([0.0, 2.0]))
         >>> merge.tsv_m(jnp.zeros((2, 2)), [x, y])
-        SpectralMerge(weights=Array([[4., 0.],
-               [0., 2.]], dtype=float32), trusted=Array(1., dtype=float32))
+        SpectralMerge(weights=<(2, 2) float32>, trusted=1.0)
+        >>> merge.tsv_m(jnp.zeros((2, 2)), [x, y]).weights
+        Array([[4., 0.],
+               [0., 2.]], dtype=float32)
 
     References:
         A. Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*,

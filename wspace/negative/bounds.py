@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import safe_sqrt, with_nan_of
+from wspace._records import record
 from wspace.cone.cones import Cone, project, sizes_of
 from wspace.cone.spectra import ratio
 from wspace.lowrank import LowRank
@@ -30,6 +31,7 @@ from wspace.typing import Leaf, Loss, Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["OutputBound", "chain_bound", "linear_bound", "size_to_change"]
 
 
+@record
 class OutputBound(NamedTuple):
     """How far the edits of a cone up to a given norm can change a readout.
 

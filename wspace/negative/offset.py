@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import power_of_two, safe_sqrt
+from wspace._records import record
 from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
@@ -30,6 +31,7 @@ from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 __all__ = ["Route", "curve", "gate", "offset", "rank_to_reach", "route"]
 
 
+@record
 class Route(NamedTuple):
     """How near a low-rank edit brings a point to a target.
 

@@ -6,13 +6,16 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from wspace._records import record
 from wspace.typing import Scalar
 
 __all__ = ["Audit", "LeafAudit"]
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LeafAudit:
@@ -44,6 +47,7 @@ class LeafAudit:
     data_tail: Float[Array, " ranks"] | None
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Audit:
@@ -117,8 +121,9 @@ class Audit:
         )
 
     def __str__(self) -> str:
-        """The audit as a table."""
-        return _table(self)
+        """The audit as a table; where it is traced, or is many audits in one, its `repr`."""
+        is_one = jnp.ndim(self.radius) == 0 and not isinstance(self.radius, Tracer)
+        return _table(self) if is_one else repr(self)
 
 
 def _table(report: Audit) -> str:

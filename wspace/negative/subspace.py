@@ -22,12 +22,14 @@ from wspace._numerics import (
     replicated,
     unstacked,
 )
+from wspace._records import record
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Sides", "attenuate"]
 
 
+@record
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sides:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from wspace import _checks, _lift
 from wspace._numerics import larger, where_kept
+from wspace._records import record
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -20,6 +21,7 @@ Zero: TypeAlias = Literal["zero", "plus", "majority"]
 Divide: TypeAlias = Literal["count", "weight", "one", "largest"]
 
 
+@record
 @dataclasses.dataclass(frozen=True)
 class Election:
     r"""How task vectors agree: what elects a sign for each entry, and what those of that sign give.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
 from wspace._numerics import accumulator, fetched, matmul, placed_like, replicated, with_nan_of
+from wspace._records import record
 from wspace.lowrank.factors import transposed
 from wspace.merge.task import added, differences, siblings
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -24,6 +25,7 @@ from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
 __all__ = ["SpectralMerge"]
 
 
+@record
 class SpectralMerge(NamedTuple):
     r"""Merged weights, and how well the models determine them.
 
