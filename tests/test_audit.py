@@ -510,6 +510,29 @@ def test_the_table_gives_every_figure_at_its_name():
     ]
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale", [2.0**-10, 1.0, 2.0**10])
+def test_the_table_says_why_there_is_no_margin(dtype, scale):
+    rng = np.random.default_rng(3)
+    x, y, avoid = (
+        {"w": jnp.asarray(scale * (5 + rng.normal(size=(8, 8))), dtype)} for _ in range(3)
+    )
+    radius = 12.0 * scale
+    surface, inside = "on the surface of the ball", "inside the ball"
+    for guarded in (
+        negative.exit_ball([x, y], (0.5, 0.5), avoid, radius),
+        negative.guard_hull([x, y], avoid, radius),
+    ):
+        at = functools.partial(negative.audit, guarded, (0.5, 0.5), avoid)
+        own = float(at(radius).distance)
+        assert surface in str(at(own))
+        assert surface not in str(at(own / 2))
+        assert inside not in str(at(own / 2))
+        assert inside in str(at(own * 2))
+    guarded = negative.exit_ball([x, y], (0.5, 0.5), avoid, radius)
+    assert surface in str(negative.audit(guarded, (0.5, 0.5), avoid, radius))
+
+
 def test_the_aligned_margin_is_that_of_the_aligned_average():
     x = {"in": jnp.asarray([[1.0, 0.0], [0.0, 3.0]], FLOAT)}
     swapped = {"in": x["in"][:, ::-1]}

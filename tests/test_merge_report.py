@@ -141,6 +141,26 @@ def test_two_models_by_hand():
     assert len(starts) == 1  # a column
 
 
+def test_what_was_trimmed_is_not_made_up():
+    rng = np.random.default_rng(0)
+    base, x, y = (jnp.asarray(rng.normal(size=40), FLOAT) for _ in range(3))
+    merged = merge.ties(base, [x, y], density=0.3)
+    told = merge.report(base, [x, y], merged)
+    assert not told.knows_edits
+    assert "trimmed: not known (give edits)" in str(told)
+    _, models, leaves = (part.splitlines() for part in str(told).split("\n\n"))
+    header = "model coefficient norm moved agreed flipped flipped by each not agreed cosine"
+    assert models[0].split() == header.split()
+    assert " ".join(leaves[0].split()) == "leaf entries displacement disputed moved flipped cosine"
+    taus, move = [flat(z) - flat(base) for z in (x, y)], flat(merged) - flat(base)
+    lost = [np.linalg.norm(tau[tau * move <= 0]) for tau in taus]
+    np.testing.assert_allclose(told.total.outvoted, lost, rtol=64 * UNIT)
+    edits = [merge.trim(merge.task_vector(base, each), 0.3) for each in (x, y)]
+    known = merge.report(base, [x, y], merged, edits=edits)
+    assert known.knows_edits
+    assert "not known" not in str(known)
+
+
 def test_one_model_alone_is_whole_and_one_that_is_turned_away_agrees_with_itself():
     base, x = jnp.zeros(5, FLOAT), jnp.asarray([1.0, -2.0, 3.0, 0.0, 4.0], FLOAT)
     for c in (1.0, -0.5):

@@ -77,12 +77,15 @@ class Report:
         total: A [`Tally`][wspace.merge.Tally] of the whole tree.
         leaves: One a leaf.
         seed: The data of the key that the edits were drawn with, if one was given.
+        knows_edits: Whether the edits were given. If not, those of the tallies are the task vectors
+            themselves, and an entry that was trimmed counts as any other.
     """
 
     coefficients: Float[np.ndarray, " k"]
     total: Tally
     leaves: tuple[Tally, ...]
     seed: tuple[int, ...] | None
+    knows_edits: bool
 
     def __str__(self) -> str:
         """The report as tables, of models and of leaves."""
@@ -120,8 +123,8 @@ def report(
         coefficients: The $c_i$ that the merge was given; ones if not given. Where it was also given
             a negative `scale`, times that.
         edits: What [`trim`][wspace.merge.trim] or [`drop`][wspace.merge.drop] made of the task
-            vectors, one a model; the task vectors themselves if not given, of which nothing was
-            trimmed.
+            vectors, one a model. If not given, the task vectors themselves, and the report prints
+            that it is not known what was trimmed.
         key: The key that the edits were drawn with, to stand in the report.
 
     Returns:
@@ -165,7 +168,8 @@ def report(
     total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
     seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
     leaves = tuple(_leaf_tally(path, x) for path, x in zip(paths, sums, strict=True))
-    return Report(np.asarray(c, np.float64), _leaf_tally("(all)", total), leaves, seed)
+    whole = _leaf_tally("(all)", total)
+    return Report(np.asarray(c, np.float64), whole, leaves, seed, edits is not None)
 
 
 class _LeafSums(NamedTuple):
@@ -266,26 +270,30 @@ def _text(report: Report) -> str:
     lines = [f"Merge of {_counted(c.size, 'model', 'models')}: {moved}, {share}"]
     if report.seed is not None:
         lines.append(f"Edits drawn with the key {list(report.seed)}")
-    header = ("model", "coefficient", "norm", "kept", "agreed", "flipped", "flipped by each")
-    models = [(*header, "trimmed", "outvoted", "cosine")]
+    known = report.knows_edits
+    if not known:
+        lines.append("What was trimmed: not known (give edits)")
+    kept, outvoted = ("kept", "outvoted") if known else ("moved", "not agreed")
+    header = ("model", "coefficient", "norm", kept, "agreed", "flipped", "flipped by each")
+    models = [(*header, *(["trimmed"] if known else []), outvoted, "cosine")]
     for i in range(c.size):
-        kept = total.kept[i]
+        count = total.kept[i]
         flips = " ".join("-" if i == j else str(n) for j, n in enumerate(total.overruled[i]))
         models.append(
             (
                 str(i),
                 f"{c[i]:.4g}",
                 f"{total.norms[i]:.4g}",
-                _part(kept, total.entries),
-                _part(total.agreed[i], kept),
-                _part(total.flipped[i], kept),
+                _part(count, total.entries),
+                _part(total.agreed[i], count),
+                _part(total.flipped[i], count),
                 flips,
-                f"{total.trimmed[i]:.4g}",
+                *([f"{total.trimmed[i]:.4g}"] if known else []),
                 f"{total.outvoted[i]:.4g}",
                 _shown_cosine(total.cosines[i]),
             )
         )
-    leaves = [("leaf", "entries", "displacement", "disputed", "kept", "flipped", "cosine")]
+    leaves = [("leaf", "entries", "displacement", "disputed", kept, "flipped", "cosine")]
     for leaf in report.leaves:
         leaves.append(
             (

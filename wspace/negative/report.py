@@ -138,6 +138,7 @@ def _table(report: Audit) -> str:
         f"Audit of an average {e:.6g} away from the point to avoid, radius {radius:.6g}",
         "",
         f"{'margin':<34}{float(report.margin):.6g}",
+        *_why_no_margin(report),
         f"{'least edit back, any rank':<34}{budget:.6g}{relative}",
         f"{'  its least spectral norm':<34}{float(report.spectral_budget):.6g}",
         f"{'  its least nuclear norm':<34}{float(report.nuclear_budget):.6g}",
@@ -170,6 +171,24 @@ def _table(report: Audit) -> str:
     lines += textwrap.wrap(left_out, 98, subsequent_indent="  ")
     lines.append("A margin certifies a distance, not safety.")
     return "\n".join(lines)
+
+
+def _why_no_margin(report: Audit) -> list[str]:
+    """What is to be said where the average is on the ball to its rounding, or inside."""
+    e, radius = float(report.distance), float(report.radius)
+    arithmetic = 64 * float(jnp.finfo(jnp.asarray(report.distance).dtype).eps)
+    rounding = float(report.amplification) * float(report.dtype_floor)
+    if abs(e - radius) <= rounding + arithmetic * (radius + float(report.average_norm)):
+        return [
+            "  The average is on the surface of the ball, to its rounding: a guard of this radius",
+            "  puts it there, and any step inwards is inside. Audit it at a smaller radius.",
+        ]
+    if e < radius:
+        return [
+            "  The average is inside the ball, so no edit is needed to get there. Guard the points",
+            "  first, as by negative.exit_ball, or audit at a smaller radius.",
+        ]
+    return []
 
 
 def _leaf_table(report: Audit) -> str:
