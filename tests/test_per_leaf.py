@@ -91,11 +91,11 @@ def test_a_bare_model_is_no_sequence_of_points(refuses):
 
 def test_a_model_in_place_of_several_is_refused_by_averages(refuses):
     for model, what in (
-        ({"w": jnp.ones(2)}, "<class 'dict'>"),
+        ({"w": jnp.ones(2)}, "a dict of 1 leaf: give a list"),
         (Pair(*A), "the named tuple Pair"),
         (jnp.ones((2, 3)), "an array.*list"),
         (np.ones((2, 3)), "an array.*list"),
-        ("text", "<class 'str'>"),
+        ("text", "'text'"),
     ):
         with refuses(TypeError, match=f"points must be a sequence of trees, got {what}"):
             average.mean(model)

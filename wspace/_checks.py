@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
-from wspace._words import described
+from wspace._words import described, layout_of, shortened
 from wspace.typing import Coefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -114,7 +114,7 @@ def entries(
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} must be a tree like {of}, with {kinds}: "
-            f"got {jax.tree.structure(tree)} for {structure}"
+            f"got {layout_of(tree)} for {layout_of(like)}"
         ) from error
     return [
         (entry, leaf, f"{name} at leaf {path_of(path)}")
@@ -131,7 +131,10 @@ def of_points(function: Function) -> Function:
 def listed(name: str, trees: Any) -> list[Any]:
     """The trees of an argument that takes a sequence of them, at least one."""
     if isinstance(trees, str | bytes | Mapping | AbstractSet) or not hasattr(trees, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of trees, got {type(trees)}")
+        raise TypeError(
+            f"{name} must be a sequence of trees, got {described(trees)}: give a list of trees, "
+            "such as [x, y]"
+        )
     if hasattr(trees, "shape") or hasattr(trees, "_fields"):
         what = "an array" if hasattr(trees, "shape") else f"the named tuple {type(trees).__name__}"
         raise TypeError(
@@ -183,14 +186,40 @@ def _no_weight(name: str, tree: object, dtypes: AbstractSet[np.dtype]) -> TypeEr
     )
 
 
-def _refuse_layout(first: str, x: object, name: str, y: object) -> None:
+def no_tree(**arrays: object) -> None:
+    """Raises unless every argument, by name, is one array."""
+    for name, x in arrays.items():
+        is_array = hasattr(x, "dtype") and hasattr(x, "shape")
+        if not is_array and not isinstance(x, bool | int | float | complex):
+            raise TypeError(
+                f"{name} must be one array, got {described(x)}: give one leaf, or take the leaves "
+                "one by one by tree.per_leaf"
+            )
+
+
+def one_array(**arrays: object) -> None:
+    """Raises unless every argument, by name, is one array of weights, not a tree of them."""
+    no_tree(**arrays)
+    floating_leaves(**arrays)
+
+
+def _refuse_layout(first: str, x: Any, name: str, y: Any) -> None:
+    for several, own, one, other in ((first, x, name, y), (name, y, first, x)):
+        if isinstance(own, list | tuple) and own and not hasattr(own, "_fields"):
+            layouts = {jax.tree.structure(part) for part in own}
+            if layouts == {jax.tree.structure(other)}:
+                raise ValueError(
+                    f"{several} is {described(own)}, each of its parts a tree like {one}, where "
+                    f"one tree is meant: give {several}[0], or another of them"
+                )
     shapes, others = (
         {path_of(path): leaf.shape for path, leaf in tree_leaves_with_path(tree)} for tree in (x, y)
     )
     for path in sorted(shapes.keys() ^ others.keys()):
         has, lacks = (first, name) if path in shapes else (name, first)
         raise ValueError(
-            f"{has} has a leaf {path} that {lacks} lacks: both must be trees of one structure"
+            f"{has} has a leaf {path} that {lacks} lacks: both must be trees of one structure, "
+            f"and {first} is {described(x)}, {name} {described(y)}"
         )
     for path, shape in shapes.items():
         if others[path] != shape:
@@ -198,10 +227,25 @@ def _refuse_layout(first: str, x: object, name: str, y: object) -> None:
                 f"leaf {path} has shape {shape} in {first}, {others[path]} in {name}: "
                 "both must be points of one weight space"
             )
+    where, one, other = _first_difference(x, y)
     raise ValueError(
-        f"{first} and {name} have equal paths but different containers: "
-        f"{jax.tree.structure(x)} and {jax.tree.structure(y)}"
+        f"{first} and {name} have equal paths but different containers: at {path_of(where)} "
+        f"{described(one)} and {described(other)}"
+        + (", which differ in what is no leaf" if type(one) is type(other) else "")
     )
+
+
+def _first_difference(x: Any, y: Any, path: KeyPath = ()) -> tuple[KeyPath, Any, Any]:
+    """Where two trees of equal paths first differ, and what they have there."""
+    if type(x) is type(y):
+        parts, others = (
+            tree_leaves_with_path(tree, is_leaf=lambda part, tree=tree: part is not tree)
+            for tree in (x, y)
+        )
+        for (where, part), (_, other) in zip(parts, others, strict=True):
+            if jax.tree.structure(part) != jax.tree.structure(other):
+                return _first_difference(part, other, (*path, *where))
+    return path, x, y
 
 
 def scalar(
@@ -211,17 +255,18 @@ def scalar(
 
     A traced one is in at least float32, so that no arithmetic on it runs in half precision.
     """
-    if np.shape(value) != ():
-        raise ValueError(
-            f"{name} must be one number, got shape {np.shape(value)}: use jax.vmap for many"
-        )
+    if shape := _shape_of_numbers(value):
+        raise ValueError(f"{name} must be one number, got shape {shape}: use jax.vmap for many")
     try:
-        if isinstance(value, str | bytes) or is_complex(value):
+        tree_of_tracers = is_traced(value) and not isinstance(value, Tracer)
+        if tree_of_tracers or isinstance(value, str | bytes) or is_complex(value):
             raise TypeError
         known = _at_least_single(value) if is_traced(value) else float(value)
     except (OverflowError, TypeError, ValueError) as error:
         inside = "" if domain is None else f" {words}"
-        raise TypeError(f"{name} must be a real number{inside}, got {value!r}") from error
+        raise TypeError(
+            f"{name} must be a real number{inside}, got {described(value)}: give one number"
+        ) from error
     if is_traced(known):
         if domain is None:
             return known
@@ -229,6 +274,13 @@ def scalar(
     if not math.isfinite(known) or (domain is not None and not domain(known)):
         raise ValueError(f"{name} must be {words}, got {known}")
     return known
+
+
+def _shape_of_numbers(value: Any) -> tuple[int, ...]:
+    """The shape of an array, or of a list of numbers."""
+    if isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value):
+        return (len(value),)
+    return tuple(getattr(value, "shape", ()))
 
 
 def single(name: str, value: Any) -> None:
@@ -284,9 +336,38 @@ def share(name: str, value: Any) -> float:
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """A value that is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    # An array has no truth value that could be compared.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {described(value)}"
+        )
     return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """A truth value known when tracing, since it decides what is computed."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {described(value)}")
+    return bool(value)
+
+
+def random_key(value: Any) -> None:
+    """Raises unless the argument `key` is one random key."""
+    array = isinstance(value, jax.Array | np.ndarray)
+    typed = array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not (typed and value.shape == ()) and not (
+        array and value.dtype == jnp.uint32 and value.ndim == 1
+    ):
+        raise TypeError(
+            f"key must be one random key, such as jax.random.key(0), got {described(value)}: "
+            "use jax.vmap for many"
+        )
+
+
+def function(name: str, value: Any, words: str = "a function") -> None:
+    """Raises unless a value can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {words}, got {described(value)}")
 
 
 def rank(value: Any, name: str = "rank") -> int:
@@ -297,7 +378,7 @@ def rank(value: Any, name: str = "rank") -> int:
         known = operator.index(value)
     except TypeError as error:
         raise TypeError(
-            f"{name} must be a plain integer, since it decides shapes, got {value!r}"
+            f"{name} must be a plain integer, since it decides shapes, got {described(value)}"
         ) from error
     if known < 0:
         raise ValueError(f"{name} must be at least 0, got {known}")
@@ -324,7 +405,8 @@ def ordered(name: str, values: Any) -> None:
         isinstance(values, Sequence) or is_array
     ):
         raise TypeError(
-            f"{name} must be a sequence of numbers, such as a list or an array, got {type(values)}"
+            f"{name} must be a sequence of numbers, such as a list or an array, got "
+            f"{described(values)}"
         )
 
 
@@ -347,9 +429,9 @@ def affine(coefficients: Coefficients | None, count: int) -> Numbers:
         total, size = c.sum(), np.abs(c).sum()
         if cancels(total, size):
             raise ValueError(
-                f"coefficients {given.tolist()} sum to {given.sum():g}, nothing beside their size "
-                f"{np.abs(given).sum():g}: an average divides by the sum, so make it differ from "
-                "zero"
+                f"coefficients {shortened(str(given.tolist()))} sum to {given.sum():g}, nothing "
+                f"beside their size {np.abs(given).sum():g}: an average divides by the sum, so "
+                "make it differ from zero"
             )
         return c / total
     return c / jnp.where(cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
@@ -384,7 +466,7 @@ def positive(name: str, values: Coefficients | None, count: int) -> Numbers:
     if not isinstance(c, np.ndarray):
         return to_one(jnp.where((c > 0) & jnp.isfinite(c), c, jnp.nan))
     if not (c > 0).all():
-        raise ValueError(f"{name} must be positive, got {c.tolist()}")
+        raise ValueError(f"{name} must be positive, got {shortened(str(c.tolist()))}")
     return to_one(c)
 
 

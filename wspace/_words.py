@@ -3,6 +3,7 @@
 import collections
 import functools
 import os
+import warnings
 from typing import Any
 
 import jax
@@ -35,13 +36,23 @@ def described(value: Any) -> str:
     kind = type(value).__name__
     kind = f"{'an' if kind[:1].lower() in 'aeio' else 'a'} {kind}"
     if _is_array(value):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
+        if value.shape:
+            return f"an array of shape {value.shape} and dtype {value.dtype}"
+        if _is_known(value):
+            return f"the {value.dtype} number {np.asarray(value)}"
+        return f"a traced number of dtype {value.dtype}"
     if callable(value) and hasattr(value, "__name__"):
         return shortened(f"the {type(value).__name__} {value.__name__}")
     leaves = _leaves(value)
     if leaves is None:
         return kind
     return f"{kind} of {counted(len(leaves), 'leaf', 'leaves')}"
+
+
+def layout_of(value: Any) -> str:
+    """How a tree is put together, or its kind and size if that takes many words."""
+    structure = str(jax.tree.structure(value))
+    return structure if len(structure) <= 2 * _WIDTH else described(value)
 
 
 def shown(value: Any, *, entries: bool = True) -> str:
@@ -75,8 +86,10 @@ def _is_array(value: Any) -> bool:
 def _leaves(value: Any) -> list[Any] | None:
     """The leaves of a tree; nothing of what is a leaf itself, or no tree that JAX takes apart."""
     try:
-        leaves, structure = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Factored))
-    except (TypeError, ValueError):  # keys that have no order
+        with warnings.catch_warnings():  # of iterables that are no trees
+            warnings.simplefilter("error", DeprecationWarning)
+            leaves, structure = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Factored))
+    except (DeprecationWarning, TypeError, ValueError):  # keys that have no order, too
         return None
     is_leaf = jax.tree_util.treedef_is_leaf(structure) and not isinstance(value, Factored)
     return None if is_leaf else leaves
@@ -85,7 +98,7 @@ def _leaves(value: Any) -> list[Any] | None:
 def _shown_array(x: Any, entries: bool) -> str:
     shape = f"{x.shape} " if x.shape else ""
     unread = f"<{shape}{x.dtype}>"
-    if not entries or isinstance(x, Tracer) or len(x.shape) > 1 or not _is_known(x):
+    if not entries or len(x.shape) > 1 or not _is_known(x):
         return unread
     if x.shape and x.shape[0] > _WIDTH:
         return unread
@@ -100,6 +113,7 @@ def _is_known(x: Any) -> bool:
         return True
     return (
         isinstance(x, jax.Array)
+        and not isinstance(x, Tracer)
         and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
         and x.is_fully_addressable
         and not x.is_deleted()

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wspace._words import described
 from wspace.negative import Audit
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def audit(report: Audit) -> "Figure":
         3
     """
     if not isinstance(report, Audit):
-        raise TypeError(f"report must be an Audit, as negative.audit returns, got {type(report)}")
+        raise TypeError(
+            f"report must be an Audit, as negative.audit returns, got {described(report)}"
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

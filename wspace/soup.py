@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree, Real
 from wspace import _checks, average
 from wspace._compiled import compiled
 from wspace._records import record
+from wspace._words import described, shortened
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["Grid", "Soup", "greedy_soup", "grid", "simplex"]
@@ -99,6 +100,7 @@ def greedy_soup(score: Callable[[Weights], Any], points: Sequence[WeightsLike]) 
         improves accuracy without increasing inference time*, ICML 2022, recipe 1,
         [arXiv:2203.05482](https://arxiv.org/abs/2203.05482).
     """
+    _checks.function("score", score, "a function of weights")
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     running = average.running_mean()
@@ -163,7 +165,15 @@ def grid(
         >>> found.coefficients[found.best], found.weights
         (array([0.5 , 0.25, 0.25]), Array([1., 1.], dtype=float32))
     """
-    rows = np.asarray(coefficients, np.float64)
+    _checks.function("score", score, "a function of weights")
+    _checks.function("merge", merge, "a function of coefficients")
+    try:
+        rows = np.asarray(coefficients, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "coefficients must be a sequence of numbers, or of rows of equally many, got "
+            f"{described(coefficients)}"
+        ) from error
     if rows.ndim == 0 or len(rows) == 0:
         raise ValueError("coefficients is empty: give at least one row to try")
     if batch_size is None:
@@ -220,7 +230,7 @@ def simplex(count: int, steps: int) -> Float[np.ndarray, "n k"]:
 
 
 def _row(i: int, row: Any) -> str:
-    return f"coefficients[{i}] = {row.tolist()}"
+    return f"coefficients[{i}] = {shortened(str(row.tolist()))}"
 
 
 def _one_number(value: Any) -> Any:

@@ -22,6 +22,7 @@ from wspace import _checks, _lift, _pieces
 from wspace._lazy import Lazy
 from wspace._numerics import Wide, accumulator, plus, safe_sqrt
 from wspace._per_leaf import per_leaf
+from wspace._words import layout_of
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = [
@@ -220,7 +221,7 @@ def combine(
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     scalars = _checks.scalars("coefficients", coefficients, len(points))
-    return (weighted_sum if rounded else _wide_sum)(scalars, points)
+    return (weighted_sum if _checks.flag("rounded", rounded) else _wide_sum)(scalars, points)
 
 
 def upcast(x: WeightsLike) -> Weights:
@@ -430,7 +431,7 @@ def join(weights: PyTree, rest: PyTree) -> PyTree:
     if structures[0] != structures[1]:
         raise ValueError(
             "weights and rest differ in structure, so they are not of one partition: "
-            f"{structures[0]} and {structures[1]}"
+            f"{layout_of(weights)} and {layout_of(rest)}"
         )
     return tree_map_with_path(pick, weights, rest, is_leaf=is_none)
 
@@ -456,6 +457,7 @@ def split_key_like(key: Array, x: PyTree) -> PyTree:
         >>> bool(keys["w"] == more["w"])
         True
     """
+    _checks.random_key(key)
     places = tree_leaves_with_path(x)
     digests = [hashlib.sha256(keystr(path).encode()).digest() for path, _ in places]
     words = np.array([np.frombuffer(digest, "<u4", 2) for digest in digests]).reshape(-1, 2)

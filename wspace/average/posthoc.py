@@ -6,7 +6,7 @@ theirs. Time counts updates; the weights after update $i$ stand for the interval
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from wspace import _checks, tree
 from wspace._records import record
+from wspace._words import described
 from wspace.typing import ScalarLike, WeightsLike
 
 __all__ = ["Profile", "Reconstruction", "exponent_of", "reconstruct", "width_of"]
@@ -195,6 +196,10 @@ def reconstruct(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
+    if not hasattr(profiles, "__len__") or isinstance(profiles, Mapping):
+        raise TypeError(
+            f"profiles must be a sequence, one profile a point, got {described(profiles)}"
+        )
     if len(profiles) != len(points):
         raise ValueError(
             f"profiles has {len(profiles)} for {len(points)} points: give one profile a point"
@@ -281,10 +286,16 @@ def _profile(name: str, profile: AnyProfile) -> Profile | np.ndarray:
         _checks.ordered(name, profile)
         if _checks.is_complex(np.asarray(profile)):
             raise TypeError(f"{name} must hold real numbers, got complex ones")
-        steps = np.asarray(profile, np.float64)
+        try:
+            steps = np.asarray(profile, np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be a Profile or one coefficient an update, got {described(profile)}"
+            ) from error
         if steps.ndim != 1 or not np.isfinite(steps).all():
             raise ValueError(
-                f"{name} must be a Profile or one finite coefficient an update, got {profile!r}"
+                f"{name} must be a Profile or one finite coefficient an update, got "
+                f"{described(profile)}"
             )
         steps = np.asarray(_checks.to_one(steps))
         total, size = steps.sum(), np.abs(steps).sum()

@@ -306,6 +306,7 @@ def power_ema(exponent: ScalarLike) -> Average:
 
 def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
     """The average that moves toward the next weights by a rate, which is one minus the decay."""
+    debias = _checks.flag("debias", debias)
 
     def init(weights: WeightsLike) -> _Sums:
         sums = _nothing(weights)

@@ -256,6 +256,7 @@ def npo(
         Unlearning*, COLM 2024, [arXiv:2404.05868](https://arxiv.org/abs/2404.05868), equation 3.
     """
     beta_ = _checks.above_zero("beta", beta)
+    _checks.floating_leaves(reference=reference)
     fixed = tree.upcast(reference)
 
     def penalty(f: Callable[[PyTree], Array], weights: PyTree) -> Scalar:

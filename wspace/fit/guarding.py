@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
+from wspace._words import described
 from wspace.cone.cones import Cone, refuse_other
 from wspace.fit.away import Away
 from wspace.fit.training import (
@@ -205,6 +206,9 @@ def guard(
     key = one_key(key)
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
+    unbounded = _checks.flag("unbounded", unbounded)
+    if not isinstance(losses, Sequence):
+        raise TypeError(f"losses must be a sequence of functions, got {described(losses)}")
     losses = tuple(losses)
     if len(losses) != len(points):
         raise ValueError(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, tree
 from wspace import _frames as frames
+from wspace._words import described, shortened
 from wspace.fit.training import (
     Fit,
     Functions,
@@ -176,7 +177,7 @@ _placed = jax.jit(placed, static_argnums=1)
 
 def _rows_of(table: Any, rows: Any, start: Any) -> tuple[int, ...]:
     """The rows to replace, once they are seen to be rows of the table that `start` fits."""
-    _checks.same_layout(table=table)
+    _checks.one_array(table=table)
     if getattr(table, "ndim", None) != 2:
         raise ValueError("table must be a matrix with one embedding a row")
     count, width = table.shape
@@ -187,15 +188,17 @@ def _rows_of(table: Any, rows: Any, start: Any) -> tuple[int, ...]:
             raise TypeError
         places = tuple(map(operator.index, given))
     except TypeError as error:
-        raise TypeError(f"rows must be an integer or several, got {rows!r}") from error
+        raise TypeError(f"rows must be an integer or several, got {described(rows)}") from error
     bad = [row for row in places if not 0 <= row < count]
     if bad or len(set(places)) != len(places) or not places:
-        raise ValueError(f"rows must be distinct rows of table, from 0 to {count - 1}, got {rows}")
+        raise ValueError(
+            f"rows must be distinct rows of table, from 0 to {count - 1}, got "
+            f"{shortened(str(rows))}"
+        )
     wanted = (len(places), width) if several else (width,)
     if getattr(start, "shape", None) != wanted:
-        shape = getattr(start, "shape", jax.tree.structure(start))
         raise ValueError(
-            f"start has the layout {shape}, but the rows of table it is to replace have {wanted}: "
+            f"start is {described(start)}, but the rows of table it is to replace have {wanted}: "
             "start from an embedding of this table"
         )
     return places

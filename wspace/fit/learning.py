@@ -180,6 +180,7 @@ def coefficients(
     if not any(x.size for x in jax.tree.leaves(base)):
         raise ValueError("base has no entries, so there is nothing to merge")
     first: Any
+    simplex = _checks.flag("simplex", simplex)
     if simplex:
         c = _checks.positive("start", start, len(tuned))
         first = jnp.log(jnp.asarray(c / c.sum()))

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from wspace import _checks, lowrank, perturb, tree
 from wspace._compiled import compiled, weakly
 from wspace._records import record
+from wspace._words import described
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -83,8 +84,8 @@ def called(loss: Callable[..., Any], weights: PyTree, key: Array, keyed: bool) -
 
 def function(name: str, loss: KeyedLoss, keyed: bool) -> None:
     """Raises unless a loss is a function of the weights, or, if `keyed`, of them and a key."""
-    if not callable(loss):
-        raise TypeError(f"{name} must be a function of the weights, got {type(loss)}")
+    _checks.function(name, loss, "a function of the weights")
+    keyed = _checks.flag("keyed", keyed)
     try:
         inspect.signature(loss).bind(*("weights", "key")[: 1 + keyed])
     except ValueError:  # one that does not say what it takes
@@ -112,16 +113,7 @@ def scalar_loss(name: str, loss: KeyedLoss, weights: PyTree, key: Array, keyed: 
 
 def one_key(key: Array) -> Array:
     """A key from the one given, which is used up, once it is seen to be one."""
-    array = isinstance(key, jax.Array)
-    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not (typed and key.shape == ()) and not (
-        array and key.dtype == jnp.uint32 and key.ndim == 1
-    ):
-        got = f"{key.dtype} of shape {key.shape}" if array else repr(key)
-        raise TypeError(
-            f"key must be one random key, such as jax.random.key(0), got {got}: "
-            "use jax.vmap for many"
-        )
+    _checks.random_key(key)
     return jax.random.split(key, 1)[0]
 
 
@@ -140,9 +132,11 @@ def minimized(
     """The last sound parameters on the way down, and the way; errors call the terms by `names`."""
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
-            f"optimizer must be one of optax, such as optax.adam(1e-3), got {optimizer!r}"
+            f"optimizer must be one of optax, such as optax.adam(1e-3), got {described(optimizer)}"
         )
     steps = _checks.rank(steps, "steps")
+    if progress is not None:
+        _checks.function("progress", progress, "a function of a step and a loss")
     if not any(x.size for x in jax.tree.leaves(start)):
         raise ValueError("start has no entries, so there is nothing to fit")
     wide = tree.norm(jax.tree.leaves(start)).dtype

@@ -91,8 +91,13 @@ def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
                [-2.,  0.]], dtype=float32))
     """
     edits = _checks.listed("edits", edits)
-    rows, structure = side_by_side(**_checks.each("edits", edits))
     scalars = _checks.scalars("coefficients", coefficients, len(edits))
+    return _combined(scalars, **_checks.each("edits", edits))
+
+
+def _combined(scalars: Sequence[ScalarLike], **edits: PyTree) -> PyTree:
+    """A combination of edits by the names that errors call them."""
+    rows, structure = side_by_side(**edits)
     return structure.unflatten(_combined_leaf(scalars, leaves) for leaves in rows)
 
 
@@ -143,7 +148,7 @@ def add(x: PyTree, y: PyTree) -> PyTree:
         >>> lowrank.add(x, y).rank
         7
     """
-    return combine((1, 1), (x, y))
+    return _combined((1, 1), x=x, y=y)
 
 
 def scale(c: ScalarLike, x: PyTree) -> PyTree:
@@ -171,7 +176,7 @@ def scale(c: ScalarLike, x: PyTree) -> PyTree:
         >>> lowrank.materialize(lowrank.scale(-3.0, x))
         Array([[-6.]], dtype=float32)
     """
-    return combine((_checks.scalar("c", c),), (x,))
+    return _combined([_checks.scalar("c", c)], x=x)
 
 
 def vdot(x: PyTree, y: PyTree) -> Scalar:

@@ -11,6 +11,7 @@ from wspace import _checks, tree
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, matmul, replicated
 from wspace._records import record
+from wspace._words import described
 from wspace.typing import Leaf
 
 __all__ = ["LowRank", "as_matrix", "materialize"]
@@ -127,6 +128,7 @@ def as_matrix(leaf: Leaf) -> Float[Array, "... m n"]:
         >>> lowrank.as_matrix(jnp.ones((3, 3, 16, 32))).shape
         (144, 32)
     """
+    _checks.no_tree(leaf=leaf)
     leaf = jnp.asarray(leaf)
     shape = matrix_shape(leaf.shape)
     return leaf if leaf.shape == shape else replicated(leaf).reshape(shape)
@@ -159,8 +161,13 @@ def materialize(x: LowRank) -> Float[Array, "... m n"]:
     return matmul(left, transposed(right))
 
 
-def factors_of(x: LowRank) -> tuple[Array, Array]:
+def factors_of(x: LowRank, name: str = "x") -> tuple[Array, Array]:
     """The two factors, in one dtype, once they are seen to belong together."""
+    if not isinstance(x, LowRank):
+        raise TypeError(
+            f"{name} must be one edit in factors, a lowrank.LowRank, got {described(x)}: give one "
+            "leaf, or add a tree of edits to its base by lowrank.apply"
+        )
     _checks.floating_leaves(left=x.left, right=x.right)
     left, right = jnp.asarray(x.left), jnp.asarray(x.right)
     if min(left.ndim, right.ndim) < 2 or (
@@ -181,7 +188,7 @@ def core_of(x: Leaf | LowRank) -> tuple[Array, tuple[Array | None, Array | None]
     its own core, in no frame; so is a dense matrix.
     """
     if not isinstance(x, LowRank):
-        _checks.floating_leaves(x=x)
+        _checks.one_array(x=x)
         return replicated(tree.upcast(as_matrix(x))), (None, None)
     (left, frame), (right, other) = map(_triangular, factors_of(x))
     return matmul(left, transposed(right)), (frame, other)

@@ -68,7 +68,7 @@ def from_lora(
         [arXiv:2312.03732](https://arxiv.org/abs/2312.03732).
     """
     _checks.one_of("layout", layout, _LAYOUTS)
-    _checks.floating_leaves(a=a, b=b)
+    _checks.one_array(a=a, b=b)
     a, b = jnp.asarray(a), jnp.asarray(b)
     if min(a.ndim, b.ndim) < 2 or (*a.shape[:-2], a.shape[-2]) != (*b.shape[:-2], b.shape[-1]):
         raise ValueError(
@@ -127,7 +127,7 @@ def to_lora(
         As of [`from_lora`][wspace.lowrank.from_lora].
     """
     _checks.one_of("layout", layout, _LAYOUTS)
-    left, right = factors_of(edit)
+    left, right = factors_of(edit, "edit")
     inputs, outputs = (left, right) if layout == "in_out" else (right, left)
     if alpha is not None:
         alpha = _checks.scalar("alpha", alpha, lambda value: value != 0, "finite and not zero")
@@ -136,6 +136,7 @@ def to_lora(
 
 
 def _scaling(alpha: ScalarLike | None, rank: int, rank_stabilized: bool) -> Array:
+    rank_stabilized = _checks.flag("rank_stabilized", rank_stabilized)
     if not rank:
         raise ValueError(
             "rank 0 has no scaling in LoRA, which divides by the rank: leave such a layer out"

@@ -97,7 +97,7 @@ def rank_for(
         >>> lowrank.rank_for(values, energy=0.8), lowrank.rank_for(values, tail=1.0)
         (Array(2, dtype=int32), Array(3, dtype=int32))
     """
-    _checks.floating_leaves(singular_values=singular_values)
+    _checks.one_array(singular_values=singular_values)
     _checks.finite(singular_values=singular_values)
     if (energy is None) == (tail is None):
         raise ValueError("give exactly one of energy and tail")

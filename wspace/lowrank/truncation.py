@@ -127,6 +127,7 @@ def truncate(
             )
         if key is None:
             raise ValueError("method='randomized' needs a random key: give key=jax.random.key(0)")
+        _checks.random_key(key)
         rank = min(known, *core.shape[-2:])
         steps = _checks.rank(steps, "steps")
         block = max(rank, 1) if block is None else _checks.rank(block, "block")
@@ -301,7 +302,7 @@ def extract(
         ({'w': Array([[5., 0.],
                [0., 0.]], dtype=float32)}, Array(1., dtype=float32))
     """
-    rank = _checks.rank(rank)
+    rank, vectors = _checks.rank(rank), _checks.flag("vectors", vectors)
     edit = displacement(base=base, tuned=tuned)
     return truncate_leaves(edit, rank, vectors=vectors, method=method, key=key)
 
@@ -386,7 +387,7 @@ def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: i
         model*, Journal of Multivariate Analysis 5, 1975.
     """
     rank = _checks.rank(rank)
-    _checks.floating_leaves(inputs=inputs)
+    _checks.one_array(inputs=inputs, **({} if isinstance(x, LowRank) else {"x": x}))
     _checks.finite(x=x, inputs=inputs)
     matrix = x if isinstance(x, LowRank) else as_matrix(x)
     if jnp.ndim(inputs) < 2 or inputs.shape[-1] != matrix.shape[-2]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array
 
+from wspace import _checks
 from wspace.merge.parts.drop import Rescale, drop
 from wspace.merge.parts.elect import Election, agreed
 from wspace.merge.parts.numbers import share_of_each
@@ -64,6 +65,7 @@ def dare(
         L. Yu et al., *Language Models are Super Mario: Absorbing Abilities from Homologous Models
         as a Free Lunch*, ICML 2024, [arXiv:2311.03099](https://arxiv.org/abs/2311.03099).
     """
+    _checks.random_key(key)
     tuned, known = siblings(base, tuned, coefficients)
     return moved(base, _dropped(key, base, tuned, density, rescale), known, scale)
 
@@ -122,6 +124,7 @@ def dare_ties(
         as a Free Lunch*, ICML 2024, section 3.3,
         [arXiv:2311.03099](https://arxiv.org/abs/2311.03099).
     """
+    _checks.random_key(key)
     tuned, known = siblings(base, tuned, coefficients)
     return agreed(base, _dropped(key, base, tuned, density, rescale), known, election, scale)
 

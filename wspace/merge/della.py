@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array
 
+from wspace import _checks
 from wspace.merge.parts.drop import Rescale
 from wspace.merge.parts.elect import Election, agreed
 from wspace.merge.parts.magprune import RankScope, magprune
@@ -77,6 +78,7 @@ def della(
         through Magnitude-Based Sampling*, 2024,
         [arXiv:2406.11617](https://arxiv.org/abs/2406.11617).
     """
+    _checks.random_key(key)
     tuned, known = siblings(base, tuned, coefficients)
     densities = share_of_each("density", density, len(tuned))
     pairs = zip(differences(base, tuned), densities, strict=True)

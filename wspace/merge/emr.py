@@ -1,5 +1,6 @@
 r"""EMR: one edit for all models, and a mask and a number for each."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from wspace import _checks, _lift
 from wspace._numerics import where_kept
 from wspace._records import record
+from wspace._words import described
 from wspace.merge.parts.elect import disjoint_merge, elect
 from wspace.merge.task import differences, siblings
 from wspace.typing import Scalar, Weights, WeightsLike
@@ -110,6 +112,12 @@ def emr_model(base: WeightsLike, unified: Unified, index: int) -> Weights:
         >>> merge.emr_model(jnp.zeros(2), unified, 0)
         Array([ 4., -2.], dtype=float32)
     """
+    if not isinstance(unified, Unified):
+        raise TypeError(f"unified must be what merge.emr returns, got {described(unified)}")
+    try:
+        index = operator.index(index)
+    except TypeError as error:
+        raise TypeError(f"index must be an integer, got {described(index)}") from error
     _checks.same_layout(base=base, edit=unified.edit)
     return _of_task((unified.scales[index],), (base, unified.edit, unified.masks[index]))
 

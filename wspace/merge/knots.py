@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import PyTree
 
+from wspace import _checks
 from wspace.merge.parts.coordinates import Rule, in_coordinates, of_outputs
 from wspace.merge.task import added, differences, siblings, task_arithmetic
 from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
@@ -64,6 +65,7 @@ def knots(
         G. Stoica et al., *Model merging with SVD to tie the Knots*, ICLR 2025,
         [arXiv:2410.19735](https://arxiv.org/abs/2410.19735).
     """
+    _checks.function("method", method, "a merge of base, tuned models and coefficients")
     tuned, _ = siblings(base, tuned, coefficients)
     edit = in_shared_space(method, differences(base, tuned), coefficients)
     return added(base, edit, scale)

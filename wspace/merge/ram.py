@@ -80,7 +80,7 @@ def ram(
     tuned, _ = siblings(base, tuned, None)
     edits = differences(base, tuned)
     cuts = [threshold] * len(edits)
-    if relative:
+    if _checks.flag("relative", relative):
         cuts = [jnp.asarray(threshold).astype(peak.dtype) * peak for peak in map(peak_of, edits)]
     plain = not _checks.is_traced(boost) and boost == 0
     boosts = [1.0] * len(edits) if plain else _boosts(cuts, edits, boost, cap)

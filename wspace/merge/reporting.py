@@ -148,7 +148,10 @@ def report(
         Merge of 2 models: displacement 5.83095, 1 of 4 entries disputed
     """
     if _checks.is_traced(base, tuned, merged, coefficients, edits, key):
-        raise TypeError("a report is read, so that its values must be known: make it outside jit")
+        raise TypeError(
+            "a report is read, so that base, tuned, merged and all else that it is given must be "
+            "known: make it outside jit"
+        )
     tuned, c = siblings(base, tuned, coefficients)
     names = {"base": base, "merged": merged}
     if edits is not None:
@@ -166,6 +169,8 @@ def report(
     sizes = [leaf.size for leaf in jax.tree.leaves(base)]
     sums = [_sums(*leaf) for leaf in zip(sizes, *jax.device_get(found), strict=True)]
     total = functools.reduce(lambda x, y: jax.tree.map(np.add, x, y), sums)
+    if key is not None:
+        _checks.random_key(key)
     seed = None if key is None else tuple(np.ravel(jax.random.key_data(key)).tolist())
     leaves = tuple(_leaf_tally(path, x) for path, x in zip(paths, sums, strict=True))
     whole = _leaf_tally("(all)", total)

@@ -84,7 +84,7 @@ def sce(
         edits = [_varying((), (x, mask, variance)) for x in edits]
     weights, infinite = _energy_shares([tree.vdot(x, x) for x in edits])
     scale = _checks.poisoned(
-        scale,
+        _checks.scalar("scale", scale),
         infinite,
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )

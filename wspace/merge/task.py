@@ -164,6 +164,6 @@ def task_arithmetic(
         [arXiv:2212.04089](https://arxiv.org/abs/2212.04089).
     """
     tuned, known = siblings(base, tuned, coefficients)
-    if normalize:
+    if _checks.flag("normalize", normalize):
         known = _checks.unpacked(_checks.affine(coefficients, len(tuned)))
     return _sum_of_terms((_checks.scalar("scale", scale), *known), (base, *tuned))

@@ -25,6 +25,7 @@ from wspace._numerics import (
     placed_like,
     replicated,
 )
+from wspace._words import described, layout_of
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Allow, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -165,7 +166,7 @@ def _leaf_allowance(
 ) -> tuple[Allowed, list[Fault]]:
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
-        raise TypeError(f"{where} is {entry!r}: give 1.0 (free), 0.0 (frozen) or a matrix")
+        raise TypeError(f"{where} is {described(entry)}: give 1.0 (free), 0.0 (frozen) or a matrix")
     if number:
         scale = _checks.nonnegative(where, entry)
         scale, power = _in_range(np.float64(scale)) if isinstance(scale, float) else (scale, 0)
@@ -241,7 +242,7 @@ def each_allowance(
     if not isinstance(allow, Sequence) or len(allow) != len(points):
         raise ValueError(
             f"allow must have one entry for each of {len(points)} points, a tree like the "
-            f"weights or None, got {jax.tree.structure(allow)}"
+            f"weights or None, got {layout_of(allow)}"
         )
     named = {f"allow[{i}]": entries for i, entries in enumerate(allow)}
     return _allowances(named, points, *others)
@@ -363,7 +364,7 @@ def damped_inputs(
 
 def _spectrum(activations: Array | np.ndarray) -> tuple[Array, Array]:
     """Singular values of activations and their right singular vectors, one a row."""
-    _checks.floating_leaves(activations=activations)
+    _checks.one_array(activations=activations)
     if activations.ndim != 2:
         raise ValueError(
             f"activations must be a matrix (n, d) with one input a row, got {activations.shape}"

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from wspace import _checks, lowrank, tree
 from wspace._numerics import safe_sqrt, with_nan_of
 from wspace._records import record
+from wspace._words import described
 from wspace.cone.cones import Cone, project, sizes_of
 from wspace.cone.spectra import ratio
 from wspace.lowrank import LowRank
@@ -178,9 +179,10 @@ def size_to_change(
 
 def _gradient(readout: Loss, weights: WeightsLike) -> Weights:
     _checks.same_layout(weights=weights)
+    _checks.function("readout", readout, "a function of the weights")
     value, pullback = jax.vjp(readout, tree.upcast(weights))
     if not _checks.is_weight(value) or value.shape != ():
-        got = jax.tree.map(jax.typeof, value)
+        got = jax.typeof(value) if hasattr(value, "shape") else described(value)
         raise TypeError(f"readout must return one floating-point number, got {got}")
     (gradient,) = pullback(jnp.ones_like(value))
     _checks.finite(**{"the gradient of readout": gradient})

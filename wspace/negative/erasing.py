@@ -217,7 +217,7 @@ def erase_keeping(
     if rtol is not None:
         rtol = _checks.between("rtol", rtol, 0, 1)
     erase = _checks.listed("erase", erase)
-    keep = _checks.listed("keep", keep) if len(keep) else []
+    keep = [] if isinstance(keep, list | tuple) and not keep else _checks.listed("keep", keep)
     trees = {"point": point, **_checks.each("erase", erase), **_checks.each("keep", keep)}
     _checks.same_layout(**trees)
     _checks.finite(**trees)

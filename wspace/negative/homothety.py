@@ -254,7 +254,8 @@ def remove_member(average: WeightsLike, member: WeightsLike, coefficient: Scalar
     weight = _checks.scalar(
         "coefficient", coefficient, lambda a: abs(1 - a) > 1e-6 * (1 + abs(a)), "finite and not 1"
     )
-    return repel(average, member, weight / (1 - weight))
+    _checks.same_layout(average=average, member=member)
+    return _extrapolated((weight / (1 - weight),), (average, average, member))
 
 
 def strength_of(weight: ScalarLike) -> Scalar:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import power_of_two, safe_sqrt
 from wspace._records import record
+from wspace._words import described
 from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
@@ -210,7 +211,7 @@ def route(
     rank = _checks.rank(rank)
     radius = _checks.nonnegative("radius", radius)
     if not isinstance(targets, Mapping):
-        raise TypeError(f"targets must be a mapping from names to trees, got {type(targets)}")
+        raise TypeError(f"targets must be a mapping from names to trees, got {described(targets)}")
     if not targets:
         raise ValueError("targets is empty: give at least one target by name")
     _checks.same_layout(average=average, **{f"targets[{name!r}]": x for name, x in targets.items()})
@@ -253,6 +254,7 @@ def gate(point: WeightsLike, where: WeightsLike, edit: PyTree[Any], radius: Scal
         Array([3.], dtype=float32)
     """
     radius = _checks.nonnegative("radius", radius)
+    _checks.same_layout(point=point, where=where)
     far = geometry.distance(point, where)
     if not _checks.is_traced(far) and bool(jnp.isnan(far)):
         _checks.finite(point=point, where=where)

@@ -78,7 +78,7 @@ def rewrite(
     ridge = _checks.nonnegative("ridge", ridge)
     arrays = {"matrix": matrix, "keys": keys, "values": values}
     arrays |= {} if keep is None else {"keep": keep}
-    _checks.floating_leaves(**arrays)
+    _checks.one_array(**arrays)
     shapes = {name: x.shape for name, x in arrays.items()}
     if not (
         all(len(shape) == 2 for shape in shapes.values())

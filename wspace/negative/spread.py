@@ -19,6 +19,7 @@ from wspace._numerics import (
     with_nan_of,
 )
 from wspace.lowrank import LowRank
+from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.truncation import decomposed
 from wspace.typing import Coefficients, Leaf, ScalarLike, Weights, WeightsLike
 
@@ -146,6 +147,7 @@ def split_rank(
         [Array([6., 0.], dtype=float32), Array([0., 2.], dtype=float32)]
     """
     _checks.ordered("ranks", ranks)
+    _checks.ordered("coefficients", coefficients)
     if len(ranks) != len(coefficients):
         raise ValueError(
             f"ranks has {len(ranks)} numbers for {len(coefficients)} coefficients: give one a point"
@@ -155,7 +157,7 @@ def split_rank(
     c = _checks.positive("costs", costs, len(ranks))
     if rtol is not None:
         rtol = _checks.between("rtol", rtol, 0, 1)
-    lowrank.norm(shift)  # refuses what is no edit
+    side_by_side(shift=shift)
     _checks.finite(shift=shift)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shift, is_leaf=_checks.is_factored)
     roots = _roots(a, c)

@@ -23,6 +23,7 @@ from wspace._numerics import (
     unstacked,
 )
 from wspace._records import record
+from wspace._words import described
 from wspace.lowrank.factors import matrix_shape
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
@@ -62,7 +63,7 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
         raise TypeError(
-            f"{where} is {entry!r}: give 1.0 (all), 0.0 (nothing) or an orthonormal matrix"
+            f"{where} is {described(entry)}: give 1.0 (all), 0.0 (nothing) or an orthonormal matrix"
         )
     if number:
         whole = _checks.scalar(where, entry, lambda p: (p == 0) | (p == 1), "1 (all) or 0 (none)")

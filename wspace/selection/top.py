@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from wspace import _checks, _lift
 from wspace._numerics import Wide, accumulator, where_kept
+from wspace._words import described
 from wspace.selection import bracket
 from wspace.selection.bracket import Count
 from wspace.selection.counting import axes, last_by_counting
@@ -221,11 +222,11 @@ def _counted_leaves(x: WeightsLike) -> tuple[list[Any], int]:
 
 def _asked(k: Any, least: int, size: int) -> tuple[Count, Any, Any]:
     """How many entries are asked for, from 1 to all, and whether that is too few or too many."""
-    if not _checks.is_traced(k):
+    if not (_checks.is_traced(k) and hasattr(k, "dtype")):
         try:
             known = operator.index(k)
         except TypeError as error:
-            raise TypeError(f"k must be an integer, got {k!r}") from error
+            raise TypeError(f"k must be an integer, got {described(k)}") from error
         if not least <= known <= size:
             raise ValueError(f"k must be from {least} to the {size} entries of x, got {known}")
         return bracket.count_of(min(max(known, 1), size)), known < 1, False

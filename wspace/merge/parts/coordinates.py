@@ -39,6 +39,7 @@ def in_coordinates(
     coefficients: Coefficients | None,
 ) -> PyTree:
     """The result of a rule on edits in coordinates, brought back to weights."""
+    _checks.function("rule", rule, "a merge of base, tuned models and coefficients")
     edits = _checks.listed("edits", edits)
     rows, structure = side_by_side(**_checks.each("edits", edits))
     _checks.finite(**_checks.each("edits", edits))

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from wspace import _checks, _lift
 from wspace._numerics import larger, where_kept
 from wspace._records import record
+from wspace._words import described
 from wspace.merge.task import added, total
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
@@ -75,8 +76,7 @@ class Election:
         _checks.one_of("vote", self.vote, get_args(Vote))
         _checks.one_of("zero", self.zero, get_args(Zero))
         _checks.one_of("divide", self.divide, get_args(Divide))
-        if not isinstance(self.weighted, bool):
-            raise TypeError(f"weighted must be True or False, got {self.weighted!r}")
+        _checks.flag("weighted", self.weighted)
 
 
 def elect(
@@ -211,6 +211,7 @@ def disjoint_merge(
     edits = _checks.listed("edits", edits)
     _checks.same_layout(**_checks.each("edits", edits), signs=signs)
     known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits)))
+    weighted = _checks.flag("weighted", weighted)
     merged = _merged(_checks.one_of("divide", divide, get_args(Divide)), weighted)
     return merged(known, (*edits, signs))
 
@@ -259,6 +260,11 @@ def agreed(
     scale: ScalarLike,
 ) -> Weights:
     """The base plus a multiple of what the task vectors agree on."""
+    if not isinstance(election, Election):
+        raise TypeError(
+            f"election must be a merge.Election, got {described(election)}: give "
+            "merge.Election(vote=...), or leave it out"
+        )
     if election.zero == "majority":  # of the whole tree
         votes = coefficients if election.weighted else None
         signs = elect(edits, votes, vote=election.vote, zero=election.zero)
