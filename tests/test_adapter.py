@@ -312,6 +312,12 @@ ONE = edit_of({"query.weight": 1})["query.weight"]
         ({"x": {"weight": jnp.zeros(1)}}, TypeError, r"edit\['x'\] is a .*dict.*flat mapping"),
         ({"x.weight": jnp.ones((3, 4))}, ValueError, "dense and not zero.*lowrank.truncate"),
         (
+            {"x.bias": jnp.ones(3)},
+            ValueError,
+            "x.bias.*vectors=False of lowrank.extract or lowrank",
+        ),
+        ({"x.scale": np.ones(())}, ValueError, "x.scale.*vectors=False of lowrank.extract or lowr"),
+        (
             {"x.weight": LowRank(jnp.ones((2, 3, 1)), jnp.ones((2, 4, 1)))},
             ValueError,
             r"edit\['x\.weight'\] is of a stack of matrices \(2, 3, 4\).*a name of its own",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import is_nan
 from tests.strategies import FLOAT, UNIT, scales
-from wspace import geometry, lowrank
+from wspace import geometry, lowrank, negative
 from wspace.lowrank import LowRank
 from wspace.testing import assert_close, matrices
 
@@ -226,6 +226,136 @@ def test_what_is_extracted_leads_from_base_to_within_the_tail_of_tuned(seed, ran
     left = geometry.distance(lowrank.apply(base, cut.factors), tuned)
     assert abs(left - cut.tail) <= 256 * UNIT * size
     assert [isinstance(cut.factors[name], LowRank) for name in LAYOUT] == [True] * 3 + [False] * 3
+
+
+def least_rank(values, energy=None, tail=None):
+    """The first rank whose tail is small enough, by NumPy."""
+    whole = tail_of(values, 0)
+    left = tail if energy is None else np.sqrt(1 - energy) * whole
+    ranks = range(values.shape[-1] + 1)
+    return next(r for r in ranks if tail_of(values, r) <= left * (1 + 1e-9))
+
+
+MATRICES, VECTORS = ("w", "k", "s"), ("b", "c", "e")
+
+
+def spectra(x):
+    """Singular values by leaf, as those of matrices with one column where it is a vector."""
+    flat = {name: np.asarray(x[name], np.float64) for name in LAYOUT}
+    flat |= {"k": flat["k"].reshape(6, 4)} | {n: flat[n].reshape(-1, 1) for n in VECTORS}
+    return {name: spectrum(leaf) for name, leaf in flat.items()}
+
+
+@pytest.mark.parametrize(
+    "how", [{"energy": 0.6}, {"energy": 0.9}, {"energy": 1.0}, {"tail": 1.5}, {"tail": 0.3}]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_every_leaf_of_a_tree_is_cut_to_its_own_least_rank_and_the_tails_combine(how, scale):
+    base, tuned = ends(7)
+    base = jax.tree.map(lambda x: 0 * x, base)
+    tuned = jax.tree.map(lambda x: scale * x, tuned)
+    given = {name: scale * value if name == "tail" else value for name, value in how.items()}
+    values = {name: x / scale for name, x in spectra(tuned).items()}
+    ranks = {name: least_rank(x, **how) for name, x in values.items()}
+    tails = {name: tail_of(x, ranks[name]) for name, x in values.items()}
+    cuts = [
+        lowrank.extract(base, tuned, **given),
+        negative.offset(base, tuned, **given),
+        lowrank.truncate(tuned, **given),
+    ]
+    combined = np.sqrt(sum(x**2 for x in tails.values()))
+    size = np.sqrt(sum(np.sum(x**2) for x in values.values()))
+    for cut in cuts:
+        assert {name: cut.factors[name].rank for name in MATRICES} == {
+            name: ranks[name] for name in MATRICES
+        }
+        for name in VECTORS:
+            wanted = tuned[name] if ranks[name] else 0 * tuned[name]
+            np.testing.assert_array_equal(cut.factors[name], wanted)
+        np.testing.assert_allclose(float(cut.tail) / scale, combined, rtol=0, atol=64 * UNIT * size)
+        if "energy" in how:
+            assert float(cut.tail) / scale <= np.sqrt(1 - how["energy"]) * size + 64 * UNIT * size
+        else:
+            assert float(cut.tail) / scale <= how["tail"] * np.sqrt(len(LAYOUT)) + 64 * UNIT * size
+    left = lowrank.truncate(tuned, vectors=False, **given)
+    rest = np.sqrt(sum(np.sum(values[name] ** 2) for name in VECTORS))
+    kept = np.sqrt(sum(tails[name] ** 2 for name in MATRICES))
+    assert not any(np.any(left.factors[name]) for name in VECTORS)
+    np.testing.assert_allclose(float(left.tail) / scale, np.hypot(rest, kept), rtol=64 * UNIT)
+
+
+@pytest.mark.parametrize("how", [{"rank": 0}, {"rank": 2}, {"energy": 0.8}, {"tail": 1.0}])
+def test_a_tree_of_factors_is_cut_as_the_tree_of_their_products(how):
+    _, x = ends(3)
+    whole = lowrank.truncate(x, 9).factors
+    dense, factored = lowrank.truncate(x, **how), lowrank.truncate(whole, **how)
+    size = np.linalg.norm(np.concatenate([np.ravel(leaf) for leaf in x.values()]))
+    np.testing.assert_allclose(factored.tail, dense.tail, rtol=0, atol=256 * UNIT * size)
+    for name in MATRICES:
+        assert factored.factors[name].rank == dense.factors[name].rank
+        np.testing.assert_allclose(
+            product(factored.factors[name]), product(dense.factors[name]), atol=1e4 * UNIT * size
+        )
+    for name in VECTORS:
+        assert_close(factored.factors[name], dense.factors[name], units=0)
+
+
+def test_a_tree_is_cut_to_a_rank_leaf_by_leaf_and_under_jit():
+    _, x = ends(5)
+    cut = lowrank.truncate(x, 2)
+    assert_close(jax.jit(lambda y: lowrank.truncate(y, 2).tail)(x), cut.tail, units=32)
+    alone = [lowrank.truncate(x[name], 2) for name in MATRICES]
+    for name, one in zip(MATRICES, alone, strict=True):
+        assert_close(cut.factors[name], one.factors, units=0)
+    combined = np.sqrt(sum(np.float64(one.tail) ** 2 for one in alone))
+    np.testing.assert_allclose(cut.tail, combined, rtol=64 * UNIT)
+    nothing = lowrank.truncate({"a": None, "b": []}, energy=0.5)
+    assert (nothing.factors, float(nothing.tail)) == ({"a": None, "b": []}, 0.0)
+    column = lowrank.truncate(x["b"], energy=0.5, vectors=False)
+    assert column.factors.rank == 0
+    np.testing.assert_allclose(column.tail, np.linalg.norm(x["b"]), rtol=64 * UNIT)
+    numpy = jax.tree.map(np.asarray, x)
+    assert_close(lowrank.truncate(numpy, energy=0.8), lowrank.truncate(x, energy=0.8), units=0)
+
+
+def test_ways_to_cut_a_tree_that_mean_nothing_are_refused(refuses):
+    base, tuned = ends(0)
+    cuts = [
+        lambda **how: lowrank.truncate(tuned, **how),
+        lambda **how: lowrank.extract(base, tuned, **how),
+        lambda **how: negative.offset(base, tuned, **how),
+        lambda **how: lowrank.extract({}, {}, **how),
+    ]
+    for cut in cuts:
+        for how in ({}, {"rank": 1, "energy": 0.9}, {"energy": 0.9, "tail": 1.0}):
+            with refuses(ValueError, match="give exactly one of rank, energy and tail"):
+                cut(**how)
+        for how in ({"energy": 0.0}, {"energy": 1.5}, {"energy": float("nan")}):
+            with refuses(ValueError, match=r"energy must be in \(0, 1\]"):
+                cut(**how)
+        for how in ({"tail": -1.0}, {"tail": float("nan")}, {"tail": float("inf")}):
+            with refuses(ValueError, match="tail must be finite and at least 0"):
+                cut(**how)
+        with refuses(TypeError, match="by values that are traced: give a rank"):
+            jax.jit(lambda e, cut=cut: cut(energy=e).tail)(0.5)
+    for cut in cuts[:3]:
+        with refuses(TypeError, match="by values that are traced: give a rank"):
+            jax.jit(lambda _, cut=cut: cut(energy=0.5).tail)(0.5)
+    with refuses(TypeError, match="by values that are traced: give a rank"):
+        jax.jit(lambda b: lowrank.truncate({"b": b}, tail=0.5).tail)(tuned["b"])
+    with refuses(ValueError, match="need all singular values"):
+        lowrank.extract(base, tuned, energy=0.5, method="randomized", key=KEY)
+    with refuses(ValueError, match=r"leaf \['b'\] of x holds NaN"):
+        lowrank.truncate(tuned | {"b": jnp.full(3, jnp.nan)}, 1)
+    with refuses(TypeError, match=r"leaf \['b'\] of x has dtype int32; weights are"):
+        lowrank.truncate(tuned | {"b": jnp.ones(3, jnp.int32)}, energy=0.5)
+    with refuses(ValueError, match="leaf of shape") as caught:
+        lowrank.truncate({"w": jnp.ones((1,) * 6)}, 1)
+    if not isinstance(caught.value, TypeError):
+        assert caught.value.__notes__ == ["at leaf ['w']"]
+    far = jax.tree.map(lambda x: jnp.full_like(x, jnp.finfo(FLOAT).max), tuned)
+    with refuses(ValueError, match=r"of tuned - base holds NaN or an infinity"):
+        lowrank.extract(jax.tree.map(jnp.negative, far), far, 1)
 
 
 def test_what_is_extracted_at_random_depends_on_the_path_of_a_leaf_alone():

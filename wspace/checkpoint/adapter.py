@@ -385,9 +385,13 @@ def _factored(name: str, leaf: LowRank | Leaf) -> LowRank | None:
     if not isinstance(leaf, LowRank):
         flat(edit={name: leaf})
         if np.any(np.asarray(leaf)):
+            mend = (
+                "cut it to a rank by lowrank.truncate"
+                if np.ndim(leaf) > 1
+                else "leave vectors out by vectors=False of lowrank.extract or lowrank.truncate"
+            )
             raise ValueError(
-                f"edit[{shown(name)}] is dense and not zero, which LoRA cannot hold: factor it by "
-                "lowrank.truncate, or leave it out"
+                f"edit[{shown(name)}] is dense and not zero, which LoRA cannot hold: {mend}"
             )
         return None
     try:

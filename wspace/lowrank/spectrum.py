@@ -101,17 +101,27 @@ def rank_for(
     _checks.finite(singular_values=singular_values)
     if (energy is None) == (tail is None):
         raise ValueError("give exactly one of energy and tail")
+    energy, tail = kept_or_left(energy, tail)
     values = _checks.floating(singular_values)
     unit = power_of_two(jnp.max(values, initial=0))
     squares = tail_curve(values / unit)
-    if tail is None:
-        kept = _checks.scalar("energy", energy, lambda e: (e > 0) & (e <= 1), "in (0, 1]")
-        bound = jnp.asarray(1 - kept).astype(squares.dtype) * squares[0]
+    if energy is not None:
+        bound = jnp.asarray(1 - energy).astype(squares.dtype) * squares[0]
     else:
-        left = _checks.nonnegative("tail", tail)
-        bound = (jnp.asarray(left).astype(squares.dtype) / unit) ** 2
+        bound = (jnp.asarray(tail).astype(squares.dtype) / unit) ** 2
     rank = jnp.sum(squares > bound, dtype=jnp.int32)
     return jnp.where(jnp.isnan(squares[0] + bound), jnp.int32(-1), rank)
+
+
+def kept_or_left(
+    energy: ScalarLike | None, tail: ScalarLike | None
+) -> tuple[ScalarLike | None, ScalarLike | None]:
+    """The energy or the tail that is given, in its domain."""
+    if energy is not None:
+        energy = _checks.scalar("energy", energy, lambda e: (e > 0) & (e <= 1), "in (0, 1]")
+    if tail is not None:
+        tail = _checks.nonnegative("tail", tail)
+    return energy, tail
 
 
 def stable_rank(x: Leaf | LowRank) -> Float[Array, "..."]:

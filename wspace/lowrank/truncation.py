@@ -2,18 +2,20 @@ r"""The nearest edit of given rank, and how far it is from what it was cut from.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Bool, Float, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import length, matmul, power_of_two, safe_sqrt
 from wspace._records import record
+from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
-from wspace.lowrank.spectrum import rank_for, tails_of
+from wspace.lowrank.spectrum import kept_or_left, rank_for, tails_of
 from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
@@ -38,11 +40,12 @@ class Truncation(NamedTuple):
 
 
 def truncate(
-    x: Leaf | LowRank,
+    x: PyTree[Leaf | LowRank],
     rank: int | None = None,
     *,
     energy: ScalarLike | None = None,
     tail: ScalarLike | None = None,
+    vectors: bool = True,
     method: Method = "exact",
     key: Array | None = None,
     block: int | None = None,
@@ -62,6 +65,13 @@ def truncate(
     slice, at one rank. Factors are cut by way of a core of the size of their rank, the product
     is never formed; cutting to $\min(m, n, r)$ compresses them without loss.
 
+    Every matrix of a tree is cut by itself: to the one rank, or to the least rank that keeps this
+    `energy` of that matrix or leaves this `tail` of it. The tree then keeps at least the same share
+    of its own squared norm. Its tails combine: the `tail` that is returned,
+    $(\sum_\ell \lVert X_\ell - D_\ell \rVert_F^2)^{1/2}$, is the distance of all leaves, at most
+    $\sqrt{1 - \eta}\,\lVert X \rVert$ or $\tau$ times the root of the number of leaves. Vectors
+    and scalars in a tree are matrices with one column: left out at rank 0, else kept whole.
+
     | method | how | tail | cost |
     |---|---|---|---|
     | `"exact"` | all singular values | summed over those left out | $O(m n \min(m, n))$ |
@@ -77,19 +87,25 @@ def truncate(
     defined where singular values repeat.
 
     Args:
-        x: A matrix or a stack of them, dense or factored.
+        x: A matrix or a stack of them, dense or factored, or a tree of such leaves, such as an edit
+            or a task vector.
         rank: The rank, at least 0; above $\min(m, n)$ it is cut to that, where the tail is $0$.
-        energy: In place of a rank, the share of the squared norm that the least rank must keep,
-            as in [`rank_for`][wspace.lowrank.rank_for].
-        tail: In place of a rank, the distance that the least rank may leave.
+        energy: In place of a rank, the share $\eta$ in $(0, 1]$ of the squared norm of each matrix
+            that its least rank must keep, as in [`rank_for`][wspace.lowrank.rank_for].
+        tail: In place of a rank, the distance $\tau \ge 0$ that the least rank of each matrix may
+            leave.
+        vectors: Whether vectors and scalars are kept as the rank says; if not, they are left out
+            and count in the tail, as for adapters that edit matrices alone.
         method: `"exact"` or `"randomized"`. The randomized one needs a rank.
-        key: A random key, for the randomized method alone.
+        key: A random key, for the randomized method alone; in a tree it is folded with the path of
+            every leaf.
         block: Rows in a block of the randomized method; the rank if not given.
         steps: Steps of the randomized method, at least 0.
 
     Returns:
-        A [`Truncation`][wspace.lowrank.Truncation] with `factors` a `LowRank` in at least float32,
-            and the `tail` over the whole stack.
+        A [`Truncation`][wspace.lowrank.Truncation] with the `tail` over the whole stack or tree.
+            `factors` is a `LowRank` in at least float32; of a tree, a tree of them for matrices,
+            stacks and convolutions, with dense leaves for vectors and scalars.
 
     Raises:
         ValueError: If `rank` is negative; not exactly one of rank, energy and tail is given, or
@@ -97,7 +113,7 @@ def truncate(
             that hold the rank; the factors do not match; or a value known is NaN or infinite
             (traced, the result is NaN).
         TypeError: If `rank`, `block` or `steps` is not an integer, `energy` or `tail` asks for a
-            rank that depends on traced values, or `x` is not floating-point.
+            rank that depends on traced values, or a leaf is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -106,6 +122,10 @@ def truncate(
         >>> lowrank.materialize(cut.factors), cut.tail
         (Array([[4., 0.],
                [0., 0.]], dtype=float32), Array(3., dtype=float32))
+        >>> edit = {"w": jnp.diag(jnp.array([4.0, 3.0])), "b": jnp.ones(2)}
+        >>> cut = lowrank.truncate(edit, energy=0.6)
+        >>> cut.factors["w"].rank, cut.factors["b"], cut.tail
+        (1, Array([1., 1.], dtype=float32), Array(3., dtype=float32))
 
     References:
         C. Eckart, G. Young, *The approximation of one matrix by another of lower rank*,
@@ -114,31 +134,88 @@ def truncate(
         *Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
         Decomposition*, NeurIPS 2015, [arXiv:1504.05477](https://arxiv.org/abs/1504.05477).
     """
-    _checks.one_of("method", method, get_args(Method))
-    if [rank, energy, tail].count(None) != 2:
-        raise ValueError("give exactly one of rank, energy and tail")
-    known = None if rank is None else _checks.rank(rank)
-    core, frames = core_of(x)
+    cut = cut_by(rank, energy, tail, method=method, key=key, block=block, steps=steps)
+    rows, _ = side_by_side(x=x)
     _checks.finite(x=x)
+    if len(rows) == 1 and rows[0][0] is x:
+        return _truncated(x, cut if vectors or len(x.shape) > 1 else Cut(0), key)
+    return truncate_leaves(x, cut, vectors=vectors, key=key)
+
+
+class Cut(NamedTuple):
+    """How every matrix is cut: to a rank, or to the least that keeps or leaves as much of it."""
+
+    rank: int | None
+    energy: ScalarLike | None = None
+    tail: ScalarLike | None = None
+    method: Method = "exact"
+    block: int | None = None
+    steps: int = 5
+
+    def rank_of(self, values: Callable[[], Array]) -> int:
+        """The rank of a matrix with these singular values, which are not asked for a known one."""
+        if self.rank is not None:
+            return self.rank
+        found = values()
+        if _checks.is_traced(found):
+            raise TypeError(_SHAPES)
+        return int(rank_for(found, energy=self.energy, tail=self.tail))
+
+
+_SHAPES = (
+    "energy and tail decide the rank, and with it shapes, by values that are traced: "
+    "give a rank, chosen outside by rank_for"
+)
+
+
+def cut_by(
+    rank: int | None,
+    energy: ScalarLike | None,
+    tail: ScalarLike | None,
+    *,
+    method: Method = "exact",
+    key: Array | None = None,
+    block: int | None = None,
+    steps: int = 5,
+) -> Cut:
+    """How matrices are cut, once it is seen to be one way."""
+    _checks.one_of("method", method, get_args(Method))
+    if sum(x is None for x in (rank, energy, tail)) != 2:
+        raise ValueError("give exactly one of rank, energy and tail")
+    if rank is not None:
+        rank = _checks.rank(rank)
+    elif _checks.is_traced(energy, tail):
+        raise TypeError(_SHAPES)
+    elif method == "randomized":
+        raise ValueError("energy and tail need all singular values: give a rank, or method='exact'")
+    else:
+        energy, tail = kept_or_left(energy, tail)
     if method == "randomized":
-        if known is None:
-            raise ValueError(
-                "energy and tail need all singular values: give a rank, or method='exact'"
-            )
         if key is None:
             raise ValueError("method='randomized' needs a random key: give key=jax.random.key(0)")
         _checks.random_key(key)
         rank = min(known, *core.shape[-2:])
         steps = _checks.rank(steps, "steps")
-        block = max(rank, 1) if block is None else _checks.rank(block, "block")
-        if block * (steps + 1) < rank:
+        block = None if block is None else _checks.rank(block, "block")
+    return Cut(rank, energy, tail, method, block, steps)
+
+
+def _truncated(x: Leaf | LowRank, cut: Cut, key: Array | None) -> Truncation:
+    core, frames = core_of(x)
+    if cut.method == "randomized" and cut.rank is not None:
+        rank = min(cut.rank, *core.shape[-2:])
+        block = max(rank, 1) if cut.block is None else cut.block
+        if block * (cut.steps + 1) < rank:
             raise ValueError(
-                f"{steps + 1} blocks of {block} rows do not hold rank {rank}: "
+                f"{cut.steps + 1} blocks of {block} rows do not hold rank {rank}: "
                 "give a larger block or more steps"
             )
-        if not isinstance(x, LowRank) and block * (steps + 1) < min(core.shape[-2:]):
-            return _randomized(key, core, rank, block, steps)
-    return _exact(_decomposed(core, frames), known, energy, tail)
+        if not isinstance(x, LowRank) and block * (cut.steps + 1) < min(core.shape[-2:]):
+            return _randomized(key, core, rank, block, cut.steps)
+    whole = _decomposed(core, frames)
+    rank = cut.rank_of(lambda: whole.values)
+    left = tails_of(whole.values)[min(rank, whole.values.shape[-1])]
+    return Truncation(whole.refit(whole.values, rank), left, jnp.asarray(False))
 
 
 class Decomposition(NamedTuple):
@@ -158,18 +235,6 @@ class Decomposition(NamedTuple):
             for side, frame in zip(sides, self.frames, strict=True)
         )
         return LowRank(left, right)
-
-
-def _exact(x: Decomposition, rank: int | None, energy: Any, tail: Any) -> Truncation:
-    if rank is None:
-        if _checks.is_traced(x.values):
-            raise TypeError(
-                "energy and tail decide the rank, and with it shapes, by values that are traced: "
-                "give a rank, chosen outside by rank_for"
-            )
-        rank = int(rank_for(x.values, energy=energy, tail=tail))
-    left = tails_of(x.values)[min(rank, x.values.shape[-1])]
-    return Truncation(x.refit(x.values, rank), left, jnp.asarray(False))
 
 
 def decomposed(x: Leaf | LowRank) -> Decomposition:
@@ -259,8 +324,10 @@ def _whitened(rows: Array, shift: int) -> Array:
 def extract(
     base: WeightsLike,
     tuned: WeightsLike,
-    rank: int,
+    rank: int | None = None,
     *,
+    energy: ScalarLike | None = None,
+    tail: ScalarLike | None = None,
     vectors: bool = True,
     method: Method = "exact",
     key: Array | None = None,
@@ -275,10 +342,19 @@ def extract(
     that rank $r$ in every matrix can reach, and the tail its distance. Vectors and scalars are
     matrices with one column: untouched at rank 0, corrected whole from rank 1.
 
+    By `energy` or `tail` every matrix gets the least rank that keeps this share of its own squared
+    difference, or leaves no more than this distance in it, as in
+    [`truncate`][wspace.lowrank.truncate] and in the command `wspace extract`. Neither is over the
+    whole tree; the `tail` that is returned is, all tails combined.
+
     Args:
         base: The weights $\theta_0$ that the edit is to be added to.
         tuned: The weights $\theta_1$, of the same layout.
         rank: The rank $r \ge 0$ for every matrix; cut to what a matrix has.
+        energy: In place of a rank, the share in $(0, 1]$ of the squared difference of each matrix
+            that its least rank must keep.
+        tail: In place of a rank, the distance, at least 0, that the least rank of each matrix may
+            leave.
         vectors: Whether vectors and scalars are corrected; if not, they count in the tail.
         method: How every matrix is cut, as in [`truncate`][wspace.lowrank.truncate].
         key: A random key for the randomized method, folded with the path of every leaf.
@@ -289,9 +365,11 @@ def extract(
             float32, and the `tail` over the whole tree.
 
     Raises:
-        ValueError: If `rank` is negative, the trees differ in structure or in a leaf's shape, the
-            method is unknown or lacks its key, or a known value is NaN or infinite.
-        TypeError: If `rank` is not an integer, or a leaf is not floating-point.
+        ValueError: If not exactly one of rank, energy and tail is given, or one is out of its
+            domain; the trees differ in structure or in a leaf's shape; the method is unknown or
+            lacks its key; or a known value is NaN or infinite.
+        TypeError: If `rank` is not an integer, `energy` or `tail` asks for a rank that depends on
+            traced values, or a leaf is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -301,10 +379,14 @@ def extract(
         >>> lowrank.apply(base, adapter.factors), adapter.tail
         ({'w': Array([[5., 0.],
                [0., 0.]], dtype=float32)}, Array(1., dtype=float32))
+        >>> lowrank.extract(base, tuned, energy=0.9).factors["w"].rank
+        1
     """
     rank, vectors = _checks.rank(rank), _checks.flag("vectors", vectors)
     edit = displacement(base=base, tuned=tuned)
     return truncate_leaves(edit, rank, vectors=vectors, method=method, key=key)
+    cut = cut_by(rank, energy, tail, method=method, key=key)
+    return truncate_leaves(displacement(base=base, tuned=tuned), cut, vectors=vectors, key=key)
 
 
 def displacement(**ends: WeightsLike) -> Weights:
@@ -314,6 +396,7 @@ def displacement(**ends: WeightsLike) -> Weights:
     edit = _displacement((), (end, start))
     if not _checks.is_traced(edit) and not bool(jnp.isfinite(tree.norm(edit))):
         _checks.finite(**ends)
+        _checks.finite(**{" - ".join(reversed(ends)): edit})
     return edit
 
 
@@ -323,27 +406,32 @@ def _displacement(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return end - start
 
 
-def truncate_leaves(
-    edit: PyTree, rank: int, *, vectors: bool = True, method: Method = "exact", key: Any = None
-) -> Truncation:
-    """An edit with every matrix cut to a rank; a vector is whole, or left out, as is."""
-    leaves, structure = jax.tree.flatten(edit, is_leaf=_checks.is_factored)
-    keys = [None] * len(leaves) if key is None else jax.tree.leaves(tree.split_key_like(key, edit))
-    cuts = [
-        truncate(leaf, rank, method=method, key=key)
-        if len(leaf.shape) > 1
-        else _truncated_column(leaf, rank if vectors else 0)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
+def truncate_leaves(edit: PyTree, cut: Cut, *, vectors: bool = True, key: Any = None) -> Truncation:
+    """A finite edit with every matrix cut; a vector is whole, or left out, as is."""
+    places, structure = tree_flatten_with_path(edit, is_leaf=_checks.is_factored)
+    keys = [None] * len(places)
+    if key is not None:
+        marks = structure.unflatten(range(len(places)))
+        keys = jax.tree.leaves(tree.split_key_like(key, marks))
+    cuts = []
+    for (path, leaf), own in zip(places, keys, strict=True):
+        try:
+            is_matrix = len(leaf.shape) > 1
+            part = _truncated(leaf, cut, own) if is_matrix else _column(leaf, cut, vectors)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"at leaf {_checks.path_of(path)}")
+            raise
+        cuts.append(part)
     return Truncation(
-        structure.unflatten(cut.factors for cut in cuts),
-        length(jnp.stack(tree.widened(*(cut.tail for cut in cuts)))) if cuts else jnp.zeros(()),
-        jnp.any(jnp.array([cut.approximate for cut in cuts], bool)),
+        structure.unflatten(part.factors for part in cuts),
+        length(jnp.stack(tree.widened(*(part.tail for part in cuts)))) if cuts else jnp.zeros(()),
+        jnp.any(jnp.array([part.approximate for part in cuts], bool)),
     )
 
 
-def _truncated_column(x: Array, rank: int) -> Truncation:
+def _column(x: Leaf, cut: Cut, vectors: bool) -> Truncation:
     x = tree.upcast(x)
+    rank = cut.rank_of(lambda: length(x)[None]) if vectors else 0
     tail = jnp.zeros((), x.dtype) if rank else length(x)
     return Truncation(x if rank else 0 * x, tail, jnp.asarray(False))
 

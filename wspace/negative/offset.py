@@ -26,7 +26,7 @@ from wspace._words import described
 from wspace.cone.spectra import Spectra, spectra_of
 from wspace.lowrank import Truncation
 from wspace.lowrank.spectrum import tail_curve
-from wspace.lowrank.truncation import displacement, truncate_leaves
+from wspace.lowrank.truncation import cut_by, displacement, truncate_leaves
 from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Route", "curve", "gate", "offset", "rank_to_reach", "route"]
@@ -45,7 +45,14 @@ class Route(NamedTuple):
     rank_to_reach: Int[Array, ""]
 
 
-def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
+def offset(
+    average: WeightsLike,
+    target: WeightsLike,
+    rank: int | None = None,
+    *,
+    energy: ScalarLike | None = None,
+    tail: ScalarLike | None = None,
+) -> Truncation:
     r"""The edit of given rank that brings a point nearest to a target.
 
     $$
@@ -56,12 +63,18 @@ def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
     that rank $r$ in every matrix can reach, and `tail` its distance from the target. Vectors
     and scalars are matrices with one column: untouched at rank 0, corrected whole from rank 1.
     Offsets add: the best of rank $r_2$ after the best of rank $r_1$ reaches what rank
-    $r_1 + r_2$ reaches.
+    $r_1 + r_2$ reaches. By `energy` or `tail` every matrix gets the least rank that keeps this
+    share of its own squared displacement, or leaves no more than this distance in it, as in
+    [`lowrank.extract`][wspace.lowrank.extract].
 
     Args:
         average: The point $R$.
         target: The point $T$, of the same layout.
         rank: The rank $r \ge 0$ for every matrix; cut to what a matrix has.
+        energy: In place of a rank, the share in $(0, 1]$ of the squared displacement of each matrix
+            that its least rank must keep.
+        tail: In place of a rank, the distance, at least 0, that the least rank of each matrix may
+            leave.
 
     Returns:
         A [`Truncation`][wspace.lowrank.Truncation] with `factors` a tree of `LowRank` leaves for
@@ -69,9 +82,11 @@ def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
             float32, and the `tail` over the whole tree.
 
     Raises:
-        ValueError: If `rank` is negative, the trees differ in structure or in a leaf's shape, or
-            a known value is NaN or infinite.
-        TypeError: If `rank` is not an integer, or a leaf is not floating-point.
+        ValueError: If not exactly one of rank, energy and tail is given, or one is out of its
+            domain; the trees differ in structure or in a leaf's shape; or a known value is NaN or
+            infinite.
+        TypeError: If `rank` is not an integer, `energy` or `tail` asks for a rank that depends on
+            traced values, or a leaf is not floating-point.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -86,8 +101,8 @@ def offset(average: WeightsLike, target: WeightsLike, rank: int) -> Truncation:
         C. Eckart, G. Young, *The approximation of one matrix by another of lower rank*,
         Psychometrika 1, 1936.
     """
-    rank = _checks.rank(rank)
-    return truncate_leaves(displacement(average=average, target=target), rank)
+    cut = cut_by(rank, energy, tail)
+    return truncate_leaves(displacement(average=average, target=target), cut)
 
 
 def curve(average: WeightsLike, target: WeightsLike) -> Float[Array, " ranks"]:
