@@ -1,8 +1,11 @@
 """Laws of `wspace.checkpoint`."""
 
+import collections
+import dataclasses
 import json
 import os
 import struct
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import VIEWS
-from wspace import checkpoint, lowrank
+from wspace import checkpoint, lowrank, tree
+from wspace.testing import assert_close
 
 DTYPES = [np.dtype(x) for x in (jnp.float32, jnp.bfloat16, jnp.float16)]
 SHAPES = [(), (0,), (3,), (2, 3), (0, 2), (2, 1, 3)]
@@ -94,22 +98,235 @@ def test_saving_over_a_file_replaces_it_whole(folder):
 @pytest.mark.parametrize(
     ("weights", "error", "match"),
     [
-        (3, TypeError, "mapping from names"),
-        ([jnp.ones(1)], TypeError, "mapping from names"),
-        ({1: jnp.ones(1)}, TypeError, "names of tensors are strings"),
-        ({"x": {"y": jnp.ones(1)}}, TypeError, "flat mapping"),
-        ({"x": [jnp.ones(1)]}, TypeError, "flat mapping"),
-        ({"x": None}, TypeError, "flat mapping"),
+        (
+            3,
+            TypeError,
+            "weights must be a mapping from names to arrays, or a tree of such, got .*i",
+        ),
+        (jnp.ones(1), TypeError, "weights must be a mapping from names to arrays, or a tree"),
+        ({True: jnp.ones(1)}, TypeError, "names of tensors are strings, got True"),
+        ({("a", "b"): jnp.ones(1)}, TypeError, "names of tensors are strings, got .'a', 'b'."),
+        ({"x": {1.5: jnp.ones(1)}}, TypeError, "names of tensors are strings, got 1.5"),
+        ({"x": {"\ud800": jnp.ones(1)}}, ValueError, "half of a surrogate pair"),
         ({"x": 1.0}, TypeError, r"\['x'\]"),
-        ({"x": jnp.ones(1, jnp.int32)}, TypeError, r"\['x'\].*int32"),
+        ({"x": [jnp.ones(1), 1j]}, TypeError, r"leaf \['x'\]\[1\] of weights is a .*complex"),
+        ({"x": np.ones(1, np.complex64)}, TypeError, r"\['x'\] of weights has dtype complex64"),
+        ({"x": 2**63}, TypeError, r"\['x'\] of weights is a .*int"),
+        ({"x": {"f": jnp.tanh}}, TypeError, r"\['x'\]\['f'\] of weights .*tree.partition"),
+        ({"x": jax.random.key(0)}, TypeError, r"\['x'\] of weights has dtype key.*tree.partition"),
+        ({"x": ["text"]}, TypeError, r"\['x'\]\[0\] of weights is a .*str"),
         ({"x": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))}, TypeError, "LowRank"),
         ({"__metadata__": jnp.ones(1)}, ValueError, "rename"),
+        (
+            {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)},
+            ValueError,
+            r"leaves \['a'\]\['b'\] and \['a\.b'\] of weights are both named 'a\.b'.*rename one",
+        ),
+        (
+            [{"0": jnp.ones(1)}, {"x": 1}, {"0": [], "x": None, "y": {"0.0": 1, "0": [1]}}],
+            ValueError,
+            r"\[2\]\['y'\].*both named '2\.y\.0\.0'",
+        ),
     ],
 )
-def test_what_is_no_flat_mapping_of_weights_is_refused(tmp_path, refuses, weights, error, match):
+def test_what_no_file_holds_by_name_is_refused(tmp_path, refuses, weights, error, match):
     with refuses(error, match=match):
         checkpoint.save(tmp_path / "x.safetensors", weights)
     assert not list(tmp_path.iterdir())
+
+
+class Moments(NamedTuple):
+    """A node with fields, as states of optimizers are."""
+
+    count: object
+    mu: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A node with fields, as modules are."""
+
+    weight: object
+    bias: object
+
+
+@dataclasses.dataclass
+class Pair:
+    """A node that says nothing of the names of its children."""
+
+    children: tuple
+
+
+jax.tree_util.register_pytree_node(
+    Pair, lambda x: (x.children, None), lambda _, children: Pair(tuple(children))
+)
+
+
+def nested():
+    """A tree of every kind of node and of every kind of leaf that a file holds."""
+    rng = np.random.default_rng(0)
+    x, y, z = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3), (3,), ()))
+    return {
+        "step": 7,
+        "done": True,
+        "layers": [Layer(x, None), Layer(y.astype(jnp.bfloat16), (z, {}, []))],
+        "adam": Moments(jnp.asarray(3, jnp.int32), collections.OrderedDict(b=y, a=z)),
+        "ids": {0: np.arange(5), 10: jnp.zeros((0, 2), jnp.uint8), 2: np.array([True, False])},
+        "": Pair((np.float32(2.5), np.float16([1.0]))),
+        "none": None,
+    }
+
+
+NAMES = {
+    *("step", "done", "layers.0.weight", "layers.1.weight", "layers.1.bias.0", "adam.count"),
+    *("adam.mu.a", "adam.mu.b", "ids.0", "ids.2", "ids.10", ".0", ".1"),
+}
+
+
+def alike(got, wanted):
+    """Asserts that trees are of one structure, with the same bits and the same types of leaves."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        if isinstance(y, int):
+            assert (type(x), x) == (type(y), y)
+        else:
+            assert (np.shape(x), np.asarray(x).dtype) == (np.shape(y), np.asarray(y).dtype)
+            assert bits(x) == bits(y)
+
+
+def test_a_nested_tree_comes_back_in_the_structure_of_like(tmp_path):
+    tree, file = nested(), tmp_path / "tree.safetensors"
+    checkpoint.save(file, tree)
+    alike(checkpoint.load(file, like=tree), tree)
+    with checkpoint.open(file) as opened:
+        assert set(opened) == NAMES
+        assert opened.metadata == {"format": "pt"}
+        assert opened["step"].dtype == np.int64
+    loaded = checkpoint.load(file)
+    assert set(loaded) == NAMES - {"step", "done", "adam.count", "ids.0", "ids.2", "ids.10"}
+    shapes = jax.tree.map(lambda x: x if isinstance(x, int) else jax.typeof(jnp.asarray(x)), tree)
+    shapes["ids"][0] = jax.ShapeDtypeStruct((5,), np.int64)
+    alike(checkpoint.load(file, like=shapes), tree)
+    checkpoint.save(tmp_path / "folder", tree)
+    alike(checkpoint.load(tmp_path / "folder", like=tree), tree)
+    mesh = jax.make_mesh((1,), ("x",))
+    whole = jax.NamedSharding(mesh, jax.P())
+    spread = checkpoint.load(file, whole, like=tree)
+    assert spread["layers"][0].weight.sharding == whole
+    alike(spread, tree)
+    checkpoint.save(file, [jnp.ones(1), (jnp.ones(2),)])
+    assert sorted(checkpoint.load(file)) == ["0", "1.0"]
+    checkpoint.save(file, {"nothing": None, "empty": []})
+    assert checkpoint.load(file, like={"nothing": None, "empty": []}) == {
+        "nothing": None,
+        "empty": [],
+    }
+
+
+def test_modules_of_other_libraries_come_back(tmp_path):
+    equinox, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
+    core, optax = pytest.importorskip("flax.core"), pytest.importorskip("optax")
+    module = equinox.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
+    weights, rest = tree.partition(module)
+    file = tmp_path / "model.safetensors"
+    checkpoint.save(file, weights)
+    assert sorted(checkpoint.load(file)) == [
+        f"layers.{i}.{name}" for i in (0, 1) for name in ("bias", "weight")
+    ]
+    alike(tree.join(checkpoint.load(file, like=weights), rest), module)
+    state = nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    frozen = core.FrozenDict({"params": {"dense": {"kernel": jnp.ones((2, 2))}}})
+    for one in (state, frozen, optax.adam(1e-3).init({"w": jnp.ones(2)})):
+        checkpoint.save(file, one)
+        alike(checkpoint.load(file, like=one), one)
+
+
+ONES = np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("like", "match"),
+    [
+        ({"a": [ONES]}, r"tensor 'b' that like has no leaf for, one of 1 left over.* skip"),
+        (
+            {"a": [ONES, ONES[:1]], "b": 1},
+            r"no tensor 'a\.1' for leaf \['a'\]\[1\] of like, one of 1 that it lacks",
+        ),
+        (
+            {"a": {"w": ONES}, "b": 1},
+            r"no tensor 'a\.w' for leaf \['a'\]\['w'\] of like.*'a\.0' is left over",
+        ),
+        (
+            {"a": [jnp.ones(3, jnp.float32)], "b": 1},
+            r"'a\.0' of .* has shape \(2,\), but leaf \['a'\]\[0\] of like \(3,\)",
+        ),
+        (
+            {"a": [ONES], "b": jnp.ones(1, jnp.int32)},
+            r"'b' of .* has shape \(\), but leaf \['b'\] of like \(1,\)",
+        ),
+        (
+            {"a": [jnp.ones(2, jnp.bfloat16)], "b": 1},
+            r"'a\.0' of .* is float32, but leaf \['a'\]\[0\] of like bfloat16: .*cast_like",
+        ),
+        (
+            {"a": [jnp.ones(2, jnp.int32)], "b": 1},
+            r"'a\.0' of .* is float32, but leaf \['a'\]\[0\] of like int32",
+        ),
+        ({"a": [ONES], "b": True}, r"'b' of .* is int64, but leaf \['b'\] of like bool"),
+        ({"a": [ONES], "b": jnp.float32(1)}, r"'b' of .* is int64, but .* like float32"),
+        ({"a": [ONES], "a.0": ONES}, r"leaves .* of like are both named 'a\.0'"),
+    ],
+)
+def test_a_tree_that_the_file_is_not_of_is_refused_by_leaf(folder, like, match):
+    file = folder / "like.safetensors"
+    checkpoint.save(file, {"a": [jnp.ones(2, jnp.float32)], "b": 1})
+    with pytest.raises(ValueError, match=match):
+        checkpoint.load(file, like=like)
+    file.unlink()
+
+
+def test_a_like_that_is_no_tree_of_arrays_is_refused(folder, refuses):
+    file = folder / "like.safetensors"
+    checkpoint.save(file, {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(1)})
+    with refuses(TypeError, match=r"leaf \['a'\] of like is a .*function.*tree.partition"):
+        checkpoint.load(file, like={"a": jax.vmap})
+    with refuses(TypeError, match="like must be a mapping from names"):
+        checkpoint.load(file, like=jnp.ones(2, jnp.float32))
+    one = checkpoint.load(file, like={"a": np.ones(2, np.float32)}, skip=["b"])
+    assert_close(one, {"a": jnp.ones(2, jnp.float32)}, units=0)
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["x.bin", "x.pt", "x.PTH", "x.ckpt", "x.npz", "x.h5", "x.msgpack", "x.gguf", "x.json"]
+)
+def test_a_path_with_the_suffix_of_another_file_makes_no_folder(tmp_path, name):
+    weights, edit = {"w.weight": jnp.ones((2, 2))}, {"w.weight": lowrank.LowRank(*[jnp.eye(2)] * 2)}
+    mend = r"a file that ends in \.safetensors, or a folder.*give such as .*x\.safetensors"
+    with pytest.raises(ValueError, match=mend):
+        checkpoint.save(tmp_path / name, weights)
+    with (
+        pytest.raises(ValueError, match=mend),
+        checkpoint.create(tmp_path / name, weights, plan="a plan"),
+    ):
+        raise AssertionError("not reached")
+    with pytest.raises(ValueError, match=r"but what is written is a folder"):
+        checkpoint.save_adapter(tmp_path / name, edit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_suffixes_of_safetensors_are_files_and_nothing_else(tmp_path):
+    weights, edit = {"w.weight": jnp.ones((2, 2))}, {"w.weight": lowrank.LowRank(*[jnp.eye(2)] * 2)}
+    for name in ("x.SAFETENSORS", "x.safetensor"):
+        with pytest.raises(ValueError, match=r"give such as .*x\.safetensors"):
+            checkpoint.save(tmp_path / name, weights)
+    with pytest.raises(ValueError, match=r"what is written is a folder.*give such as .*/x$"):
+        checkpoint.save_adapter(tmp_path / "x.safetensors", edit)
+    assert not list(tmp_path.iterdir())
+    for name in ("llama-3.1-8b", "model.fp16", "v1.0", "x.safetensors"):
+        checkpoint.save(tmp_path / name, weights)
+        assert (tmp_path / name).is_dir() == (name != "x.safetensors")
 
 
 def test_every_truncated_file_is_refused(tmp_path):
@@ -186,6 +403,11 @@ def test_save_writes_the_metadata_that_loaders_ask_for(tmp_path):
     )
     with checkpoint.open(tmp_path / "a.safetensors") as opened:
         assert opened.metadata == {"format": "pt"}
+    more = {"format": "np", "who": "me"}
+    for metadata, wanted in ((None, {"format": "pt"}), (more, more)):
+        checkpoint.save(tmp_path / "a.safetensors", {"w": np.ones(2)}, metadata=metadata)
+        with checkpoint.open(tmp_path / "a.safetensors") as opened:
+            assert opened.metadata == wanted
 
 
 def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):

@@ -602,6 +602,10 @@ BAD = {
     "merge linear A pickle.bin -o OUT": (1, "never read"),
     "merge linear A C -o P": (1, "P exists: give another path, or --force"),
     "merge linear A C -o no/such/OUT": (1, "no/such"),
+    "merge linear A C -o OUT.bin": (1, "give such as OUT.safetensors"),
+    "merge linear A C -o OUT.bin --dry-run": (1, "give such as OUT.safetensors"),
+    "steer exit A C --avoid P --radius 1 -o OUT.pt": (1, "is a folder, whose name ends in no"),
+    "extract A C --rank 1 -o OUT.bin": (1, "is a folder, whose name ends in no"),
     "inspect nowhere": (1, "nowhere"),
     "audit A C --avoid P --radius 1 --coefficients 1": (2, "1 coefficients for 2 models"),
 }

@@ -44,6 +44,13 @@ def test_what_was_saved_comes_back_bit_for_bit_and_orbax_reads_it(folder):
         same(checkpointer.restore(folder, args=orbax.args.PyTreeRestore(restore_args=whole)), TREE)
 
 
+def test_a_path_with_the_suffix_of_a_file_makes_no_folder(tmp_path):
+    for name in ("x.msgpack", "x.safetensors"):
+        with pytest.raises(ValueError, match=r"what is written is a folder.*give such as .*/x$"):
+            checkpoint.save_orbax(tmp_path / name, TREE)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_shards_are_saved_and_loaded_on_any_mesh(tmp_path, kind):
     for count in (8, 4):

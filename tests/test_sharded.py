@@ -40,6 +40,9 @@ SPECS = {
 }
 
 
+PT = {"format": "pt"}  # which `save` writes, too
+
+
 @pytest.fixture(params=[jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def shardings(request):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(request.param,) * 2)
@@ -51,7 +54,7 @@ def shardings(request):
 
 @pytest.fixture
 def file(tmp_path):
-    return written(tmp_path / "whole.safetensors", MODEL)
+    return written(tmp_path / "whole.safetensors", MODEL, metadata=PT)
 
 
 def test_what_is_loaded_in_shards_is_what_is_loaded_whole(file, shardings, monkeypatch):
@@ -141,7 +144,9 @@ def test_a_job_in_shards_goes_on(file, shardings, tmp_path, monkeypatch):
     weights, done = checkpoint.load(file, shardings), ["columns", "grid", "far", "half"]
 
     def interrupted():
-        with checkpoint.create(tmp_path / "out.safetensors", weights, plan="x") as writer:
+        with checkpoint.create(
+            tmp_path / "out.safetensors", weights, plan="x", metadata=PT
+        ) as writer:
             for name in done:
                 writer.write(name, weights[name])
                 with pytest.raises(ValueError, match=f"'{name}' was written before"):
@@ -150,7 +155,7 @@ def test_a_job_in_shards_goes_on(file, shardings, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with checkpoint.create(tmp_path / "out.safetensors", weights, plan="x") as writer:
+    with checkpoint.create(tmp_path / "out.safetensors", weights, plan="x", metadata=PT) as writer:
         assert writer.finished == {*done, "empty"}
         for name in weights.keys() - writer.finished:
             writer.write(name, weights[name])

@@ -4,6 +4,7 @@ What shows in shapes and dtypes raises always. What shows only in values raises 
 is known, and elsewhere, under tracing, becomes NaN.
 """
 
+import fnmatch
 import functools
 import math
 import operator
@@ -70,6 +71,16 @@ def shapes_of(
 def path_of(path: KeyPath) -> str:
     """A leaf's path as errors and tables print it."""
     return keystr(path) or "(root)"
+
+
+def name_of(path: KeyPath) -> str:
+    """A leaf's keys, places and fields joined by dots, as files name it."""
+    return keystr(path, simple=True, separator=".")
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether one of the globs matches a name, or is the name."""
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def is_traced(*values: object) -> bool:
@@ -167,7 +178,11 @@ def _no_weight(name: str, tree: object, dtypes: AbstractSet[np.dtype]) -> TypeEr
         or getattr(leaf, "dtype", None) not in dtypes
         or not hasattr(leaf, "shape")
     )
-    where = f"leaf {path_of(path)} of {name}"
+    return no_weight(f"leaf {path_of(path)} of {name}", leaf)
+
+
+def no_weight(where: str, leaf: object) -> TypeError:
+    """What is said of a leaf that is no array of weights."""
     if isinstance(leaf, Factored):
         return TypeError(
             f"{where} is a {type(leaf).__name__} edit, not weights: "

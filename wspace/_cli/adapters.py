@@ -20,6 +20,7 @@ from wspace._cli.progress import Progress
 from wspace._cli.words import Choice, Misuse, in_bytes, table
 from wspace.checkpoint import Checkpoint, Stored, places
 from wspace.checkpoint.chosen import chosen
+from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.header import shown
 from wspace.checkpoint.kept import Kept, kept
 from wspace.checkpoint.tensors import write
@@ -77,6 +78,7 @@ def run(job: Adapter) -> None:
     """Writes the adapter, and prints what it leaves out."""
     if job.output.suffix == ".safetensors":
         raise Misuse(f"{job.output} is one file, but an adapter is a folder: give a folder")
+    refuse_suffix(job.output, is_folder=True)
     records.refuse_overlap(job.output, (job.start, job.target))
     with (
         checkpoint.open(job.start) as start,

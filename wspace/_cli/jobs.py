@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wspace import checkpoint
-from wspace._checks import is_weight
+from wspace._checks import is_weight, matches
 from wspace._cli import records
 from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
@@ -21,9 +21,10 @@ from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
 from wspace.checkpoint import Checkpoint, Writer, partial, places
 from wspace.checkpoint.chosen import Chosen, chosen
+from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.header import shown
 from wspace.checkpoint.streaming import Nonfinite, refuse_nonfinite, streamed
-from wspace.checkpoint.tensors import matches, writing
+from wspace.checkpoint.tensors import writing
 
 _SMALL, _OFTEN = 2**20, 8
 """Tensors of so few entries, and so many of a shape, are computed one by one where they can be."""
@@ -208,6 +209,7 @@ def _targets(recipe: Recipe, output: Output) -> dict[int, Path]:
         return {0: output.path}
     if output.path.suffix == ".safetensors":
         raise Misuse(f"{output.path} is one file, but every model is moved: give a folder")
+    refuse_suffix(output.path, is_folder=True)
     names = [records.called(path) for path in recipe.models]
     return {
         i: output.path / (name if names.count(name) == 1 else f"{i + 1}-{name}")

@@ -1,9 +1,9 @@
 """Weights in files, and adapters of other systems.
 
 A safetensors file holds a flat mapping from names to tensors, and such a mapping is a tree of
-weights. One that is larger than memory is read and written tensor by tensor. An adapter is a
-folder with such a file of LoRA factors, and is an edit of the weights it was trained on. All of
-them are data only: reading one runs no code.
+weights; a nested tree is written by its joined names. One that is larger than memory is read and
+written tensor by tensor. An adapter is a folder with such a file of LoRA factors, and is an edit of
+the weights it was trained on. All of them are data only: reading one runs no code.
 """
 
 from wspace.checkpoint.adapter import load_adapter, save_adapter

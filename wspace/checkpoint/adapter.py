@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.header import nearest, shown
 from wspace.checkpoint.tensors import flat, named, packed, read, write_all, writing
 from wspace.checkpoint.trees import load
@@ -180,7 +181,7 @@ def save_adapter(
             leaves.
         ValueError: If a dense leaf is not zero, an edit is of a stack of matrices, a name is not
             that of the weight of a layer, `embeddings` has a name that `edit` lacks, or there is
-            nothing to save.
+            nothing to save; if the folder's name ends in the suffix of a file.
         OSError: If the folder cannot be written.
 
     Examples:
@@ -214,6 +215,7 @@ def save_adapter(
         raise ValueError("edit is zero at every leaf: leave it unsaved, PEFT has no empty adapters")
     data, config = packed(tensors, {"format": "pt"}), _config_of(ranks, fan_in_fan_out)
     folder = Path(folder)
+    refuse_suffix(folder, is_folder=True)
     is_new = not folder.exists()
     if is_new:
         with writing(folder):

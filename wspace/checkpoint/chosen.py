@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from wspace import _checks
-from wspace._checks import is_weight
+from wspace._checks import is_weight, matches
 from wspace.checkpoint.folder import files_with
 from wspace.checkpoint.header import nearest, shown
 from wspace.checkpoint.stored import Checkpoint, Stored
-from wspace.checkpoint.tensors import matches
 
 WAYS = (
     "take that of the first model by --carry NAME, or leave it out by --skip NAME (carry and skip "

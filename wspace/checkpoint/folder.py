@@ -35,12 +35,28 @@ _FOREIGN = {
     ".h5": "HDF5: convert it, by safetensors.numpy.save_file({name: numpy.asarray(dataset)}, "
     "'model.safetensors') over the datasets that h5py finds in it",
     ".msgpack": "a file of Flax: convert it, by checkpoint.save('model.safetensors', tensors) of "
-    "what flax.serialization.msgpack_restore reads, flattened to names",
+    "what flax.serialization.msgpack_restore reads",
 }
 _OTHERS = frozenset(
     {*_FOREIGN, _TENSORS, ".npz", ".npy", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".keras"}
 )
 """The suffixes of files that hold weights, and so are not carried over."""
+
+
+_ODD = (_OTHERS - {_TENSORS}) | {".safetensor", ".sft", ".st", ".pickle", ".hdf5", ".json", ".eqx"}
+"""The suffixes that say that a file is wanted, of which none is written."""
+
+
+def refuse_suffix(path: Path, *, is_folder: bool = False) -> None:
+    """Raises if an output has the suffix of a file that is not what is written."""
+    odd = path.suffix.lower()
+    if odd in _ODD or (odd == _TENSORS and (is_folder or path.suffix != odd)):
+        files = "" if is_folder else f"a file that ends in {_TENSORS}, or "
+        better = path.with_suffix("" if is_folder else _TENSORS)
+        raise ValueError(
+            f"{path} ends in {path.suffix}, but what is written is {files}a folder, whose name "
+            f"ends in no suffix of a file: give such as {better}"
+        )
 
 
 def found(path: Path) -> tuple[str, dict[Path, header.Header]]:

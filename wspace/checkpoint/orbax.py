@@ -12,7 +12,8 @@ from jax.sharding import Sharding
 from jax.tree_util import DictKey, keystr, tree_leaves_with_path
 
 from wspace import _checks
-from wspace.checkpoint.tensors import matches
+from wspace._checks import matches
+from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.trees import (
     refuse_cut,
     refuse_dtype,
@@ -38,7 +39,8 @@ def save_orbax(path: str | os.PathLike[str], weights: Mapping[str, Any]) -> None
         ImportError: If Orbax is not installed.
         FileExistsError: If the folder exists.
         TypeError: If `weights` is not nested mappings from strings to floating-point arrays.
-        ValueError: If an array has no elements, or `weights` has no arrays: Orbax writes neither.
+        ValueError: If an array has no elements, or `weights` has no arrays: Orbax writes neither;
+            if the folder's name ends in the suffix of a file.
 
     Examples:
         >>> import pathlib, tempfile
@@ -62,6 +64,8 @@ def save_orbax(path: str | os.PathLike[str], weights: Mapping[str, Any]) -> None
             "which Orbax does not write: leave them out"
         )
     where = _absolute(path)
+    if isinstance(where, Path):
+        refuse_suffix(where, is_folder=True)
     if os.path.lexists(where):
         raise FileExistsError(f"{where} exists: give another path, or remove it yourself")
     orbax = _orbax()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from wspace.checkpoint.folder import is_weights
+from wspace.checkpoint.folder import is_weights, refuse_suffix
 from wspace.checkpoint.tensors import writing
 
 _SETTINGS = re.compile(
@@ -34,6 +34,7 @@ def refuse_existing(target: Path, force: bool, is_file: bool) -> None:
 
 def refuse_place(target: Path) -> None:
     """Raises if nothing can be written by this path, as far as that shows before it is tried."""
+    refuse_suffix(target)
     parent = target.parent
     with writing(target):
         target_is_folder = os.path.isdir(target) and not os.path.islink(target)

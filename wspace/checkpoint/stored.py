@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from wspace._records import record
+from wspace._checks import matches
 from wspace.checkpoint import folder, header
-from wspace.checkpoint.tensors import matches
 
 __all__ = ["Checkpoint", "Stored", "open"]
 

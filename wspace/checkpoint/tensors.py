@@ -2,15 +2,14 @@
 
 import contextlib
 import errno
-import fnmatch
 import os
 import secrets
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.tree_util import all_leaves
+from jax.tree_util import DictKey, FlattenedIndexKey, KeyPath, all_leaves, tree_leaves_with_path
 from jaxtyping import Array, Float
 
 from wspace import _checks
@@ -102,9 +101,70 @@ def flat(**mappings: object) -> None:
                 )
 
 
-def matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether one of the globs matches a name, or is the name."""
-    return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
+class Named(NamedTuple):
+    """A leaf of a tree that a file holds, and its path as errors print it."""
+
+    leaf: Any
+    path: str
+
+    @property
+    def array(self) -> Any:
+        """The leaf, a number of Python as an array."""
+        return np.asarray(self.leaf) if np.isscalar(self.leaf) else self.leaf
+
+
+_COUNTS = frozenset(x for x in header.NAMES if x.kind in "iub")
+
+
+def is_count(leaf: object) -> bool:
+    """Whether a leaf is an integer or a boolean, or an array of them, as a file holds them."""
+    if isinstance(leaf, int):
+        return isinstance(leaf, bool) or -(2**63) <= leaf < 2**63
+    return getattr(leaf, "dtype", None) in _COUNTS and hasattr(leaf, "shape")
+
+
+def plain(tree: Any) -> Any:
+    """A tree, and a mapping that JAX takes for a leaf as a dictionary."""
+    return dict(tree) if isinstance(tree, Mapping) and all_leaves([tree]) else tree
+
+
+def by_name(what: str, tree: Any) -> dict[str, Named]:
+    """The leaves of a tree by their keys, places and fields joined by dots, each once.
+
+    Leaves are weights, integers or booleans. Those of a dictionary are in its order.
+    """
+    tree = plain(tree)
+    parts = tree.items() if isinstance(tree, dict) else [(None, tree)]
+    rows = [
+        ((DictKey(key), *path) if isinstance(tree, dict) else path, leaf)
+        for key, part in parts
+        for path, leaf in tree_leaves_with_path(part, is_leaf=_checks.is_factored)
+    ]
+    found: dict[str, Named] = {}
+    for path, leaf in rows:
+        name, where = _name(what, path, leaf), _checks.path_of(path)
+        if name in found:
+            raise ValueError(
+                f"leaves {found[name].path} and {where} of {what} are both named "
+                f"{header.shown(name)} in a file: rename one"
+            )
+        if _checks.is_factored(leaf) or not (_checks.is_weight(leaf) or is_count(leaf)):
+            raise _checks.no_weight(f"leaf {where} of {what}", leaf)
+        found[name] = Named(leaf, where)
+    return found
+
+
+def _name(what: str, path: KeyPath, leaf: Any) -> str:
+    if not path:
+        raise TypeError(
+            f"{what} must be a mapping from names to arrays, or a tree of such, got {type(leaf)}"
+        )
+    keys = [part.key for part in path if isinstance(part, DictKey | FlattenedIndexKey)]
+    name = _checks.name_of(path)
+    named(what, dict.fromkeys([*(str(key) if type(key) is int else key for key in keys), name]))
+    if name == "__metadata__":
+        raise ValueError("__metadata__ names the metadata of the format: rename the tensor")
+    return name
 
 
 def named(what: str, mapping: object) -> dict[str, Any]:

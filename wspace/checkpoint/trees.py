@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, Float
+from jax.tree_util import tree_map_with_path
+from jaxtyping import Array, PyTree
 
 from wspace import _checks
 from wspace._checks import is_weight
 from wspace.checkpoint import header, stored
 from wspace.checkpoint.chosen import codes
 from wspace.checkpoint.hosts import leads
-from wspace.checkpoint.stored import Stored
-from wspace.checkpoint.tensors import flat
+from wspace.checkpoint.stored import Checkpoint, Stored
+from wspace.checkpoint.tensors import Named, by_name, named, plain
 from wspace.checkpoint.writer import create
 
 __all__ = ["load", "save"]
@@ -25,15 +26,21 @@ __all__ = ["load", "save"]
 
 def save(
     path: str | os.PathLike[str],
-    weights: Mapping[str, Float[Array | np.ndarray, "..."]],
+    weights: PyTree,
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes named tensors to a safetensors file, or to a folder with one.
+    """Writes a tree of arrays to a safetensors file, or to a folder with one.
+
+    A tensor has the name of its leaf: keys, places and fields joined by dots, as in
+    `"layers.0.weight"`. A flat mapping from names keeps its names. The file does not say what the
+    tree is made of: `load(path, like=tree)` gives the leaves back in the structure of a tree. What
+    is `None` is structure, and in no file.
 
     The output is written aside, flushed to disk and put in place at once: it is there whole, or as
     it was before. Every value comes back from [`load`][wspace.checkpoint.load] bit for bit,
-    bfloat16 included, whatever the strides of the array.
+    bfloat16 included, whatever the strides of the array. Float64 arrays of NumPy are written as
+    float64, whether JAX has 64-bit values enabled or not.
 
     Arrays that are spread over devices are written shard by shard, and never gathered. In a run of
     several processes, by `jax.distributed`, all of them call this; each writes its shards of
@@ -43,15 +50,19 @@ def save(
 
     Args:
         path: A file if it ends in `.safetensors`, replaced if it exists; else a folder, which must
-            not exist, for `model.safetensors`.
-        weights: A flat mapping from names to floating-point arrays.
-        metadata: Strings by name for the `__metadata__` of the file, such as `{"format": "pt"}`,
-            without which transformers does not load one.
+            not exist, for `model.safetensors`. Suffixes of other files, as `.bin`, are refused.
+        weights: A tree of floating-point arrays: nested dictionaries, lists, tuples, and whatever
+            else JAX takes for a tree, such as a module of Equinox or a state of Flax. Integers and
+            booleans, such as counters, are written too.
+        metadata: Strings by name for the `__metadata__` of the file, beside `"format": "pt"`,
+            without which some versions of transformers load no file.
 
     Raises:
-        TypeError: If `weights` is not a flat mapping from strings to arrays, or an array is not
-            floating-point; if `metadata` does not map from strings to strings.
-        ValueError: If a tensor has the name `__metadata__`, which the format keeps for itself.
+        TypeError: If a leaf is neither floating-point nor an integer or a boolean, a key is neither
+            a string nor an integer, or `weights` is a leaf itself; if `metadata` does not map from
+            strings to strings.
+        ValueError: If two leaves have one name once their keys are joined; if a tensor has the name
+            `__metadata__`, which the format keeps for itself; if the suffix is of another file.
         FileExistsError: If the folder exists; `create` replaces one by `force`.
         OSError: If the output cannot be written.
         RuntimeError: If another process of the run failed.
@@ -65,15 +76,22 @@ def save(
         ...     checkpoint.save(file, {"1.weight": jnp.ones((1, 2), jnp.bfloat16)})
         ...     checkpoint.load(file)
         {'1.weight': Array([[1, 1]], dtype=bfloat16)}
+        >>> nested = {"layers": [jnp.ones(2), jnp.zeros(1)], "step": 7}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "model.safetensors")
+        ...     checkpoint.save(file, nested)
+        ...     sorted(checkpoint.load(file)), checkpoint.load(file, like=nested)["step"]
+        (['layers.0', 'layers.1'], 7)
 
     References:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
-    flat(weights=weights)
+    arrays = {name: leaf.array for name, leaf in by_name("weights", weights).items()}
+    texts = {"format": "pt"} | ({} if metadata is None else named("metadata", metadata))
     is_file = Path(path).suffix == ".safetensors"
     try:
-        with create(path, weights, metadata=metadata, force=is_file) as writer:
-            for name, array in weights.items():
+        with create(path, arrays, metadata=texts, force=is_file) as writer:
+            for name, array in arrays.items():
                 is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
                 if is_shared or leads():
                     writer.write(name, array)
@@ -91,11 +109,16 @@ def load(
     | None = None,
     *,
     skip: Sequence[str] = (),
-) -> dict[str, Array]:
+    like: PyTree | None = None,
+) -> Any:
     """Reads the weights in a safetensors file, or in a folder of them, by name.
 
     Weights are tensors of floating-point numbers. Those of integers, booleans and complex numbers,
     such as position ids, counters and tables, are left out: `open` and `stream` keep them.
+
+    With `like`, the tensors come back as the leaves of such a tree, by the names that
+    [`save`][wspace.checkpoint.save] gives them, integers and booleans included. Every leaf must
+    have its tensor, every tensor its leaf, and both the same shape and dtype.
 
     With a `sharding`, each tensor becomes one array over the devices of that, and each process of
     a run reads only what its devices hold. So a model loads that fits no single device or machine.
@@ -108,17 +131,23 @@ def load(
             function of the name and the tensor, of which dtype and shape are known. `None`, for all
             or for one, is the default device.
         skip: Names or globs, such as `"optimizer.*"`, of tensors that are left out, too.
+        like: A tree of arrays, or of the shapes that `jax.eval_shape` gives, of which structure,
+            shapes and dtypes are used. A float64 array of NumPy counts as float32 where JAX has
+            64-bit values disabled.
 
     Returns:
-        The weights by name, in the dtypes of the file.
+        The weights by name, in the dtypes of the file; with `like`, a tree of its structure. There
+            numbers of Python come back as such, and integers that JAX has no dtype for now, such as
+            int64, as arrays of NumPy.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder lacks one.
         ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file; if
             it holds codes of quantized weights, float8, or no weights; also if it holds float64
             while JAX has 64-bit values disabled; if a sharding does not fit the shape of its
-            tensor, or the names of `sharding` are not those of the weights.
-        TypeError: If what is given as a sharding is none.
+            tensor, or the names of `sharding` are not those of the weights; with `like`, if a
+            tensor is missing or left over, or differs in shape or dtype from its leaf.
+        TypeError: If what is given as a sharding is none, or `like` is not such a tree.
 
     Examples:
         >>> import pathlib, tempfile
@@ -139,6 +168,8 @@ def load(
     """
     with stored.open(path) as checkpoint:
         left = checkpoint.without(skip)
+        if like is not None:
+            return _in_structure(plain(like), left, sharding)
         if (wrong := codes(left)) is not None:
             name, what = wrong
             raise ValueError(
@@ -148,6 +179,63 @@ def load(
         refuse_nothing(tensors, left, checkpoint.path)
         where = shardings(sharding, tensors, checkpoint.path)
         return {name: _array(tensor, where[name]) for name, tensor in tensors.items()}
+
+
+def _in_structure(like: PyTree, tensors: Checkpoint, sharding: Any) -> PyTree:
+    """The tensors as the leaves of a tree, each of which has one, of its shape and dtype."""
+    leaves = by_name("like", like)
+    for name, leaf in leaves.items():
+        if name not in tensors:
+            missing = len(leaves.keys() - tensors.keys())
+            near = header.nearest(name, tensors.keys() - leaves.keys(), 0.0)
+            raise ValueError(
+                f"{tensors.path} has no tensor {header.shown(name)} for leaf {leaf.path} of like, "
+                f"one of {missing} that it lacks: give the tree that was saved"
+                + (f"; {header.shown(near[0])} is left over" if near else "")
+            )
+        _refuse_unlike(tensors[name], leaf)
+    for name in tensors:
+        if name not in leaves:
+            left = len(tensors.keys() - leaves.keys())
+            raise ValueError(
+                f"{tensors.path} has a tensor {header.shown(name)} that like has no leaf for, one "
+                f"of {left} left over: give the tree that was saved, or leave it out by skip"
+            )
+    where = shardings(sharding, tensors, tensors.path)
+    found = {
+        name: _array(tensor, where[name])
+        if is_weight(tensor)
+        else _count(tensor, where[name], leaves[name].leaf)
+        for name, tensor in tensors.items()
+    }
+    return tree_map_with_path(lambda path, _: found[_checks.name_of(path)], like)
+
+
+def _refuse_unlike(tensor: Stored, like: Named) -> None:
+    """Raises unless a tensor has the shape and the dtype of a leaf, as it is or as JAX takes it."""
+    dtype, shape = np.dtype(like.array.dtype), like.array.shape
+    dtypes = {dtype, np.dtype(jax.dtypes.canonicalize_dtype(dtype))}
+    if isinstance(like.leaf, int) and not isinstance(like.leaf, bool):
+        dtypes = {x for x in header.NAMES if np.issubdtype(x, np.integer)}
+    what = f"tensor {header.shown(tensor.name)} of {tensor.file}"
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{what} has shape {tensor.shape}, but leaf {like.path} of like {shape}: give the tree "
+            "that was saved"
+        )
+    if tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{what} is {tensor.dtype}, but leaf {like.path} of like {dtype}: give like in the "
+            "dtypes of the file, and convert what is loaded, such as by tree.cast_like"
+        )
+
+
+def _count(tensor: Stored, sharding: Sharding | None, like: Any) -> Any:
+    """An integer or a boolean as a leaf like this one."""
+    if isinstance(like, int):
+        return type(like)(tensor.read())
+    is_known = jax.dtypes.canonicalize_dtype(tensor.dtype) == tensor.dtype
+    return _array(tensor, sharding) if is_known else np.array(tensor.read())
 
 
 def _array(tensor: Stored, sharding: Sharding | None) -> Array:
