@@ -1,6 +1,7 @@
 """Laws of `wspace.tree`."""
 
 import hashlib
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,87 @@ def test_partition_takes_the_weights_apart_and_join_puts_them_back():
     assert jax.tree.structure(joined) == jax.tree.structure(MIXED)
     for got, wanted in zip(jax.tree.leaves(joined), jax.tree.leaves(MIXED), strict=True):
         assert got is wanted
+
+
+STATE = {
+    "params": {"norm": {"scale": np.ones(2, np.float32)}, "layers": [np.ones((2, 3), np.float32)]},
+    "batch_stats": {"norm": {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}},
+    "opt": ({"mu": [np.ones((2, 3), np.float32)], "count": np.int32(3)}, None),
+    "key": jax.random.key(0),
+    "step": 7,
+}
+PARAMS = ["params.layers.0", "params.norm.scale"]
+FLOATS = [*PARAMS, "batch_stats.norm.mean", "batch_stats.norm.var", "opt.0.mu.0"]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        (None, FLOATS),
+        ("*", FLOATS),
+        ("params.*", PARAMS),
+        (["params.*", "opt.*"], [*PARAMS, "opt.0.mu.0"]),
+        (("!batch_stats.*", "!opt.*"), PARAMS),
+        ("!*.mean", [name for name in FLOATS if not name.endswith("mean")]),
+        (["*.norm.*", "!batch_stats.*"], ["params.norm.scale"]),
+        (["!batch_stats.*", "*.norm.*"], ["params.norm.scale"]),
+        ("params.norm.scale", ["params.norm.scale"]),
+        ("step", []),
+        ([], FLOATS),
+        (lambda name, _: name.startswith("params"), PARAMS),
+        (lambda _, leaf: leaf.ndim > 1, ["params.layers.0", "opt.0.mu.0"]),
+        (lambda *_: True, FLOATS),
+        (lambda *_: np.bool_(False), []),
+        (lambda _, leaf: (leaf == 0).all(), ["batch_stats.norm.mean"]),
+        (lambda _, leaf: jnp.any(leaf == 0), ["batch_stats.norm.mean"]),
+    ],
+)
+def test_where_says_what_is_set_aside_beside_what_is_no_weight(where, kept):
+    weights, rest = tree.partition(STATE, where)
+
+    def names(x):
+        return {
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, _ in jax.tree_util.tree_leaves_with_path(x)
+        }
+
+    assert names(weights) == set(kept)
+    assert names(rest) == names(STATE) - set(kept)
+    joined = tree.join(weights, rest)
+    assert jax.tree.structure(joined) == jax.tree.structure(STATE)
+    assert all(map(operator.is_, jax.tree.leaves(joined), jax.tree.leaves(STATE)))
+
+
+def test_where_that_says_nothing_is_refused(refuses):
+    for where, error, words in (
+        (
+            "batch_stat.*",
+            ValueError,
+            "glob 'batch_stat.*', which matches no leaf.*batch_stats.norm",
+        ),
+        ("!*.men", ValueError, r"glob '!\*\.men', which matches no leaf"),
+        (["params.*", "x"], ValueError, "glob 'x', which matches no leaf"),
+        (3, TypeError, "where must be a function of name and leaf, a glob"),
+        ([3], TypeError, "where must be a function of name and leaf, a glob"),
+        ({"params.*": True}, TypeError, "where must be a function of name and leaf, a glob"),
+    ):
+        with refuses(error, match=words):
+            tree.partition(STATE, where)
+    with refuses(TypeError, match=r"where must say of leaf \['w'\] what is known when tracing"):
+        jax.jit(lambda x: tree.partition(x, lambda _, leaf: leaf.sum() > 0))({"w": jnp.ones(2)})
+    by_shape = jax.jit(lambda x: tree.partition(x, lambda _, leaf: leaf.ndim == 1))
+    assert_close(by_shape({"w": jnp.ones(2)}), ({"w": jnp.ones(2)}, {"w": None}), units=0)
+
+
+def test_statistics_and_moments_stay_when_weights_are_averaged():
+    parts = {"params", "batch_stats", "opt"}
+    other = STATE | {name: jax.tree.map(lambda x: x + 2, STATE[name]) for name in parts}
+    (x, rest), (y, _) = (tree.partition(state, where="params.*") for state in (STATE, other))
+    joined = tree.join(tree.combine((0.5, 0.5), (x, y)), rest)
+    assert (joined["params"]["layers"][0] == 2).all()
+    assert joined["batch_stats"]["norm"]["mean"] is STATE["batch_stats"]["norm"]["mean"]
+    assert joined["opt"][0]["mu"][0] is STATE["opt"][0]["mu"][0]
+    assert joined["step"] == 7
 
 
 def test_weights_in_the_other_byte_order_are_weights():

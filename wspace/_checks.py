@@ -349,6 +349,16 @@ def share(name: str, value: Any) -> float:
     return float(value)
 
 
+def known_answer(name: str, path: KeyPath, answer: Any) -> bool:
+    """What a function says of a leaf, known when tracing, since it decides structure."""
+    if is_traced(answer):
+        raise TypeError(
+            f"{name} must say of leaf {path_of(path)} what is known when tracing, since it decides "
+            "structure, got a traced answer: go by the name, the shape or the dtype"
+        )
+    return bool(answer)
+
+
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """A value that is among the choices."""
     # An array has no truth value that could be compared.

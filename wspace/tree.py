@@ -15,7 +15,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import (
+    keystr,
+    tree_flatten_with_path,
+    tree_leaves_with_path,
+    tree_map_with_path,
+)
 from jaxtyping import Array, Bool, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _lift, _pieces
@@ -371,29 +376,77 @@ def norm(x: WeightsLike) -> Scalar:
     return safe_sqrt(_products((), (x, x)))
 
 
-def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
+def partition(
+    tree: PyTree, where: str | Sequence[str] | Callable[[str, Any], Any] | None = None
+) -> tuple[PyTree, PyTree]:
     """Splits a tree into its weights and the rest.
 
     Weights are the arrays of dtype float64, float32, bfloat16 or float16; the rest is every
     other leaf, such as counters, keys, flags and functions. Weights that NumPy holds in the other
     byte order come in the order of the machine, which JAX takes.
 
+    What is floating-point need not be a weight: statistics of batch norms and moments of an
+    optimizer are set aside by `where`, which chooses among the arrays above.
+
     Args:
         tree: Any tree.
+        where: Which of the arrays are weights: a function of the name and the array, or a glob or
+            several, with `*`, `?` and `[...]`, one of which matches the name. A glob that begins
+            with `!` sets aside what the rest of it matches; where all do, all else are weights. The
+            name of a leaf is its keys, places and fields joined by dots, as in
+            `"layers.0.weight"`. All if `None`.
 
     Returns:
         Two trees of the shape of `tree`, with `None` wherever a leaf is in the other one.
+
+    Raises:
+        ValueError: If a glob matches no leaf.
+        TypeError: If `where` is neither a function nor globs, or its answer is not known when
+            tracing, since it decides structure.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from wspace import tree
         >>> tree.partition({"w": jnp.ones(1), "step": 7})
         ({'step': None, 'w': Array([1.], dtype=float32)}, {'step': 7, 'w': None})
+        >>> state = {"norm": {"mean": jnp.zeros(1), "scale": jnp.ones(1)}}
+        >>> weights, rest = tree.partition(state, where="!*.mean")
+        >>> weights, tree.join(weights, rest) == state
+        ({'norm': {'mean': None, 'scale': Array([1.], dtype=float32)}}, True)
     """
     tree = jax.tree.map(_checks.native, tree)
-    return (
-        jax.tree.map(lambda leaf: leaf if _checks.is_weight(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if _checks.is_weight(leaf) else leaf, tree),
+    places, structure = tree_flatten_with_path(tree)
+    names = [_checks.name_of(path) for path, _ in places]
+    is_chosen = where if callable(where) else _by_globs(where, names)
+    chosen = [
+        _checks.is_weight(leaf) and _checks.known_answer("where", path, is_chosen(name, leaf))
+        for name, (path, leaf) in zip(names, places, strict=True)
+    ]
+    first = [leaf if own else None for own, (_, leaf) in zip(chosen, places, strict=True)]
+    second = [None if own else leaf for own, (_, leaf) in zip(chosen, places, strict=True)]
+    return structure.unflatten(first), structure.unflatten(second)
+
+
+def _by_globs(globs: Any, names: Sequence[str]) -> Callable[[str, Any], bool]:
+    """Whether a name is chosen by globs, each of which has to match one of the names."""
+    if globs is None:
+        return lambda *_: True
+    globs = [globs] if isinstance(globs, str) else globs
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(
+            "where must be a function of name and leaf, a glob or a sequence of globs, such as "
+            f"'!*.mean', got {type(globs)}"
+        )
+    for glob in globs:
+        if not any(_checks.matches(name, [glob.removeprefix("!")]) for name in names):
+            raise ValueError(
+                f"where has the glob {glob!r}, which matches no leaf: names are keys, places and "
+                f"fields joined by dots, such as {', '.join(map(repr, names[:3])) or 'none here'}"
+            )
+    chosen = [glob for glob in globs if not glob.startswith("!")]
+    aside = [glob.removeprefix("!") for glob in globs if glob.startswith("!")]
+    return lambda name, _: (
+        (not chosen or _checks.matches(name, chosen)) and not _checks.matches(name, aside)
     )
 
 
