@@ -299,6 +299,41 @@ def test_zeros_are_left_out_and_nothing_else_dense_is_saved(tmp_path):
 ONE = edit_of({"query.weight": 1})["query.weight"]
 
 
+def test_an_adapter_says_which_model_it_is_of(tmp_path):
+    edit = {"query.weight": ONE}
+
+    def said(name, **options):
+        checkpoint.save_adapter(tmp_path / name, edit, **options)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        loaded = checkpoint.load_adapter(tmp_path / name, BASE)["query.weight"]
+        assert_close(lowrank.materialize(loaded), lowrank.materialize(ONE), units=0)
+        return config["base_model_name_or_path"], config["task_type"], len(config)
+
+    assert said("none")[:2] == (None, None)
+    assert said("hub", base="org/model", task_type="CAUSAL_LM")[:2] == ("org/model", "CAUSAL_LM")
+    folder = tmp_path / "base"
+    assert said("folder", base=folder)[:2] == (str(folder), None)
+    assert said("task", task_type="SEQ_CLS") == (None, "SEQ_CLS", said("none")[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"base": {"query.weight": jnp.ones(2)}}, TypeError, "base must be the name or the folder"),
+        ({"base": 3}, TypeError, "base must be the name or the folder .* got <class 'int'>"),
+        ({"base": ""}, ValueError, "base is empty"),
+        ({"task_type": "causal"}, ValueError, "task_type must be one of .*'CAUSAL_LM'.*'causal'"),
+        ({"task_type": ""}, ValueError, "task_type must be one of"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_anything_is_written(
+    tmp_path, refuses, options, error, match
+):
+    with refuses(error, match=match):
+        checkpoint.save_adapter(tmp_path / "adapter", {"query.weight": ONE}, **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("edit", "error", "match"),
     [

@@ -264,6 +264,17 @@ def test_an_adapter_is_the_nearest_of_its_rank_and_its_tails_are_printed(words, 
     assert f"{said['certificates']['tail']:.4g}" in told.splitlines()[-1]
 
 
+def test_an_adapter_says_which_model_it_is_of(folder):
+    assert run("extract A C --rank 1 -o plain --quiet") == 0
+    words = "extract A C --rank 1 -o named --base-name org/model --task-type CAUSAL_LM --quiet"
+    assert run(words) == 0
+    for name, wanted in (("plain", [None, None]), ("named", ["org/model", "CAUSAL_LM"])):
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        assert [config[field] for field in ("base_model_name_or_path", "task_type")] == wanted
+        recipe = json.loads((folder / name / "wspace.json").read_text())["recipe"]
+        assert [recipe.get(field) for field in ("base_name", "task_type")] == wanted
+
+
 def test_adapters_are_not_replaced_unless_forced(capsys):
     words = "extract A C --rank 1 -o OUT"
     assert [run(words), run(words), run(words, "--force")] == [0, 1, 0]
@@ -593,6 +604,11 @@ BAD = {
     "steer exit A C --avoid P --radius 1 -o OUT.safetensors": (2, "give a folder"),
     "offset A --target C --rank 0 -o OUT": (2, "at least 1"),
     "extract A C --rank 1 --embeddings nothing.* -o OUT": (2, "matches no matrix"),
+    "extract A C --rank 1 --task-type causal -o OUT": (
+        2,
+        "one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM",
+    ),
+    "extract A C --rank 1 --base-name= -o OUT": (2, "--base-name is empty"),
     "extract A A --rank 1 -o OUT": (1, "differ in no matrix"),
     "merge linear A B -o OUT": (1, "B"),
     "merge linear A OTHER -o OUT": (1, "the nearest name there is 'up.weights'"),

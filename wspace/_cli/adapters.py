@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from wspace._cli.calls import wide_enough
 from wspace._cli.progress import Progress
 from wspace._cli.words import Choice, Misuse, in_bytes, table
 from wspace.checkpoint import Checkpoint, Stored, places
+from wspace.checkpoint.adapter import Task
 from wspace.checkpoint.chosen import chosen
 from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.header import shown
@@ -66,6 +67,8 @@ class Adapter:
     output: Path
     fan_in_fan_out: bool
     embeddings: Sequence[str]
+    base_name: str | None
+    task_type: str | None
     force: bool
     dry_run: bool
     quiet: bool
@@ -79,6 +82,10 @@ def run(job: Adapter) -> None:
     if job.output.suffix == ".safetensors":
         raise Misuse(f"{job.output} is one file, but an adapter is a folder: give a folder")
     refuse_suffix(job.output, is_folder=True)
+    if job.task_type not in (None, *get_args(Task)):
+        raise Misuse(f"--task-type must be one of {', '.join(get_args(Task))}")
+    if job.base_name == "":
+        raise Misuse("--base-name is empty: give the name or the folder of a model")
     records.refuse_overlap(job.output, (job.start, job.target))
     with (
         checkpoint.open(job.start) as start,
@@ -115,6 +122,8 @@ def run(job: Adapter) -> None:
                 edit,
                 fan_in_fan_out=job.fan_in_fan_out,
                 embeddings=[name for name in embeddings if name in edit],
+                base=job.base_name,
+                task_type=cast("Task | None", job.task_type),
             )
             said = record | {"certificates": _certificates(rows)}
             write(job.output / records.NAME, f"{records.text(said)}\n".encode())
@@ -254,7 +263,8 @@ def _pays(rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def _recipe(job: Adapter) -> dict[str, Any]:
-    how = {name: getattr(job, name) for name in ("rank", "energy", "tail", "exact")}
+    given = ("rank", "energy", "tail", "exact", "base_name", "task_type")
+    how = {name: getattr(job, name) for name in given}
     return {
         "command": job.command,
         "models": [str(job.start), str(job.target)],

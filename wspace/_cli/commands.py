@@ -307,6 +307,16 @@ def _adapter(command: str, words: Sequence[str]) -> None:
         help="the tensors that are embeddings, which PEFT keeps by other names; default: those "
         "with usual names of embeddings, which are told",
     )
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="what the adapter says that it is of: a name on the hub, or a folder",
+    )
+    parser.add_argument(
+        "--task-type",
+        metavar="TYPE",
+        help="what the adapter says that the model is for, such as CAUSAL_LM",
+    )
     add_run_options(parser)
     add_choice(parser)
     options = parser.parse(words)

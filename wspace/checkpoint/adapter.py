@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from wspace import _checks
 from wspace.checkpoint.folder import refuse_suffix
 from wspace.checkpoint.header import nearest, shown
 from wspace.checkpoint.tensors import flat, named, packed, read, write_all, writing
@@ -22,6 +23,11 @@ from wspace.lowrank.factors import factors_of, matrix_shape
 from wspace.typing import Leaf
 
 __all__ = ["load_adapter", "save_adapter"]
+
+Task: TypeAlias = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
+"""What PEFT knows a model to be for."""
 
 _CONFIG, _FACTORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -154,6 +160,8 @@ def save_adapter(
     *,
     fan_in_fan_out: bool = False,
     embeddings: Collection[str] = (),
+    base: str | os.PathLike[str] | None = None,
+    task_type: Task | None = None,
 ) -> None:
     """Writes an edit as a LoRA adapter that PEFT loads.
 
@@ -175,13 +183,19 @@ def save_adapter(
             those of GPT-2 do, and not as `(out, in)`.
         embeddings: The names in `edit` that belong to layers of `torch.nn.Embedding`, whose
             factors PEFT stores by other names. A name left out here is not loaded by PEFT.
+        base: The name on the hub, or the folder, of the model that the edit is of:
+            `base_model_name_or_path`, by which `AutoPeftModel` of PEFT finds it.
+        task_type: What the model is for: `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, `"SEQ_CLS"`,
+            `"TOKEN_CLS"`, `"QUESTION_ANS"` or `"FEATURE_EXTRACTION"`, by which `AutoPeftModel`
+            tells the class of the model.
 
     Raises:
         TypeError: If `edit` is not a flat mapping from strings to `LowRank` or floating-point
-            leaves.
-        ValueError: If a dense leaf is not zero, an edit is of a stack of matrices, a name is not
-            that of the weight of a layer, `embeddings` has a name that `edit` lacks, or there is
-            nothing to save; if the folder's name ends in the suffix of a file.
+            leaves, or `base` is no name or path.
+        ValueError: If `task_type` is none of the above or `base` is empty; if a dense leaf is not
+            zero, an edit is of a stack of matrices, a name is not that of the weight of a layer,
+            `embeddings` has a name that `edit` lacks, or there is nothing to save; if the folder's
+            name ends in the suffix of a file.
         OSError: If the folder cannot be written.
 
     Examples:
@@ -197,7 +211,7 @@ def save_adapter(
     References:
         As of [`load_adapter`][wspace.checkpoint.load_adapter].
     """
-    leaves = named("edit", edit)
+    leaves, origin = named("edit", edit), _origin(base, task_type)
     for name in embeddings:
         _refuse_unknown_name(name, leaves, f"embeddings has a name {shown(name)} that edit lacks")
     tensors: dict[str, Array] = {}
@@ -213,7 +227,7 @@ def save_adapter(
         ranks[layer] = factored.rank
     if not ranks:
         raise ValueError("edit is zero at every leaf: leave it unsaved, PEFT has no empty adapters")
-    data, config = packed(tensors, {"format": "pt"}), _config_of(ranks, fan_in_fan_out)
+    data, config = packed(tensors, {"format": "pt"}), _config_of(ranks, fan_in_fan_out) | origin
     folder = Path(folder)
     refuse_suffix(folder, is_folder=True)
     is_new = not folder.exists()
@@ -228,6 +242,22 @@ def save_adapter(
         if is_new:
             folder.rmdir()
         raise
+
+
+def _origin(base: Any, task_type: Any) -> dict[str, str | None]:
+    """The fields that say what an adapter is of, which are no part of the sum."""
+    if task_type is not None:
+        _checks.one_of("task_type", task_type, get_args(Task))
+    if base is not None:
+        if not isinstance(base, str | os.PathLike):
+            raise TypeError(
+                "base must be the name or the folder of the model that the edit is of, such as "
+                f"'org/model', got {type(base)}: the weights themselves are not needed"
+            )
+        base = os.fspath(base)
+        if not base:
+            raise ValueError("base is empty: give the name or the folder of a model, or None")
+    return {"task_type": task_type, "base_model_name_or_path": base}
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -425,8 +455,6 @@ def _config_of(ranks: Mapping[str, int], fan_in_fan_out: bool) -> dict[str, Any]
     others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": "|".join(map(re.escape, ranks)),
         "r": usual,
