@@ -115,6 +115,52 @@ def test_window_is_the_mean_of_the_latest(xs):
     assert_close(folded(LATEST, [broken, broken, *latest, *latest]), wanted, scale=size(*latest))
 
 
+STRIDED, LATE = jitted(average.window(2, every=2)), jitted(average.running_mean(start=2))
+
+
+@given(xs=COUNTS.flatmap(points))
+def test_a_window_of_every_second_is_that_of_the_subsampled_run(xs):
+    wanted = folded(LATEST, xs[1::2] or xs)
+    assert_close(folded(STRIDED, xs), wanted, units=0)
+    if len(xs) > 3:
+        broken = [jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x) for x in xs]
+        mixed = [x if i % 2 else y for i, (x, y) in enumerate(zip(xs, broken, strict=True))]
+        assert_close(folded(STRIDED, mixed), wanted, units=0)
+
+
+@given(data=st.data(), xs=st.integers(3, 5).flatmap(points))
+def test_a_mean_that_starts_late_is_that_of_the_tail(data, xs):
+    c = data.draw(coefficients(len(xs)))
+    wanted = folded(FAST, xs[2:], c[2:])
+    assert_close(folded(LATE, xs, c), wanted, units=0)
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), xs[0])
+    assert_close(folded(LATE, [broken, broken, *xs[2:]], c), wanted, units=0)
+    for count in (1, 2):
+        assert_close(folded(LATE, xs[:count], c[:count]), xs[count - 1], units=0)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_run_in_a_scan_is_averaged_as_it_is_read_by_hand(length, every):
+    xs = np.random.default_rng(0).normal(size=23)
+    lawa, swa = average.window(length, every=every), average.running_mean(start=every)
+
+    def step(states, x):
+        states = [run.update(state, x) for run, state in zip((lawa, swa), states, strict=True)]
+        return states, [run.value(state) for run, state in zip((lawa, swa), states, strict=True)]
+
+    starts = [run.init(jnp.zeros((), FLOAT)) for run in (lawa, swa)]
+    got = jax.jit(jax.vmap(lambda rows: jax.lax.scan(step, starts, rows)[1]))(
+        jnp.asarray(np.stack([xs, -xs]), FLOAT)
+    )
+    for t in range(1, len(xs) + 1):
+        kept = xs[every - 1 : t : every][-length:] if t >= every else xs[t - 1 : t]
+        tail = xs[every:t] if t > every else xs[t - 1 : t]
+        for found, wanted in zip(got, (kept.mean(), tail.mean()), strict=True):
+            rows = [wanted, -wanted]
+            np.testing.assert_allclose(found[:, t - 1], rows, rtol=0, atol=16 * eps(found))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_small_weights_are_not_lost_beside_a_large_one(dtype):
     count = 1000
@@ -176,6 +222,8 @@ AVERAGES = {
     "ema": MOVING["0.75"][0],
     "power_ema": MOVING["power 7"][0],
     "window": WINDOW,
+    "window of every second": average.window(2, every=2),
+    "running_mean of the tail": average.running_mean(start=1),
 }
 each_average = pytest.mark.parametrize("run", AVERAGES.values(), ids=AVERAGES)
 
@@ -234,6 +282,16 @@ def test_coefficients_that_cancel_and_bad_arguments_are_refused(refuses):
         average.window(0)
     with refuses(TypeError, match="length must be a plain integer"):
         average.window(2.0)
+    with refuses(ValueError, match="every must be at least 1"):
+        average.window(2, every=0)
+    with refuses(TypeError, match="every must be a plain integer"):
+        average.window(2, every=0.5)
+    with refuses(ValueError, match="start must be at least 0, got -1"):
+        average.running_mean(start=-1)
+    late = average.running_mean(start=1)
+    state = late.update(late.update(late.init(x), x, 0.0), x, 0.0)
+    with refuses(ValueError, match="coefficients of 1 weights sum to 0"):
+        late.value(state)
     traced = jax.jit(lambda d: folded(average.ema(d), [x, 2 * x]))
     assert is_nan(traced(1.0))
     assert_close(traced(0.5), jnp.full(2, 5 / 3, FLOAT), units=4)

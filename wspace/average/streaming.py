@@ -66,7 +66,7 @@ class _SignedSums(NamedTuple):
 
 @record
 class _Ring(NamedTuple):
-    """The last weights, stacked, the one of update `i` at place `i` modulo the length."""
+    """The last weights that were kept, stacked, the i-th at place `i` modulo the length."""
 
     count: Array
     last: PyTree
@@ -94,6 +94,13 @@ def _with_term(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array
 
 
 @_lift.elementwise
+def _with_term_or_anew(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
+    (coefficient, anew), (high, low, x) = scalars, arrays
+    high, low = (jnp.where(anew > 0, 0, part) for part in (high, low))
+    return _increased(high, low, coefficient * x)
+
+
+@_lift.elementwise
 def _nearer(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
     (rate,), (high, low, x) = scalars, arrays
     return _increased(high, low, rate * ((x - high) - low))
@@ -105,14 +112,14 @@ def _increased(high: Array, low: Array, increment: Array) -> list[Array]:
 
 
 def _updated(
-    increased: Callable[..., Any], coefficient: ScalarLike, sums: _Sums, x: WeightsLike
+    increased: Callable[..., Any], scalars: Sequence[ScalarLike], sums: _Sums, x: WeightsLike
 ) -> _Sums:
     """The sums after one more increment."""
     weights, mass = sums.high
     _checks.same_layout(state=weights, weights=x)
     # Else the arithmetic, and what it rounds, would be that of x.
     x = jax.tree.map(lambda x, y: x.astype(y.dtype) if _is_wider(x, y) else x, x, weights)
-    high, low = increased((coefficient,), (sums.high, sums.low, (x, jnp.ones_like(mass))))
+    high, low = increased(scalars, (sums.high, sums.low, (x, jnp.ones_like(mass))))
     return _Sums(sums.count + 1, high, low, sums.like)
 
 
@@ -132,18 +139,24 @@ def _quotient(sums: _Sums) -> PyTree:
     return jax.tree.map(lambda x, like: x.astype(like.dtype), found, sums.like)
 
 
-def running_mean() -> Average:
-    r"""Mean of all weights so far, with coefficients of either sign.
+def running_mean(*, start: int = 0) -> Average:
+    r"""Mean of all weights so far, with coefficients of either sign; from a step on (SWA).
 
     $$
-    \bar\theta_t = \frac{\sum_{i \le t} c_i\, \theta_i}{\sum_{i \le t} c_i}
+    \bar\theta_t = \frac{\sum_{s < i \le t} c_i\, \theta_i}{\sum_{s < i \le t} c_i}
+        \quad (t > s), \qquad \bar\theta_t = \theta_t \quad (t \le s)
     $$
 
     What [`mean`][wspace.average.mean] is of a sequence, without holding it: the sums are
     compensated, so that they do not depend on the order but for rounding, however long they are.
-    With equal coefficients this is stochastic weight averaging, given weights from the end of a
-    run; statistics of activations that a model keeps, as for batch normalization, are to be
-    measured anew.
+    With equal coefficients this is stochastic weight averaging (SWA), from the step where training
+    circles its end; statistics of activations that a model keeps, as for batch normalization, are
+    to be measured anew.
+
+    Args:
+        start: The number $s$ of weights that do not count. Up to then the value is the latest
+            weights, whatever their coefficient, so that it is defined throughout a run; from then
+            on it is what it would be had the state not seen them, NaN and infinities included.
 
     Returns:
         An [`Average`][wspace.average.Average] whose `update(state, weights, coefficient=1.0)` adds
@@ -151,8 +164,12 @@ def running_mean() -> Average:
             raises a `ValueError` if the coefficients sum to less than $10^{-6} \sum_i |c_i|$ in
             size, or that is out of the range of the dtype (NaN if they are traced).
 
+    Raises:
+        ValueError: If `start` is below $0$.
+        TypeError: If `start` is not an integer.
+
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from wspace import average
         >>> running = average.running_mean()
         >>> state = running.init({"w": jnp.zeros(1)})
@@ -161,12 +178,22 @@ def running_mean() -> Average:
         >>> running.value(state)
         {'w': Array([3.], dtype=float32)}
 
+        Of the weights from the second step on, in a scan:
+
+        >>> swa = average.running_mean(start=1)
+        >>> def step(state, weights):
+        ...     state = swa.update(state, weights)
+        ...     return state, swa.value(state)
+        >>> jax.lax.scan(step, swa.init(jnp.zeros(())), jnp.array([1.0, 2.0, 6.0]))[1]
+        Array([1., 2., 4.], dtype=float32)
+
     References:
         P. Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
         UAI 2018, [arXiv:1803.05407](https://arxiv.org/abs/1803.05407).
         A. Neumaier, *Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen*,
         ZAMM 54, 1974.
     """
+    start = _checks.rank(start, "start")
 
     def init(weights: WeightsLike) -> _SignedSums:
         sums = _nothing(weights)
@@ -175,14 +202,19 @@ def running_mean() -> Average:
     def update(
         state: _SignedSums, weights: WeightsLike, coefficient: ScalarLike = 1.0
     ) -> _SignedSums:
-        coefficient = _checks.scalar("coefficient", coefficient)
-        sums = _updated(_with_term, coefficient, state.sums, weights)
-        size = state.size + jnp.abs(jnp.asarray(coefficient).astype(state.size.dtype))
-        return _SignedSums(sums, size)
+        c = jnp.asarray(_checks.scalar("coefficient", coefficient)).astype(state.size.dtype)
+        if not start:
+            sums = _updated(_with_term, (c,), state.sums, weights)
+            return _SignedSums(sums, state.size + jnp.abs(c))
+        c = jnp.where(state.sums.count < start, 1, c)
+        anew = state.sums.count <= start
+        sums = _updated(_with_term_or_anew, (c, anew), state.sums, weights)
+        return _SignedSums(sums, jnp.where(anew, 0, state.size) + jnp.abs(c))
 
     def value(state: _SignedSums) -> PyTree:
         sums, size = state
         _refuse_empty(sums.count == 0)
+        counted = jnp.where(sums.count > start, sums.count - start, jnp.minimum(sums.count, 1))
         total = sums.high[1] + sums.low[1]
         cancels = _checks.cancels(total, size) & (sums.count > 0)
         high, mass = sums.high
@@ -190,7 +222,7 @@ def running_mean() -> Average:
             mass,
             ~jnp.isfinite(size),
             lambda: (
-                f"the sizes of the coefficients of {sums.count} weights sum to {size:g}, out of "
+                f"the sizes of the coefficients of {counted} weights sum to {size:g}, out of "
                 f"the range of {size.dtype}: only their ratios matter, so make all of them smaller"
             ),
         )
@@ -198,7 +230,7 @@ def running_mean() -> Average:
             mass,
             cancels,
             lambda: (
-                f"the coefficients of {sums.count} weights sum to {total:g}, nothing beside their "
+                f"the coefficients of {counted} weights sum to {total:g}, nothing beside their "
                 f"size {size:g}: an average divides by the sum, so make it differ from zero"
             ),
         )
@@ -315,7 +347,7 @@ def _moving(rate: Callable[[Array], ScalarLike], debias: bool) -> Average:
         return sums._replace(high=(tree.upcast(weights), jnp.ones_like(sums.high[1])))
 
     def update(state: _Sums, weights: WeightsLike) -> _Sums:
-        return _updated(_nearer, rate(state.count), state, weights)
+        return _updated(_nearer, (rate(state.count),), state, weights)
 
     def value(state: _Sums) -> PyTree:
         _refuse_empty((state.high[1] == 0) & (state.low[1] == 0))
@@ -329,29 +361,34 @@ def _refuse_empty(empty: Array) -> None:
     _checks.refuse(empty, lambda: "the state has seen no weights: update it before its value")
 
 
-def window(length: int) -> Average:
-    r"""Mean of the latest weights, all with the same coefficient.
+def window(length: int, *, every: int = 1) -> Average:
+    r"""Mean of the latest weights, or of every so many, with the same coefficient (LAWA).
 
     $$
-    \bar\theta_t = \frac1k \sum_{i = t - k + 1}^{t} \theta_i, \qquad k = \min(t, \text{length})
+    \bar\theta_t = \frac1k \sum_{j = n - k + 1}^{n} \theta_{j e}, \qquad
+    n = \lfloor t / e \rfloor, \quad k = \min(n, \text{length})
     $$
 
     The weights themselves are kept, `length` of them in their own dtypes, so that what leaves the
     window is forgotten without a trace, NaN and infinities included; a mean from which the oldest
-    weights are subtracted would keep their rounding, and NaN for ever.
+    weights are subtracted would keep their rounding, and NaN for ever. With $e$ the steps of an
+    epoch this is latest weight averaging (LAWA), the mean of the weights at the ends of the latest
+    epochs, with an update at every step.
 
     Args:
         length: How many weights to keep, at least 1.
+        every: The number $e \ge 1$: the weights of updates $e, 2e, \dots$ are kept, the others
+            are not. Before the first of them, the value is the latest weights.
 
     Returns:
         An [`Average`][wspace.average.Average].
 
     Raises:
-        ValueError: If `length` is below 1.
-        TypeError: If `length` is not an integer.
+        ValueError: If `length` or `every` is below 1.
+        TypeError: If `length` or `every` is not an integer.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from wspace import average
         >>> latest = average.window(2)
         >>> state = latest.init(jnp.zeros(1))
@@ -360,6 +397,15 @@ def window(length: int) -> Average:
         >>> latest.value(state)
         Array([4.], dtype=float32)
 
+        Of the last two of every 3 steps, in a scan:
+
+        >>> lawa = average.window(2, every=3)
+        >>> def step(state, weights):
+        ...     state = lawa.update(state, weights)
+        ...     return state, lawa.value(state)
+        >>> jax.lax.scan(step, lawa.init(jnp.zeros(())), jnp.arange(1.0, 10.0))[1]
+        Array([1. , 2. , 3. , 3. , 3. , 4.5, 4.5, 4.5, 7.5], dtype=float32)
+
     References:
         J. Kaddour, *Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest
         Weight Averaging*, 2022, [arXiv:2209.14981](https://arxiv.org/abs/2209.14981).
@@ -367,6 +413,9 @@ def window(length: int) -> Average:
     length = _checks.rank(length, "length")
     if length < 1:
         raise ValueError("length must be at least 1: a window of 0 weights has no mean")
+    every = _checks.rank(every, "every")
+    if every < 1:
+        raise ValueError("every must be at least 1: 1 keeps the weights of every update")
 
     def init(weights: WeightsLike) -> _Ring:
         _checks.same_layout(weights=weights)
@@ -380,28 +429,35 @@ def window(length: int) -> Average:
     def update(state: _Ring, weights: WeightsLike) -> _Ring:
         slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.last)
         _checks.same_layout(state=slots, weights=weights)
-        return _Ring(state.count + 1, _stored(state.last, weights, state.count % length))
+        count = state.count + 1
+        place = jnp.maximum(count // every - 1, 0) % length
+        kept = (count % every == 0) | (count < every)
+        return _Ring(count, _stored(state.last, weights, place, kept))
 
     def value(state: _Ring) -> PyTree:
         _refuse_empty(state.count == 0)
-        return _mean_of_stored(state)
+        return _mean_of_stored(
+            state.last, jnp.minimum(jnp.maximum(state.count // every, 1), state.count)
+        )
 
     return Average(init, update, value)
 
 
 @jax.jit
-def _stored(last: PyTree, weights: PyTree, place: Array) -> PyTree:
+def _stored(last: PyTree, weights: PyTree, place: Array, kept: Array) -> PyTree:
     def put(row: Array, x: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(row, x.astype(row.dtype), place, 0)
+        there = jax.lax.dynamic_index_in_dim(row, place, 0, keepdims=False)
+        x = jnp.where(kept, x.astype(row.dtype), there)
+        return jax.lax.dynamic_update_index_in_dim(row, x, place, 0)
 
     return jax.tree.map(put, last, weights)
 
 
 @jax.jit
-def _mean_of_stored(state: _Ring) -> PyTree:
+def _mean_of_stored(last: PyTree, seen: Array) -> PyTree:
     def leaf(row: Array) -> Array:
         wide = row.astype(accumulator(row.dtype))
-        seen = jnp.minimum(state.count, len(row)).astype(wide.dtype)
-        return (jnp.sum(wide, 0) / seen).astype(row.dtype)
+        count = jnp.minimum(seen, len(row)).astype(wide.dtype)
+        return (jnp.sum(wide, 0) / count).astype(row.dtype)
 
-    return jax.tree.map(leaf, state.last)
+    return jax.tree.map(leaf, last)
