@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
 from wspace._words import described, layout_of, shortened
-from wspace.typing import Coefficients, Scalar, ScalarLike
+from wspace.typing import Coefficients, Layout, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -81,6 +81,20 @@ def name_of(path: KeyPath) -> str:
 def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether one of the globs matches a name, or is the name."""
     return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def known_layout(layout: Any) -> None:
+    """Raises unless an argument says how layers store their matrices."""
+    one_of("layout", layout, get_args(Layout))
+
+
+def in_other_layout(layout: Layout, fits: bool = True) -> str:
+    """What to do about a matrix of the wrong side, if it fits the other way round."""
+    if not fits:
+        return ""
+    if layout == "in_out":
+        return "; if your layers store (out, in), as torch and equinox do, give layout='out_in'"
+    return "; if your layers store (in, out), as flax and haiku do, give layout='in_out'"
 
 
 def is_traced(*values: object) -> bool:

@@ -16,7 +16,7 @@ from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import accumulator, safe_sqrt
 from wspace.lowrank import LowRank
 from wspace.lowrank.factors import matrix_shape
-from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Layout, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["filter_normalize", "gaussian", "low_rank_gaussian"]
 
@@ -151,21 +151,33 @@ def low_rank_gaussian(
     return lowrank.scale(_stretch(norm, edit if rank else ()), edit)
 
 
-@functools.partial(_lift.elementwise, scope="leaf")
-def _filters(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+def _filters(layout: Layout, arrays: Sequence[Array]) -> Array:
     direction, like = arrays
-    stack = matrix_shape(like.shape)[:-2]
+    stack = len(matrix_shape(like.shape)) - 2
     if like.ndim < 2:
         return 0 * direction
     # The rows of its matrix, without forming it: a sharded leaf stays where it lies.
-    rows = tuple(range(len(stack), like.ndim - 1))
+    first, last = (stack, like.ndim - 1) if layout == "in_out" else (stack + 1, like.ndim)
+    rows = tuple(range(first, last))
     square, wanted = (jnp.sum(x * x, axis=rows, keepdims=True) for x in (direction, like))
     nothing = square == 0
     ratio = safe_sqrt(wanted) / jnp.sqrt(jnp.where(nothing, 1, square))
     return jnp.where(nothing, 0, ratio) * direction
 
 
-def filter_normalize(direction: WeightsLike, like: WeightsLike) -> Weights:
+@functools.partial(_lift.elementwise, scope="leaf")
+def _filters_last(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return _filters("in_out", arrays)
+
+
+@functools.partial(_lift.elementwise, scope="leaf")
+def _filters_first(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    return _filters("out_in", arrays)
+
+
+def filter_normalize(
+    direction: WeightsLike, like: WeightsLike, *, layout: Layout = "in_out"
+) -> Weights:
     r"""Scales every filter of a direction to the norm of that filter of the weights.
 
     $$
@@ -174,9 +186,9 @@ def filter_normalize(direction: WeightsLike, like: WeightsLike) -> Weights:
     $$
 
     A filter $j$ is a column of the matrix that the leaf is
-    ([`as_matrix`][wspace.lowrank.as_matrix]), the weights into one output: the last axis, slice
-    by slice in a stack. Vectors and scalars, such as biases and the weights of normalizations,
-    are set to zero, as by Li et al.
+    ([`as_matrix`][wspace.lowrank.as_matrix]), the weights into one output: the last axis, or in the
+    layout `"out_in"` the first, slice by slice in a stack. Vectors and scalars, such as biases and
+    the weights of normalizations, are set to zero, as by Li et al.
 
     Rescaling a filter of the weights, which changes no output where a normalization follows,
     rescales the filter of the direction, so that pictures of a loss along such directions can be
@@ -186,6 +198,8 @@ def filter_normalize(direction: WeightsLike, like: WeightsLike) -> Weights:
     Args:
         direction: The direction $d$, such as [`gaussian`][wspace.perturb.gaussian] draws.
         like: The weights $\theta$, of the same layout.
+        layout: How the layers store their matrices: `"in_out"`, or `"out_in"` as torch and equinox
+            do.
 
     Returns:
         The direction, each leaf in the dtype and sharding of that leaf of `direction`. A zero
@@ -210,4 +224,6 @@ def filter_normalize(direction: WeightsLike, like: WeightsLike) -> Weights:
         [arXiv:1712.09913](https://arxiv.org/abs/1712.09913).
     """
     _checks.same_layout(direction=direction, like=like)
-    return _filters((), (direction, like))
+    _checks.known_layout(layout)
+    filters = _filters_last if layout == "in_out" else _filters_first
+    return filters((), (direction, like))

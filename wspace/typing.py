@@ -1,7 +1,7 @@
 """The types that signatures speak in."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
@@ -11,6 +11,7 @@ from wspace._lazy import Lazy
 __all__ = [
     "Allow",
     "Coefficients",
+    "Layout",
     "Lazy",
     "Leaf",
     "Loss",
@@ -30,6 +31,10 @@ ScalarLike: TypeAlias = Real[ArrayLike, ""]
 
 Coefficients: TypeAlias = Sequence[ScalarLike] | Real[Array | np.ndarray, " k"]
 """Mixing numbers of any sign, one per point: a sequence of scalars or an array `(k,)`."""
+
+Layout: TypeAlias = Literal["in_out", "out_in"]
+"""How layers store their matrices: `(in, out)`, a convolution `(..., in, out)`, as flax and haiku
+do; or `(out, in)`, a convolution `(out, in, ...)`, as torch and equinox do."""
 
 Leaf: TypeAlias = Float[Array | np.ndarray | Lazy, "..."]
 """One leaf of a tree of weights, of any shape: an array, or a lazy leaf, whose entries are read

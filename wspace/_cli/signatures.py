@@ -53,6 +53,8 @@ def _described(function: str) -> dict[str, Any]:
     method = function.split(".")[1]
     found: dict[str, Any] = {}
     for x in parameters:
+        if x.name == "layout" and "allow" in signature.parameters:
+            continue  # of matrices that no option gives
         if x.annotation is Election:
             fields = dataclasses.fields(Election)
             hints = get_type_hints(Election)

@@ -85,6 +85,7 @@ WORDS = {
     "divide": "what a sum is divided by",
     "floor": "least cosine to take, in [-1, 1]",
     "kept": "how the count is rounded",
+    "layout": "how layers store their matrices, as torch does: out_in",
     "least": "least relative singular value to divide by",
     "max_steps": "most steps",
     "mode": "which averages are kept away",

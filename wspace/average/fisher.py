@@ -13,7 +13,6 @@ from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
-    placed_like,
     power_of_two,
     replicated,
     safe_sqrt,
@@ -27,7 +26,8 @@ from wspace.average.regression import (
     semidefinite,
     weighted_arrays,
 )
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.lowrank.factors import from_matrix
+from wspace.typing import Coefficients, Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Kronecker", "fisher_mean", "kronecker_mean"]
 
@@ -174,6 +174,7 @@ def kronecker_mean(
     ridge: ScalarLike = 0.0,
     rtol: ScalarLike | None = None,
     steps: int = 200,
+    layout: Layout = "in_out",
 ) -> Solution:
     r"""Mean of points in the metric of Fishers that are Kronecker products, matrix by matrix.
 
@@ -211,6 +212,9 @@ def kronecker_mean(
         ridge: The ridge $\rho \ge 0$.
         rtol: The residual to reach; by default $\varepsilon^{3/4}$, $6 \cdot 10^{-6}$ in float32.
         steps: The largest number of steps.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: which inputs are meant,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
         [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
@@ -242,6 +246,7 @@ def kronecker_mean(
         Curvature*, ICML 2015, [arXiv:1503.05671](https://arxiv.org/abs/1503.05671).
     """
     points = _checks.listed("points", points)
+    _checks.known_layout(layout)
     _checks.same_layout(**_checks.each("points", points))
     c = positive_shares(coefficients, len(points))
     ridge = _checks.nonnegative("ridge", ridge)
@@ -256,14 +261,14 @@ def kronecker_mean(
             unsound = jnp.isnan(_not_finite((), (weights[-1],)))
             residual = jnp.where(unsound, jnp.nan, residual)
             continue
-        inputs, outputs = _sides(entries, leaves[0], where)
-        xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
+        inputs, outputs = _sides(entries, leaves[0], where, layout)
+        xs = [replicated(lowrank.as_matrix(leaf, layout=layout)) for leaf in leaves]
         x, spectra, left, count, good = _solve(c, xs, inputs, outputs, ridge, rtol, steps)
         for values, side in zip(spectra, ("inputs", "outputs"), strict=True):
             what = f"the mean over points of {where[0]}, {side},"
             undefined = semidefinite(values, entries, what)
             x, left = x + undefined, left + undefined
-        weights.append(placed_like(x.astype(leaves[0].dtype).reshape(leaves[0].shape), leaves[0]))
+        weights.append(from_matrix(x.astype(leaves[0].dtype), leaves[0], layout))
         wide = accumulator(residual.dtype, left.dtype)
         residual = jnp.maximum(residual.astype(wide), left.astype(wide))
         taken, converged = jnp.maximum(taken, count), good & converged
@@ -278,15 +283,18 @@ def _not_finite(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def _sides(
-    entries: Sequence[Any], leaf: Array, where: Sequence[str]
+    entries: Sequence[Any], leaf: Array, where: Sequence[str], layout: Layout
 ) -> tuple[list[Array], list[Array]]:
     for entry, at in zip(entries, where, strict=True):
         if not isinstance(entry, Kronecker):
             raise TypeError(f"{at} is a {type(entry)}: give an average.Kronecker, or None")
     pairs = list(zip(entries, where, strict=True))
     return (
-        [checked_gram(entry.inputs, leaf, f"inputs of {at}") for entry, at in pairs],
-        [checked_gram(entry.outputs, leaf, f"outputs of {at}", axis=-1) for entry, at in pairs],
+        [checked_gram(entry.inputs, leaf, f"inputs of {at}", layout) for entry, at in pairs],
+        [
+            checked_gram(entry.outputs, leaf, f"outputs of {at}", layout, axis=-1)
+            for entry, at in pairs
+        ],
     )
 
 

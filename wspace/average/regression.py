@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import accumulator, matmul, placed_like, replicated, with_nan_of
+from wspace._numerics import accumulator, matmul, replicated, with_nan_of
 from wspace._records import record
-from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
+from wspace.lowrank.factors import from_matrix, matrix_shape
+from wspace.typing import Coefficients, Layout, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["Regression", "regression_mean"]
 
@@ -41,6 +42,7 @@ def regression_mean(
     ridge: ScalarLike = 0.0,
     shrink: ScalarLike = 1.0,
     rtol: ScalarLike | None = None,
+    layout: Layout = "in_out",
 ) -> Regression:
     r"""Mean of linear layers that agrees best with each of them on its own inputs (RegMean).
 
@@ -77,6 +79,9 @@ def regression_mean(
             the mean is weighted entry by entry, which noisy Grams may profit from.
         rtol: Eigenvalues of the summed Gram, ridge included, up to this share of the largest are
             zero; by default $n\, \varepsilon$.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: which inputs are meant,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
         [`Regression`][wspace.average.Regression] with the `weights`, each leaf in the dtype of
@@ -120,6 +125,7 @@ def regression_mean(
         [arXiv:2503.08099](https://arxiv.org/abs/2503.08099).
     """
     points = _checks.listed("points", points)
+    _checks.known_layout(layout)
     _checks.same_layout(**_checks.each("points", points))
     c = positive_shares(coefficients, len(points))
     ridge = _checks.nonnegative("ridge", ridge)
@@ -132,13 +138,14 @@ def regression_mean(
             weights.append(tree.combine(c, leaves))
             continue
         given = [
-            checked_gram(entry, leaves[0], at) for entry, at in zip(entries, where, strict=True)
+            checked_gram(entry, leaves[0], at, layout)
+            for entry, at in zip(entries, where, strict=True)
         ]
-        xs = [replicated(lowrank.as_matrix(leaf)) for leaf in leaves]
+        xs = [replicated(lowrank.as_matrix(leaf, layout=layout)) for leaf in leaves]
         x, eigenvalues, condition, zeros = _fit(c, xs, given, ridge, shrink, rtol)
         fault = semidefinite(eigenvalues, entries, f"the sum of {where[0]} and the others")
         x, condition = x + fault, condition + fault
-        weights.append(placed_like(x.astype(leaves[0].dtype).reshape(leaves[0].shape), leaves[0]))
+        weights.append(from_matrix(x.astype(leaves[0].dtype), leaves[0], layout))
         conditions.append(condition)
         unseen += zeros
     wide = accumulator(*(condition.dtype for condition in conditions))
@@ -226,18 +233,21 @@ def by_leaf(
         yield list(map(jnp.asarray, leaves)), None if missing else given, where
 
 
-def checked_gram(entry: Any, leaf: Array, where: str, axis: int = -2) -> Float[Array, "... n n"]:
+def checked_gram(
+    entry: Any, leaf: Array, where: str, layout: Layout, axis: int = -2
+) -> Float[Array, "... n n"]:
     """A symmetric matrix for one axis of a leaf's matrix, one for each of a stack of them."""
     if not _checks.is_weight(entry):
         dtype = getattr(entry, "dtype", None)
         what = f"is a {type(entry)}" if dtype is None else f"has dtype {dtype}"
         raise TypeError(f"{where} {what}: give a floating-point matrix, or None")
-    *stack, rows, columns = lowrank.as_matrix(leaf).shape
-    size = rows if axis == -2 else columns
+    *stack, rows, columns = matrix_shape(leaf.shape, layout)
+    size, other = (rows, columns) if axis == -2 else (columns, rows)
     if entry.shape not in ((size, size), (*stack, size, size)):
         raise ValueError(
             f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on the "
-            f"{'inputs' if axis == -2 else 'outputs'} of x @ W and must be ({size}, {size})"
+            f"{'inputs' if axis == -2 else 'outputs'} and must be ({size}, {size})"
+            f"{_checks.in_other_layout(layout, entry.shape[-1:] == (other,))}"
         )
     matrix = replicated(jnp.asarray(entry))
     wide = matrix.astype(accumulator(matrix.dtype))

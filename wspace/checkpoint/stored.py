@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wspace._records import record
 from wspace._checks import matches
+from wspace._records import record
 from wspace.checkpoint import folder, header
 
 __all__ = ["Checkpoint", "Stored", "open"]

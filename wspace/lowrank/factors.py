@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 from wspace import _checks, tree
 from wspace._leaves import Factored
-from wspace._numerics import accumulator, matmul, replicated
+from wspace._numerics import accumulator, matmul, placed_like, replicated
 from wspace._records import record
 from wspace._words import described
-from wspace.typing import Leaf
+from wspace.typing import Layout, Leaf
 
 __all__ = ["LowRank", "as_matrix", "materialize"]
 
@@ -90,48 +90,82 @@ def transposed(x: Float[Array, "... m n"]) -> Float[Array, "... n m"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def matrix_shape(shape: tuple[int, ...], layout: Layout = "in_out") -> tuple[int, ...]:
     """Shape of the matrix that a leaf of given shape is."""
     if len(shape) > 5:
         raise ValueError(
             f"a leaf of shape {shape} is no matrix, stack of matrices or convolution: "
             "reshape it to two or three dimensions first"
         )
+    if layout == "out_in" and len(shape) > 3:
+        return (math.prod(shape[1:]), shape[0])
     if len(shape) in (2, 3):
-        return shape
+        return shape if layout == "in_out" else (*shape[:-2], shape[-1], shape[-2])
     columns = shape[-1:] if len(shape) > 3 else (1,)
     return (math.prod(shape[:-1] if len(shape) > 3 else shape), *columns)
 
 
-def as_matrix(leaf: Leaf) -> Float[Array, "... m n"]:
+def as_matrix(leaf: Leaf, *, layout: Layout = "in_out") -> Float[Array, "... m n"]:
     """The matrix that a leaf of weights is.
 
-    | dimensions of the leaf | its matrix |
-    |---|---|
-    | 0, 1 | one column: `(1, 1)`, `(n, 1)` |
-    | 2 | itself: `(in, out)` |
-    | 3 | a stack of matrices, as of layers: itself |
-    | 4, 5 | a convolution `(..., cin, cout)`: `(prod(...) * cin, cout)` |
+    | dimensions of the leaf | its matrix | of the layout `"out_in"` |
+    |---|---|---|
+    | 0, 1 | one column: `(1, 1)`, `(n, 1)` | the same |
+    | 2 | itself: `(in, out)` | its transpose |
+    | 3 | a stack of matrices, as of layers: itself | a stack of transposes |
+    | 4, 5 | a convolution: `(prod(...) * cin, cout)` | a convolution: `(cin * prod(...), cout)` |
+
+    A convolution is stored as `(..., cin, cout)`, in the layout `"out_in"` as `(cout, cin, ...)`.
+    The rows of its matrix are the entries of a patch: in the layout `"out_in"` those of a channel
+    together, as `torch.nn.Unfold` and `jax.lax.conv_general_dilated_patches` have them.
 
     Args:
         leaf: An array of at most five dimensions.
+        layout: How the layer stores it: `"in_out"`, or `"out_in"` as torch and equinox do.
 
     Returns:
         The matrix or stack of matrices, in the leaf's dtype.
 
     Raises:
-        ValueError: If the leaf has more than five dimensions.
+        ValueError: If the leaf has more than five dimensions, or `layout` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from wspace import lowrank
         >>> lowrank.as_matrix(jnp.ones((3, 3, 16, 32))).shape
         (144, 32)
+        >>> lowrank.as_matrix(jnp.ones((32, 16, 3, 3)), layout="out_in").shape
+        (144, 32)
     """
     _checks.no_tree(leaf=leaf)
+    _checks.known_layout(layout)
     leaf = jnp.asarray(leaf)
-    shape = matrix_shape(leaf.shape)
-    return leaf if leaf.shape == shape else replicated(leaf).reshape(shape)
+    if layout == "out_in" and leaf.ndim > 1:
+        *stack, m, n = matrix_shape(leaf.shape, layout)
+        return transposed(_reshaped(leaf, (*stack, n, m)))
+    return _reshaped(leaf, matrix_shape(leaf.shape))
+
+
+def _reshaped(x: Array, shape: tuple[int, ...]) -> Array:
+    return x if x.shape == shape else replicated(x).reshape(shape)
+
+
+def from_matrix(matrix: Array, like: Array, layout: Layout) -> Array:
+    """The leaf that a matrix is of, in the shape and the place of `like`."""
+    stored = transposed(matrix) if layout == "out_in" and like.ndim > 1 else matrix
+    return placed_like(stored.reshape(like.shape), like)
+
+
+def turned(x: LowRank, layout: Layout) -> LowRank:
+    """The factors of a matrix for those of the matrix as it is stored, and the other way round."""
+    return x if layout == "in_out" else LowRank(x.right, x.left)
+
+
+def other_side(side: tuple[int, ...], shape: tuple[int, ...], layout: Layout) -> str:
+    """What to do about a matrix for the inputs of a leaf that is one for its outputs, if it is."""
+    other = "out_in" if layout == "in_out" else "in_out"
+    fits = len(shape) > 1 and side[-1:] == matrix_shape(shape, other)[-2:-1]
+    return _checks.in_other_layout(layout, fits)
 
 
 def materialize(x: LowRank) -> Float[Array, "... m n"]:

@@ -1,7 +1,5 @@
 r"""Edits as LoRA stores them: two factors and a scaling."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -9,11 +7,9 @@ from jaxtyping import Array, Float
 from wspace import _checks
 from wspace._numerics import accumulator
 from wspace.lowrank.factors import LowRank, factors_of, transposed
-from wspace.typing import ScalarLike
+from wspace.typing import Layout, ScalarLike
 
 __all__ = ["from_lora", "to_lora"]
-
-_LAYOUTS = ("in_out", "out_in")
 
 
 def from_lora(
@@ -22,7 +18,7 @@ def from_lora(
     *,
     alpha: ScalarLike,
     rank_stabilized: bool = False,
-    layout: Literal["in_out", "out_in"] = "in_out",
+    layout: Layout = "in_out",
 ) -> LowRank:
     r"""The edit that the two factors of a LoRA layer are.
 
@@ -67,7 +63,7 @@ def from_lora(
         Stabilization Scaling Factor for Fine-Tuning with LoRA*, 2023,
         [arXiv:2312.03732](https://arxiv.org/abs/2312.03732).
     """
-    _checks.one_of("layout", layout, _LAYOUTS)
+    _checks.known_layout(layout)
     _checks.one_array(a=a, b=b)
     a, b = jnp.asarray(a), jnp.asarray(b)
     if min(a.ndim, b.ndim) < 2 or (*a.shape[:-2], a.shape[-2]) != (*b.shape[:-2], b.shape[-1]):
@@ -87,7 +83,7 @@ def to_lora(
     *,
     alpha: ScalarLike | None = None,
     rank_stabilized: bool = False,
-    layout: Literal["in_out", "out_in"] = "in_out",
+    layout: Layout = "in_out",
 ) -> tuple[Float[Array, "*batch r in"], Float[Array, "*batch out r"]]:
     r"""The two factors of a LoRA layer that an edit is.
 
@@ -126,7 +122,7 @@ def to_lora(
     References:
         As of [`from_lora`][wspace.lowrank.from_lora].
     """
-    _checks.one_of("layout", layout, _LAYOUTS)
+    _checks.known_layout(layout)
     left, right = factors_of(edit, "edit")
     inputs, outputs = (left, right) if layout == "in_out" else (right, left)
     if alpha is not None:

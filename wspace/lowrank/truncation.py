@@ -14,9 +14,17 @@ from wspace import _checks, _lift, tree
 from wspace._numerics import length, matmul, power_of_two, safe_sqrt
 from wspace._records import record
 from wspace.lowrank.algebra import side_by_side
-from wspace.lowrank.factors import LowRank, as_matrix, core_of, product, transposed
+from wspace.lowrank.factors import (
+    LowRank,
+    as_matrix,
+    core_of,
+    other_side,
+    product,
+    transposed,
+    turned,
+)
 from wspace.lowrank.spectrum import kept_or_left, rank_for, tails_of
-from wspace.typing import Leaf, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Layout, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Truncation", "extract", "truncate", "truncate_outputs"]
 
@@ -194,7 +202,6 @@ def cut_by(
         if key is None:
             raise ValueError("method='randomized' needs a random key: give key=jax.random.key(0)")
         _checks.random_key(key)
-        rank = min(known, *core.shape[-2:])
         steps = _checks.rank(steps, "steps")
         block = None if block is None else _checks.rank(block, "block")
     return Cut(rank, energy, tail, method, block, steps)
@@ -436,7 +443,13 @@ def _column(x: Leaf, cut: Cut, vectors: bool) -> Truncation:
     return Truncation(x if rank else 0 * x, tail, jnp.asarray(False))
 
 
-def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: int) -> Truncation:
+def truncate_outputs(
+    x: Leaf | LowRank,
+    inputs: Float[Array, "... k m"],
+    rank: int,
+    *,
+    layout: Layout = "in_out",
+) -> Truncation:
     r"""The edit of given rank whose outputs on given inputs are nearest.
 
     $$
@@ -452,6 +465,8 @@ def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: i
         x: The matrix $X$ `(m, n)`, or a stack of them, dense or factored.
         inputs: The inputs $A$ of the layer, as in `inputs @ x`, one a row: `(k, m)`, or a stack.
         rank: The rank, at least 0; cut to $\min(k, n)$, where the tail is $0$.
+        layout: How the layer stores its matrix, `"in_out"`, or `"out_in"` as torch and equinox do:
+            then `x` and the factors are $X^\top$ and $D^\top$.
 
     Returns:
         A [`Truncation`][wspace.lowrank.Truncation] with `factors` a `LowRank` in at least float32,
@@ -477,13 +492,16 @@ def truncate_outputs(x: Leaf | LowRank, inputs: Float[Array, "... k m"], rank: i
     rank = _checks.rank(rank)
     _checks.one_array(inputs=inputs, **({} if isinstance(x, LowRank) else {"x": x}))
     _checks.finite(x=x, inputs=inputs)
-    matrix = x if isinstance(x, LowRank) else as_matrix(x)
+    _checks.known_layout(layout)
+    matrix = turned(x, layout) if isinstance(x, LowRank) else as_matrix(x, layout=layout)
     if jnp.ndim(inputs) < 2 or inputs.shape[-1] != matrix.shape[-2]:
         raise ValueError(
-            f"inputs {jnp.shape(inputs)} do not fit a matrix {matrix.shape}: give one input a row, "
+            f"inputs {jnp.shape(inputs)} do not fit a matrix {jnp.shape(x)}: give one input a row, "
             f"(k, {matrix.shape[-2]}), as in inputs @ x"
+            f"{other_side(jnp.shape(inputs), jnp.shape(x), layout)}"
         )
     seen = decomposed(product(inputs, matrix))
     right = seen.right[..., :rank]
     tail = tails_of(seen.values)[right.shape[-1]]
-    return Truncation(LowRank(product(matrix, right), right), tail, jnp.asarray(False))
+    factors = turned(LowRank(product(matrix, right), right), layout)
+    return Truncation(factors, tail, jnp.asarray(False))

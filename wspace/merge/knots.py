@@ -1,5 +1,6 @@
 r"""KnOTS: merges in a basis of the outputs that all models share."""
 
+import functools
 from collections.abc import Sequence
 
 from jaxtyping import PyTree
@@ -7,7 +8,7 @@ from jaxtyping import PyTree
 from wspace import _checks
 from wspace.merge.parts.coordinates import Rule, in_coordinates, of_outputs
 from wspace.merge.task import added, differences, siblings, task_arithmetic
-from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.typing import Coefficients, Layout, ScalarLike, Weights, WeightsLike
 
 __all__ = ["in_shared_space", "knots"]
 
@@ -19,6 +20,7 @@ def knots(
     *,
     method: Rule = task_arithmetic,
     scale: ScalarLike = 1.0,
+    layout: Layout = "in_out",
 ) -> Weights:
     r"""A merge of models in a basis of outputs that their task vectors share.
 
@@ -42,6 +44,8 @@ def knots(
         method: Any merge of this package that returns weights, or a function like it: from a
             base, which is zero here, tuned models and coefficients to weights.
         scale: The number that multiplies the merged displacement.
+        layout: How the layers store their matrices: `"in_out"`, or `"out_in"` as torch and equinox
+            do, as for [`in_shared_space`][wspace.merge.in_shared_space].
 
     Returns:
         The weights, each leaf in the dtype of that leaf of `base`. Derivatives are not defined
@@ -67,12 +71,16 @@ def knots(
     """
     _checks.function("method", method, "a merge of base, tuned models and coefficients")
     tuned, _ = siblings(base, tuned, coefficients)
-    edit = in_shared_space(method, differences(base, tuned), coefficients)
+    edit = in_shared_space(method, differences(base, tuned), coefficients, layout=layout)
     return added(base, edit, scale)
 
 
 def in_shared_space(
-    rule: Rule, edits: Sequence[PyTree], coefficients: Coefficients | None = None
+    rule: Rule,
+    edits: Sequence[PyTree],
+    coefficients: Coefficients | None = None,
+    *,
+    layout: Layout = "in_out",
 ) -> PyTree:
     r"""A rule applied to edits in a basis of outputs that they share.
 
@@ -91,6 +99,9 @@ def in_shared_space(
         edits: The $D_i$, trees of one structure with a `LowRank` or a dense array at each leaf,
             at least one; ranks may differ.
         coefficients: One number an edit, handed to the rule.
+        layout: How the layers store their matrices, and the factors their product: `"in_out"`, as
+            in `x @ W`, or `"out_in"`, as torch and equinox do. Which sides are the outputs,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
         The merged edit: a `LowRank` in at least float32 where all edits have one, of the rank of
@@ -117,4 +128,6 @@ def in_shared_space(
         G. Stoica et al., *Model merging with SVD to tie the Knots*, ICLR 2025,
         [arXiv:2410.19735](https://arxiv.org/abs/2410.19735).
     """
-    return in_coordinates(of_outputs, rule, edits, coefficients)
+    _checks.known_layout(layout)
+    coordinates = functools.partial(of_outputs, layout=layout)
+    return in_coordinates(coordinates, rule, edits, coefficients)

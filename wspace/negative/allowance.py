@@ -1,10 +1,12 @@
 r"""Where a point may move: per leaf everywhere, nowhere, or in the range of a matrix.
 
-The matrix $P$ acts on axis 0 of a leaf, on the inputs of `x @ W`. A projector confines the point
-to a subspace; any other symmetric positive semidefinite matrix is the inverse of a metric, in
-which moving costs $\langle dx, P^+ dx \rangle$.
+The matrix $P$ acts on the inputs of a leaf, on axis 0 of `x @ W`, or of the transpose where layers
+store `(out, in)`. A projector confines the point to a subspace; any other symmetric positive
+semidefinite matrix is the inverse of a metric, in which moving costs $\langle dx, P^+ dx
+\rangle$.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,22 +24,27 @@ from wspace._numerics import (
     exponent_of,
     fetched,
     matmul,
-    placed_like,
     replicated,
 )
 from wspace._words import described, layout_of
-from wspace.lowrank.factors import matrix_shape
-from wspace.typing import Allow, Leaf, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.lowrank.factors import from_matrix, matrix_shape, other_side
+from wspace.typing import Allow, Layout, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["damped_inputs", "free_inputs"]
 
 
-class Allowed(NamedTuple):
-    """Where a leaf may move: `scale * 2**exponent` times the identity, or times `root @ root.T`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """Where a leaf may move: `scale * 2**exponent` times the identity, or times `root @ root.T`.
+
+    The root acts on the inputs of the leaf in its layout.
+    """
 
     scale: Scalar
     root: Float[Array, "... m m"] | None
     exponent: Int[Array, ""]
+    layout: Layout = dataclasses.field(default="in_out", metadata={"static": True})
 
     def whole_root(self, shape: Sequence[int]) -> Float[Array, "... m m"]:
         """The root, for a stack of matrices of the given shape."""
@@ -45,18 +52,26 @@ class Allowed(NamedTuple):
         eye = jnp.eye(rows, dtype=self.scale.dtype)
         return jnp.broadcast_to(eye, (*stack, rows, rows)) if self.root is None else self.root
 
+    def matrix(self, x: Array) -> Float[Array, "... m n"]:
+        """The matrix of the leaf, its inputs as rows."""
+        return lowrank.as_matrix(x, layout=self.layout)
+
+    def leaf(self, matrix: Float[Array, "... m n"], like: Array) -> Array:
+        """The leaf of a matrix."""
+        return from_matrix(matrix, like, self.layout)
+
     def __matmul__(self, x: Array) -> Array:
         if self.root is None:
             return self.scale * x
         # Through the root, so that rounding keeps to the allowed space.
-        inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
-        return placed_like((self.scale * matmul(self.root, inner)).reshape(x.shape), x)
+        inner = matmul(jnp.swapaxes(self.root, -1, -2), self.matrix(x))
+        return self.leaf(self.scale * matmul(self.root, inner), x)
 
     def square(self, x: Array) -> Scalar:
         r"""$\langle x, P x \rangle$, never negative."""
         if self.root is None:
             return self.scale * tree.vdot(x, x)
-        inner = matmul(jnp.swapaxes(self.root, -1, -2), lowrank.as_matrix(x))
+        inner = matmul(jnp.swapaxes(self.root, -1, -2), self.matrix(x))
         return self.scale * tree.vdot(inner, inner)
 
 
@@ -73,8 +88,8 @@ def relative(allowed: Sequence[Allowed]) -> tuple[list[Allowed], Int[Array, ""]]
 def _times(allowed: Allowed, exponent: Int[Array, ""] | int) -> Allowed:
     """The allowance times a power of two, all of it in its scale."""
     power = jnp.where(allowed.exponent == NOTHING, 0, allowed.exponent + exponent)
-    return allowed._replace(
-        scale=jnp.ldexp(allowed.scale, power), exponent=jnp.zeros_like(allowed.exponent)
+    return dataclasses.replace(
+        allowed, scale=jnp.ldexp(allowed.scale, power), exponent=jnp.zeros_like(allowed.exponent)
     )
 
 
@@ -162,7 +177,7 @@ def _allowed(scale: Scalar, root: Any, exponent: Int[Array, ""] | int) -> Allowe
 
 
 def _leaf_allowance(
-    entry: Any, leaf: Leaf, where: str, dtype: Wide, known: dict[Any, Any]
+    entry: Any, leaf: Leaf, where: str, dtype: Wide, known: dict[Any, Any], layout: Layout
 ) -> tuple[Allowed, list[Fault]]:
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
@@ -178,31 +193,39 @@ def _leaf_allowance(
             f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
             "a vector is free (1.0) or frozen (0.0)"
         )
-    *stack, rows, _ = matrix_shape(leaf.shape)
+    *stack, rows, _ = matrix_shape(leaf.shape, layout)
     if entry.shape not in ((rows, rows), (*stack, rows, rows)):
         raise ValueError(
-            f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on axis 0 "
-            f"of the leaf's matrix, as in x @ W, and must be ({rows}, {rows})"
+            f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: it acts on the "
+            f"inputs of the leaf's matrix, and must be ({rows}, {rows})"
+            f"{other_side(entry.shape, leaf.shape, layout)}"
         )
     key = id(entry), dtype  # one matrix often stands at many places
     if key not in known:
         known[key] = _spectral(entry, dtype, where)
     allowed, faults = known[key]
-    return allowed._replace(root=jnp.broadcast_to(allowed.root, (*stack, rows, rows))), faults
+    root = jnp.broadcast_to(allowed.root, (*stack, rows, rows))
+    return dataclasses.replace(allowed, root=root, layout=layout), faults
 
 
 def allowances(
-    entries: dict[str, PyTree | None], points: Sequence[WeightsLike], *others: WeightsLike
+    entries: dict[str, PyTree | None],
+    layout: Layout,
+    points: Sequence[WeightsLike],
+    *others: WeightsLike,
 ) -> list[list[Allowed]]:
     """Where each leaf of each point may move, from trees of entries by their names in errors.
 
     In the dtype of arithmetic on the points and the other trees that are computed with.
     """
-    return [[_times(p, 0) for p in row] for row in _allowances(entries, points, *others)]
+    return [[_times(p, 0) for p in row] for row in _allowances(entries, layout, points, *others)]
 
 
 def _allowances(
-    entries: dict[str, PyTree | None], points: Sequence[WeightsLike], *others: WeightsLike
+    entries: dict[str, PyTree | None],
+    layout: Layout,
+    points: Sequence[WeightsLike],
+    *others: WeightsLike,
 ) -> list[list[Allowed]]:
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves((points, others))))
     known: dict[Any, Any] = {}
@@ -211,7 +234,7 @@ def _allowances(
         if given is None:
             given = jax.tree.map(lambda _: 1.0, point)
         places = _checks.entries(name, given, point, "1.0, 0.0 or a matrix at each leaf")
-        found.append([_leaf_allowance(*place, wide, known) for place in places])
+        found.append([_leaf_allowance(*place, wide, known, layout) for place in places])
     _refuse_known([fault for row in found for _, faults in row for fault in faults])
     return [[_where_sound(*leaf) for leaf in row] for row in found]
 
@@ -232,11 +255,11 @@ def _where_sound(allowed: Allowed, faults: Sequence[Fault]) -> Allowed:
     for fault in faults:
         if _checks.is_traced(fault.found):
             scale = jnp.where(fault.found, jnp.nan, scale)
-    return allowed._replace(scale=scale)
+    return dataclasses.replace(allowed, scale=scale)
 
 
 def each_allowance(
-    allow: Allow, points: Sequence[WeightsLike], *others: WeightsLike
+    allow: Allow, layout: Layout, points: Sequence[WeightsLike], *others: WeightsLike
 ) -> list[list[Allowed]]:
     """`allowances` of an argument `allow` that has one entry a point, each with its exponent."""
     if not isinstance(allow, Sequence) or len(allow) != len(points):
@@ -245,7 +268,7 @@ def each_allowance(
             f"weights or None, got {layout_of(allow)}"
         )
     named = {f"allow[{i}]": entries for i, entries in enumerate(allow)}
-    return _allowances(named, points, *others)
+    return _allowances(named, layout, points, *others)
 
 
 def moved_by(allowed: Sequence[Allowed], x: WeightsLike, times: Scalar | float = 1.0) -> Weights:
@@ -272,7 +295,8 @@ def free_inputs(
     With rows of $X$ as inputs of `x @ W`, a change $P\,dW$ of the matrix changes no output of
     these data by more than the threshold allows: $\lVert X P\, dW \rVert \le \tau\, \sigma_1(X)
     \lVert dW \rVert$. It is an entry of `allow`, for
-    [`retarget`][wspace.negative.retarget] and [`exit_ball`][wspace.negative.exit_ball].
+    [`retarget`][wspace.negative.retarget] and [`exit_ball`][wspace.negative.exit_ball]: the same
+    one for layers that store `(out, in)`, where these are told so, by their `layout`.
 
     Args:
         activations: The inputs $X$ of the layer, one a row, `(n, d)`; append a column of ones to

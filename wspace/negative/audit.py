@@ -15,13 +15,13 @@ from wspace import _checks, geometry, lowrank, tree
 from wspace._numerics import safe_sqrt, with_nan_of
 from wspace.cone.budgets import threshold
 from wspace.cone.spectra import Spectra, pooled, ratio, spectra_of
-from wspace.lowrank.factors import matrix_shape, product
+from wspace.lowrank.factors import as_matrix, matrix_shape, other_side, product
 from wspace.lowrank.spectrum import effective_rank_of, stable_rank_of, tail_curve
 from wspace.negative.nearest import nearest_in, rounding_of, seen_from
 from wspace.negative.offset import curve_of, first_within
 from wspace.negative.report import Audit, LeafAudit
 from wspace.negative.sources import finite_length, sources
-from wspace.typing import Coefficients, Leaf, Scalar, ScalarLike, WeightsLike
+from wspace.typing import Coefficients, Layout, Leaf, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["audit"]
 
@@ -34,6 +34,7 @@ def audit(
     radius: ScalarLike,
     *,
     activations: PyTree | None = None,
+    layout: Layout = "in_out",
     aligned: Sequence[WeightsLike] | None = None,
 ) -> Audit:
     r"""How far an average is from a ball around a point to avoid, by every price of an edit.
@@ -61,8 +62,11 @@ def audit(
         avoid: The center $b$ of the ball, of the same layout.
         radius: Its radius $\rho \ge 0$.
         activations: The inputs `(n, in)` of layers, one a row, for tails that see the data: a tree
-            like the weights with, at each leaf, such a matrix for a matrix leaf `(in, out)` (for a
+            like the weights with, at each leaf, such a matrix for a matrix leaf (for a
             convolution, its patches), or None.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: which inputs are meant,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
         aligned: The points after an alignment with one another, such as a permutation of hidden
             units, if there is one: a guard that only permutes is gone in their average.
 
@@ -86,6 +90,7 @@ def audit(
         (Array(10., dtype=float32), Array(3., dtype=float32), Array(1, dtype=int32))
     """
     points = _checks.listed("points", points)
+    _checks.known_layout(layout)
     given = {} if aligned is None else _checks.each("aligned", _checks.listed("aligned", aligned))
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     if aligned is not None and len(given) != len(points):
@@ -108,9 +113,12 @@ def audit(
     mean = tree.combine(a, points, rounded=False)
     size, floor = tree.norm(mean), geometry.distance(mean, tree.cast_like(mean, points[0]))
     apart = tree.combine((1, -1), (mean, avoid), rounded=False)
-    spectra = spectra_of(apart)
-    leaves = _leaf_audits(apart, spectra, radius, _inputs_of(activations, apart))
-    del mean, apart  # each as large as a point, and so are the directions below
+    inputs = _inputs_of(activations, apart, layout)
+    # Others have the singular values of their transposes.
+    kernels = jax.tree.map(lambda x: as_matrix(x, layout=layout) if x.ndim > 3 else x, apart)
+    spectra = spectra_of(kernels)
+    leaves = _leaf_audits(apart, layout, spectra, radius, inputs)
+    del mean, apart, kernels  # each as large as a point, and so are the directions below
     rounding = rounding_of([jnp.max(norms)])
     columns = seen_from(points, avoid, rounding).columns
     realigned = None
@@ -208,7 +216,7 @@ def _ceiling(spectra: Spectra, radius: Scalar, outside: Bool[Array, ""]) -> Int[
     return jnp.where(outside | jnp.isnan(radius), first_within(safe_sqrt(left), radius), 0)
 
 
-def _inputs_of(activations: PyTree | None, weights: PyTree) -> list[Leaf | None]:
+def _inputs_of(activations: PyTree | None, weights: PyTree, layout: Layout) -> list[Leaf | None]:
     """Per leaf the inputs of its layer, or None."""
     if activations is None:
         return [None] * len(jax.tree.leaves(weights))
@@ -220,18 +228,23 @@ def _inputs_of(activations: PyTree | None, weights: PyTree) -> list[Leaf | None]
         if x is None:
             continue
         _checks.floating_leaves(**{where: x})
-        inputs = matrix_shape(leaf.shape)[-2] if leaf.ndim > 1 else None
+        inputs = matrix_shape(leaf.shape, layout)[-2] if leaf.ndim > 1 else None
         if leaf.ndim == 3 or x.ndim != 2 or x.shape[-1] != inputs:
             raise ValueError(
                 f"{where} has shape {x.shape} for a leaf of shape {leaf.shape}: give the inputs of "
                 "one matrix, one a row (n, in), and None for vectors and stacks"
+                f"{other_side(x.shape, leaf.shape, layout)}"
             )
         _checks.finite(**{where: x})
     return [x for x, _, _ in places]
 
 
 def _leaf_audits(
-    apart: PyTree, spectra: Spectra, radius: Scalar, inputs: list[Leaf | None]
+    apart: PyTree,
+    layout: Layout,
+    spectra: Spectra,
+    radius: Scalar,
+    inputs: list[Leaf | None],
 ) -> tuple[LeafAudit, ...]:
     leaves = tree_leaves_with_path(apart)
     if not leaves:
@@ -249,13 +262,13 @@ def _leaf_audits(
         needed = first_within(alone, radius)
         data = None
         if x is not None:
-            seen = product(x, lowrank.as_matrix(leaf))
+            seen = product(x, as_matrix(leaf, layout=layout))
             data = safe_sqrt(tail_curve(lowrank.singular_values(seen)))
         audits.append(
             LeafAudit(
                 path=_checks.path_of(path),
                 shape=leaf.shape,
-                matrix_shape=matrix_shape(leaf.shape) if leaf.ndim > 1 else (leaf.size, 1),
+                matrix_shape=matrix_shape(leaf.shape, layout) if leaf.ndim > 1 else (leaf.size, 1),
                 distance=tree.norm(leaf),
                 singular_values=s,
                 rank_needed=jnp.where(needed == alone.size, -1, needed),

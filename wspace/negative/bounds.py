@@ -12,6 +12,7 @@ matrices. Both hold for every edit in the set, known or not; neither says that a
 change an output by so much is a likely one.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ from wspace.cone.cones import Cone, project, sizes_of
 from wspace.cone.spectra import ratio
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
-from wspace.typing import Leaf, Loss, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.lowrank.factors import matrix_shape
+from wspace.typing import Layout, Leaf, Loss, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["OutputBound", "chain_bound", "linear_bound", "size_to_change"]
 
@@ -199,6 +201,7 @@ def chain_bound(
     edits: Sequence[Leaf | LowRank],
     *,
     input_norm: ScalarLike = 1.0,
+    layout: Layout = "in_out",
 ) -> Scalar:
     r"""The most that edits of given spectral norms can change the output of a chain of layers.
 
@@ -225,6 +228,8 @@ def chain_bound(
         matrices: The $W_i$, `(in, out)`, in the order of the layers, at least one.
         edits: The $U_i$, of the same shapes, dense or `LowRank`.
         input_norm: The norm $\lVert x \rVert \ge 0$ of the largest input.
+        layout: How the layers store their matrices, `"in_out"`, or `"out_in"` as torch and equinox
+            do: what has to fit is then the $W_i^\top$. The bound is the same.
 
     Returns:
         The bound, in at least float32; exactly $0$ if all edits are zero.
@@ -251,14 +256,18 @@ def chain_bound(
     matrices, edits = _checks.listed("matrices", matrices), _checks.listed("edits", edits)
     size = _checks.nonnegative("input_norm", input_norm)
     side_by_side(matrices=matrices, edits=edits)
-    shapes: list[Any] = [getattr(w, "shape", ()) for w in matrices]
-    for i, shape in enumerate(shapes):
+    _checks.known_layout(layout)
+    stored: list[Any] = [getattr(w, "shape", ()) for w in matrices]
+    for i, shape in enumerate(stored):
         if len(shape) != 2:
-            raise ValueError(f"matrices[{i}] has shape {shape}: a layer is a matrix (in, out)")
-        if i and shapes[i - 1][1] != shape[0]:
+            raise ValueError(f"matrices[{i}] has shape {shape}: a layer is a matrix")
+    shapes = [matrix_shape(shape, layout) for shape in stored]
+    for i, ((_, given), (taken, _)) in enumerate(itertools.pairwise(shapes), 1):
+        if given != taken:
+            fits = stored[i][1] == stored[i - 1][0] if layout == "in_out" else True
             raise ValueError(
-                f"matrices[{i}] takes {shape[0]} inputs, and matrices[{i - 1}] gives "
-                f"{shapes[i - 1][1]}: give the layers in their order, as in x @ W"
+                f"matrices[{i}] takes {taken} inputs, and matrices[{i - 1}] gives {given}: give "
+                f"the layers in their order{_checks.in_other_layout(layout, fits)}"
             )
     _checks.finite(matrices=matrices, edits=edits)
     norms = tree.widened(*map(_spectral_norm, matrices), *map(_spectral_norm, edits))

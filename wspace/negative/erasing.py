@@ -19,16 +19,16 @@ from wspace._numerics import (
     accumulator,
     coarsest_eps,
     matmul,
-    placed_like,
     pseudo_inverse,
     rows_within,
     stored_rounding,
     unstacked,
     with_nan_of,
 )
+from wspace.lowrank.factors import from_matrix
 from wspace.negative.allowance import allowances
 from wspace.negative.subspace import KINDS
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["erase_keeping"]
 
@@ -93,12 +93,13 @@ def _erased(
     return removed, *jax.lax.stop_gradient((sine, share))
 
 
-def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Array]]:
+def _whitening(inverse_metric: PyTree, point: Weights, layout: Layout) -> list[tuple[Array, Array]]:
     r"""Per leaf the $F$ with $H^{-1} = F F^\top$, and its inverse: numbers or matrices."""
-    (allowed,) = allowances({"inverse_metric": inverse_metric}, [point])
+    (allowed,) = allowances({"inverse_metric": inverse_metric}, layout, [point])
     factors = []
     places = _checks.entries("inverse_metric", inverse_metric, point, KINDS)
-    for (scale, root, _), (_, _, where) in zip(allowed, places, strict=True):
+    for leaf, (_, _, where) in zip(allowed, places, strict=True):
+        scale, root = leaf.scale, leaf.root
         squares = jnp.ones_like(scale) if root is None else jnp.sum(root**2, axis=-2)
         least = scale * jnp.min(squares, initial=1)
         scale = _checks.poisoned(
@@ -119,12 +120,12 @@ def _whitening(inverse_metric: PyTree, point: Weights) -> list[tuple[Array, Arra
     return factors
 
 
-def _each_times(factors: Sequence[Array], x: Weights) -> Weights:
+def _each_times(factors: Sequence[Array], x: Weights, layout: Layout) -> Weights:
     leaves, structure = jax.tree.flatten(x)
     return structure.unflatten(
         f * leaf
         if f.ndim == 0
-        else placed_like(matmul(f, lowrank.as_matrix(leaf)).reshape(leaf.shape), leaf)
+        else from_matrix(matmul(f, lowrank.as_matrix(leaf, layout=layout)), leaf, layout)
         for f, leaf in zip(factors, leaves, strict=True)
     )
 
@@ -136,6 +137,7 @@ def erase_keeping(
     *,
     mode: ErasureMode = "orthogonal",
     inverse_metric: PyTree | None = None,
+    layout: Layout = "in_out",
     rtol: ScalarLike | None = None,
 ) -> Weights:
     r"""Erases what a point has along some directions, and keeps what it has along others.
@@ -178,9 +180,12 @@ def erase_keeping(
         keep: The directions $K$, of the same layout, possibly none.
         mode: `"orthogonal"` or `"oblique"`.
         inverse_metric: $H^{-1}$, a tree like the weights with, at each leaf, a positive number or
-            a symmetric positive definite matrix that acts on axis 0 of the leaf's matrix, as
-            `(in, in)` does on `x @ W`; the identity if not given. Rounding grows by the square
-            root of its condition number.
+            a symmetric positive definite matrix that acts on the inputs, as `(in, in)` does on
+            `x @ W`; the identity if not given. Rounding grows by the square root of its condition
+            number.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: which inputs are meant,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
         rtol: Directions in the span of `erase` whose sine against `keep` is at most this, between
             0 and 1, count as kept and are not erased; $\sqrt\varepsilon$ if not given, and then
             the oblique mode refuses them.
@@ -214,6 +219,7 @@ def erase_keeping(
         on Applied Mathematics 26, 1974.
     """
     _checks.one_of("mode", mode, get_args(ErasureMode))
+    _checks.known_layout(layout)
     if rtol is not None:
         rtol = _checks.between("rtol", rtol, 0, 1)
     erase = _checks.listed("erase", erase)
@@ -222,11 +228,11 @@ def erase_keeping(
     _checks.same_layout(**trees)
     _checks.finite(**trees)
     white, *directions = tree.in_one_dtype(point, *keep, *erase)
-    factors = None if inverse_metric is None else _whitening(inverse_metric, white)
+    factors = None if inverse_metric is None else _whitening(inverse_metric, white, layout)
     if factors is not None:
-        white = _each_times([inverse for _, inverse in factors], tree.upcast(white))
+        white = _each_times([inverse for _, inverse in factors], tree.upcast(white), layout)
         across = [jnp.swapaxes(f, -1, -2) if f.ndim else f for f, _ in factors]
-        directions = [_each_times(across, tree.upcast(x)) for x in directions]
+        directions = [_each_times(across, tree.upcast(x), layout) for x in directions]
     leaves = jax.tree.leaves((keep, erase))
     wide = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(trees)))
     rounding = stored_rounding(leaves, wide).share
@@ -248,5 +254,5 @@ def erase_keeping(
     )
     change = tree.weighted_sum(unstacked(removed), basis)
     if factors is not None:
-        change = _each_times([f for f, _ in factors], change)
+        change = _each_times([f for f, _ in factors], change, layout)
     return tree.weighted_sum((1, -1), (point, change))

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from wspace import _checks, _lift, tree
 from wspace._numerics import gap_times, plus, unstacked
 from wspace.negative.allowance import allowances, moved_by
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_of"]
 
@@ -28,7 +28,12 @@ def _extrapolated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def repel(
-    point: WeightsLike, avoid: WeightsLike, strength: ScalarLike, *, allow: PyTree | None = None
+    point: WeightsLike,
+    avoid: WeightsLike,
+    strength: ScalarLike,
+    *,
+    allow: PyTree | None = None,
+    layout: Layout = "in_out",
 ) -> Weights:
     r"""Moves a point away from another, along the line through both.
 
@@ -61,6 +66,7 @@ def repel(
             [`free_inputs`][wspace.negative.free_inputs] gives, or another symmetric positive
             semidefinite matrix: one entry of the `allow` of
             [`retarget`][wspace.negative.retarget].
+        layout: How the layers store their matrices, as there.
 
     Returns:
         The weights $y$, each leaf in the dtype of that leaf of `point`.
@@ -86,11 +92,12 @@ def repel(
         The map of task negation, G. Ilharco et al., *Editing Models with Task Arithmetic*,
         ICLR 2023, [arXiv:2212.04089](https://arxiv.org/abs/2212.04089), without a base.
     """
+    _checks.known_layout(layout)
     _checks.same_layout(point=point, avoid=avoid)
     strength = _checks.scalar("strength", strength)
     if allow is None:
         return _extrapolated((strength,), (point, point, avoid))
-    (allowed,) = allowances({"allow": allow}, [point], avoid)
+    (allowed,) = allowances({"allow": allow}, layout, [point], avoid)
     away = tree.combine((1, -1), (point, avoid), rounded=False)
     return tree.displaced((strength,), (point, moved_by(allowed, away)))
 

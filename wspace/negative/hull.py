@@ -33,7 +33,7 @@ from wspace._numerics import (
 from wspace.negative.allowance import NOTHING, Allowed, each_allowance, moved_by, relative
 from wspace.negative.nearest import HullMode, Path, nearest_average, path_of, rounding_of
 from wspace.negative.sources import finite_length, held, unit_of, upcast_or
-from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Allow, Coefficients, Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guard_hull"]
 
@@ -115,9 +115,11 @@ def checked_guard(
     mode: HullMode,
     costs: Coefficients | None,
     allow: Allow | None,
+    layout: Layout,
 ) -> Guard:
     """The arguments, refused where they are bad; errors call the direction by `name`."""
     _checks.one_of("mode", mode, get_args(HullMode))
+    _checks.known_layout(layout)
     given = {} if normal is None else {name: normal}
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     radius = _checks.above_zero("radius", radius)
@@ -163,7 +165,7 @@ def checked_guard(
     inverse = 1 / jnp.where(length == 0, 1, length)
     allowed, weights = None, jnp.asarray(c).astype(dtype)
     if allow is not None:
-        rows = [relative(row) for row in each_allowance(allow, points, avoid, normal)]
+        rows = [relative(row) for row in each_allowance(allow, layout, points, avoid, normal)]
         allowed = [row for row, _ in rows]
         tops = jnp.stack([top for _, top in rows])
         tops = jnp.where(tops == NOTHING, jnp.max(tops), tops)
@@ -184,6 +186,7 @@ def guard_hull(
     mode: HullMode = "convex",
     costs: Coefficients | None = None,
     allow: Allow | None = None,
+    layout: Layout = "in_out",
 ) -> list[Weights]:
     r"""Moves points so that every average of them stays out of a ball around a point to avoid.
 
@@ -222,6 +225,7 @@ def guard_hull(
         costs: The $c_i > 0$, one a point; equal if not given. They decide the common height, so
             a convex guard does not depend on them.
         allow: Where each point may move, as in [`retarget`][wspace.negative.retarget].
+        layout: How the layers store their matrices, as there.
 
     Returns:
         The moved points, each leaf in the dtype of that leaf of its point. A point that is high
@@ -252,7 +256,7 @@ def guard_hull(
         a polytope*, Mathematical Programming 11, 1976.
     """
     points = _checks.listed("points", points)
-    guard = checked_guard(points, avoid, radius, "normal", normal, mode, costs, allow)
+    guard = checked_guard(points, avoid, radius, "normal", normal, mode, costs, allow, layout)
     normal, allowed = guard.normal, guard.allowed
     asked = heights_of(guard, normal, guard.inverse, mode)
     blocked = is_blocked(asked, allowed, mode)

@@ -14,7 +14,7 @@ from wspace._numerics import unstacked
 from wspace._records import Solution
 from wspace.negative.hull import Guard, checked_guard, heights_of, is_blocked
 from wspace.negative.nearest import HullMode, inverse_of, path_of
-from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, WeightsLike
+from wspace.typing import Allow, Coefficients, Layout, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["guard_normal"]
 
@@ -28,6 +28,7 @@ def guard_normal(
     mode: HullMode = "convex",
     costs: Coefficients | None = None,
     allow: Allow | None = None,
+    layout: Layout = "in_out",
     start: WeightsLike | None = None,
     steps: int = 500,
     rtol: ScalarLike = 1e-4,
@@ -62,6 +63,7 @@ def guard_normal(
         mode: `"convex"` or `"affine"`, as in [`guard_hull`][wspace.negative.guard_hull].
         costs: The $c_i > 0$, one a point; equal if not given.
         allow: Where each point may move, as in [`retarget`][wspace.negative.retarget].
+        layout: How the layers store their matrices, as there.
         start: The direction to start from, of any length; if not given, the normal that
             [`guard_hull`][wspace.negative.guard_hull] takes by default.
         steps: The largest number of steps.
@@ -93,7 +95,7 @@ def guard_normal(
     points = _checks.listed("points", points)
     steps = _checks.rank(steps, "steps")
     rtol = _checks.above_zero("rtol", rtol)
-    guard = checked_guard(points, avoid, radius, "start", start, mode, costs, allow)
+    guard = checked_guard(points, avoid, radius, "start", start, mode, costs, allow, layout)
     asked = heights_of(guard, guard.normal, guard.inverse, mode)
     undefined = guard.undefined + _checks.refuse(
         jnp.any(is_blocked(asked, guard.allowed, mode)),

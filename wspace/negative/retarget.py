@@ -27,7 +27,6 @@ from wspace import _checks, _lift, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
-    placed_like,
     plus,
     power_of_two,
     replicated,
@@ -55,7 +54,7 @@ from wspace.negative.sources import (
     unit_of,
     upcast_or,
 )
-from wspace.typing import Allow, Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Allow, Coefficients, Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["exit_ball", "retarget"]
 
@@ -78,13 +77,14 @@ def _least_edits(
         total = sum((s**2 * p.scale for s, _, p in rows), jnp.zeros((), d.dtype))
         least = d / jnp.where(total == 0, jnp.inf, total)
         return [s * q * p.scale * least for s, q, p in rows]
-    matrix = replicated(lowrank.as_matrix(d))
+    seen = next(p for p in allowed if p.root is not None)
+    matrix = replicated(seen.matrix(d))
     factors = [safe_sqrt(p.scale) * p.whole_root(matrix.shape) for p in allowed]
     blocks = [s * factor for s, factor in zip(roots, factors, strict=True)]
     y = _least_solution(jnp.concatenate(blocks, axis=-1), matrix, rounding)
     parts = jnp.split(y, len(rows), axis=-2)
     return [
-        placed_like(jnp.where(s == 0, 0, q * matmul(factor, part)).reshape(d.shape), d)
+        seen.leaf(jnp.where(s == 0, 0, q * matmul(factor, part)), d)
         for (s, q, _), factor, part in zip(rows, factors, parts, strict=True)
     ]
 
@@ -122,6 +122,7 @@ def retarget(
     *,
     costs: Coefficients | None = None,
     allow: Allow | None = None,
+    layout: Layout = "in_out",
 ) -> list[Weights]:
     r"""Moves points, at least cost, so that their average is a given one.
 
@@ -147,6 +148,9 @@ def retarget(
             matrix `x @ W` a projector `(in, in)` onto the inputs whose rows may change, such as
             [`free_inputs`][wspace.negative.free_inputs] gives. Any symmetric positive
             semidefinite matrix will do: then the cost is $c_i \langle dx_i, P_i^+ dx_i \rangle$.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: which inputs are meant,
+            [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
         The moved points, each leaf in the dtype of that leaf of its point.
@@ -175,6 +179,7 @@ def retarget(
         Computations*, 4th edition, section 5.6.
     """
     points = _checks.listed("points", points)
+    _checks.known_layout(layout)
     _checks.same_layout(**_checks.each("points", points), target=target)
     # Squares are summed of what may be refused alone.
     unit = jnp.ones((), jnp.float32) if allow is None else unit_of([*points, target])
@@ -184,7 +189,7 @@ def retarget(
     dtype, a = seen.distance.dtype, _checks.unpacked(seen.a)
     if allow is None:
         return _shifted([*a, *pulls.moves(dtype)], [*points, target])
-    allowed = each_allowance(allow, points, target)
+    allowed = each_allowance(allow, layout, points, target)
     leaves, structure = jax.tree.flatten(target)
     rows = list(zip(*map(jax.tree.leaves, points), strict=True))
     known = stored_rounding(jax.tree.leaves((points, target)), dtype)
@@ -250,6 +255,7 @@ def exit_ball(
     costs: Coefficients | None = None,
     direction: WeightsLike | None = None,
     allow: Allow | None = None,
+    layout: Layout = "in_out",
 ) -> list[Weights]:
     r"""Moves points so that their average leaves a ball around a point to avoid.
 
@@ -289,6 +295,7 @@ def exit_ball(
         direction: The direction $g$ to move the average in, such as the gradient of its loss.
             Needed where the average *is* the point to avoid, and with `allow`.
         allow: Where each point may move, as in [`retarget`][wspace.negative.retarget].
+        layout: How the layers store their matrices, as there.
 
     Returns:
         The moved points, each leaf in the dtype of that leaf of its point.
@@ -315,6 +322,7 @@ def exit_ball(
         Array([4., 0.], dtype=float32)
     """
     points = _checks.listed("points", points)
+    _checks.known_layout(layout)
     given = {} if direction is None else {"direction": direction}
     _checks.same_layout(**_checks.each("points", points), avoid=avoid, **given)
     if allow is not None and direction is None:
@@ -383,7 +391,7 @@ def exit_ball(
     if allow is None:
         step, largest, ways = speed, 1.0, None
     else:
-        alone = [relative(row) for row in each_allowance(allow, points, avoid, way)]
+        alone = [relative(row) for row in each_allowance(allow, layout, points, avoid, way)]
         allowed = [row for row, _ in alone]
         pulls = allowing(pulls, jnp.stack([top for _, top in alone]), dtype)
         moves = pulls.moves(dtype)

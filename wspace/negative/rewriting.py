@@ -14,9 +14,12 @@ from wspace._numerics import (
     rows_within,
     safe_sqrt,
 )
-from wspace.typing import ScalarLike
+from wspace.lowrank.factors import as_matrix, matrix_shape
+from wspace.typing import Layout, ScalarLike
 
 __all__ = ["rewrite"]
+
+_NAMES = {"in_out": "(in, out)", "out_in": "(out, in)"}
 
 
 def rewrite(
@@ -26,6 +29,7 @@ def rewrite(
     *,
     keep: Float[Array | np.ndarray, "l m"] | None = None,
     ridge: ScalarLike = 0.0,
+    layout: Layout = "in_out",
 ) -> Float[Array, "m n"]:
     r"""Makes a matrix take given values at some keys, and keep those that it has at others.
 
@@ -47,6 +51,8 @@ def rewrite(
         keep: Inputs $K_0$ whose outputs must not change, one a row, `(n, in)`; none if not given.
             If they span all inputs no edit is left: of many inputs keep those that matter.
         ridge: The $\lambda \ge 0$, in units of squared keys.
+        layout: How the layer stores its matrix, `"in_out"`, or `"out_in"` as torch and equinox do:
+            then `matrix` and the result are $W^\top$, and all else is the same.
 
     Returns:
         The matrix $W'$, in the dtype of `matrix`. Derivatives exist where the rank of keys and of
@@ -76,22 +82,28 @@ def rewrite(
         large as the keys are many, not as they are long.
     """
     ridge = _checks.nonnegative("ridge", ridge)
+    _checks.known_layout(layout)
     arrays = {"matrix": matrix, "keys": keys, "values": values}
     arrays |= {} if keep is None else {"keep": keep}
     _checks.one_array(**arrays)
     shapes = {name: x.shape for name, x in arrays.items()}
+    flat = all(len(shape) == 2 for shape in shapes.values())
+    stored = matrix_shape(matrix.shape, layout)
+    sides = (keys.shape[-1], values.shape[-1]) if flat else ()
     if not (
-        all(len(shape) == 2 for shape in shapes.values())
-        and (matrix.shape[0], keys.shape[0]) == (keys.shape[1], values.shape[0])
-        and matrix.shape[1] == values.shape[1]
-        and (keep is None or keep.shape[1] == matrix.shape[0])
+        flat
+        and keys.shape[0] == values.shape[0]
+        and stored == sides
+        and (keep is None or keep.shape[1] == keys.shape[1])
     ):
+        turned = flat and stored == sides[::-1]
         raise ValueError(
-            "matrix must be (in, out), keys (k, in), values (k, out) and keep (n, in), "
-            f"got {shapes}"
+            f"matrix must be {_NAMES[layout]}, keys (k, in), values (k, out) and keep (n, in), "
+            f"got {shapes}{_checks.in_other_layout(layout, turned)}"
         )
     _checks.finite(**arrays)
     w, k, y, *kept = (replicated(x) for x in tree.widened(*arrays.values()))
+    w = as_matrix(w, layout=layout)
     ridge = jnp.asarray(ridge).astype(w.dtype)
     rounding = 64 * jnp.finfo(w.dtype).eps
 
@@ -119,4 +131,4 @@ def rewrite(
             "depends on other keys or on keep: leave it out, keep less, or give a ridge"
         ),
     )
-    return placed_like(rounded_like(new, matrix), jnp.asarray(matrix))
+    return placed_like(rounded_like(as_matrix(new, layout=layout), matrix), jnp.asarray(matrix))

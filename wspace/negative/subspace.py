@@ -17,15 +17,14 @@ from wspace import _checks, _lift, geometry, lowrank, tree
 from wspace._numerics import (
     accumulator,
     matmul,
-    placed_like,
     plus,
     replicated,
     unstacked,
 )
 from wspace._records import record
 from wspace._words import described
-from wspace.lowrank.factors import matrix_shape
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.lowrank.factors import from_matrix, matrix_shape
+from wspace.typing import Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Sides", "attenuate"]
 
@@ -46,8 +45,8 @@ class Sides:
     stack of matrices give one for all, or a stack. A vector or a scalar is `1.0` or `0.0`.
 
     Args:
-        rows: The $Q_L$, `(in, k)`; all of every leaf if not given.
-        columns: The $Q_R$, `(out, k)`; all of every leaf if not given.
+        rows: The $Q_L$ of the inputs, `(in, k)`; all of every leaf if not given.
+        columns: The $Q_R$ of the outputs, `(out, k)`; all of every leaf if not given.
     """
 
     rows: PyTree | None = None
@@ -58,7 +57,7 @@ KINDS = "a number or a matrix at each leaf"
 """What a tree has that says something of one side of every leaf."""
 
 
-def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
+def _side(entry: Any, leaf: Array, where: str, axis: int, layout: Layout) -> Array:
     """The part of one side of a leaf in the subspace: 1, 0 or an orthonormal matrix."""
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
@@ -73,26 +72,27 @@ def _side(entry: Any, leaf: Array, where: str, axis: int) -> Array:
             f"{where} is a matrix, but the leaf of shape {leaf.shape} is none: "
             "give 1.0 (all of it) or 0.0 (nothing)"
         )
-    *stack, rows, columns = matrix_shape(leaf.shape)
-    size = (rows, columns)[axis]
+    *stack, rows, columns = matrix_shape(leaf.shape, layout)
+    size, side = ((rows, "inputs"), (columns, "outputs"))[axis]
     if entry.shape[:-1] not in ((size,), (*stack, size)):
         raise ValueError(
             f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: its columns are "
-            f"directions of axis {axis} of the leaf's matrix, so it must be ({size}, k)"
+            f"directions of the {side} of the leaf's matrix, so it must be ({size}, k)"
+            f"{_checks.in_other_layout(layout, entry.shape[-2] == (columns, rows)[axis])}"
         )
     given = replicated(jnp.asarray(entry))
     q = given.astype(accumulator(leaf.dtype))
     return _checks.where_orthonormal(q, matmul(jnp.swapaxes(q, -1, -2), q), [given.dtype], where)
 
 
-def _sided(x: Array, left: Array, right: Array) -> Array:
+def _sided(x: Array, left: Array, right: Array, layout: Layout) -> Array:
     if left.ndim == right.ndim == 0:
         return left * right * x
-    part = lowrank.as_matrix(x)
+    part = lowrank.as_matrix(x, layout=layout)
     part = left * part if left.ndim == 0 else _spanned(left, part)
     part = jnp.swapaxes(part, -1, -2)
     part = right * part if right.ndim == 0 else _spanned(right, part)
-    return placed_like(jnp.swapaxes(part, -1, -2).reshape(x.shape), x)
+    return from_matrix(jnp.swapaxes(part, -1, -2), x, layout)
 
 
 def _spanned(q: Float[Array, "... m k"], x: Float[Array, "... m n"]) -> Float[Array, "... m n"]:
@@ -105,6 +105,7 @@ def attenuate(
     gain: ScalarLike,
     *,
     center: WeightsLike | None = None,
+    layout: Layout = "in_out",
 ) -> Weights:
     r"""Scales the part of a point in a subspace.
 
@@ -128,6 +129,9 @@ def attenuate(
             weights as one vector; or [`Sides`][wspace.negative.Sides], where it acts leaf by leaf.
         gain: The gain $g$, any real number.
         center: The weights $c$ that stay where they are; zero if not given.
+        layout: How the layers store their matrices, `"in_out"`, as in `x @ W`, or `"out_in"`, as
+            torch and equinox do: `rows` of [`Sides`][wspace.negative.Sides] are the inputs in both,
+            as [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
         The weights $y$, each leaf in the dtype of that leaf of `point`.
@@ -155,12 +159,13 @@ def attenuate(
         Projection*, ACL 2020, [arXiv:2004.07667](https://arxiv.org/abs/2004.07667).
     """
     gain = _checks.scalar("gain", gain)
+    _checks.known_layout(layout)
     trees = {"point": point} | ({} if center is None else {"center": center})
     vectors = [] if isinstance(basis, Sides) else _checks.listed("basis", basis)
     _checks.same_layout(**trees, **_checks.each("basis", vectors))
     _checks.finite(**trees)
     if isinstance(basis, Sides):
-        return _sided_away(basis, gain, list(trees.values()))
+        return _sided_away(basis, gain, list(trees.values()), layout)
     gram = geometry.inner_products(vectors)
     gain = jnp.asarray(gain).astype(gram.dtype)
     stored = [leaf.dtype for leaf in jax.tree.leaves(vectors)]
@@ -189,7 +194,9 @@ def _attenuated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return plus(x, functools.reduce(jnp.add, [c * q for c, q in zip(scalars, basis, strict=True)]))
 
 
-def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) -> Weights:
+def _sided_away(
+    sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike], layout: Layout
+) -> Weights:
     """The point, first of the trees, less a gain times its part in the subspace, leaf by leaf."""
     if sides.rows is None and sides.columns is None:
         raise ValueError("basis has neither rows nor columns: give at least one of them")
@@ -198,7 +205,7 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
     every = structure.unflatten([1.0] * len(points))
     left, right = (
         [
-            _side(*place, axis)
+            _side(*place, axis, layout)
             for place in _checks.entries(name, every if side is None else side, trees[0], KINDS)
         ]
         for axis, (name, side) in enumerate(
@@ -209,5 +216,5 @@ def _sided_away(sides: Sides, gain: ScalarLike, trees: Sequence[WeightsLike]) ->
     results = []
     for x, *row, q, r in zip(points, *map(jax.tree.leaves, trees), left, right, strict=True):
         away = tree.combine((1, -1)[: len(row)], row, rounded=False)
-        results.append(tree.displaced((-gain,), (x, _sided(away, q, r))))
+        results.append(tree.displaced((-gain,), (x, _sided(away, q, r, layout))))
     return structure.unflatten(results)

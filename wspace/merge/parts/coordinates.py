@@ -22,8 +22,8 @@ from wspace import _checks, lowrank, tree
 from wspace._numerics import matmul, placed_like, replicated, rounded_like
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
-from wspace.lowrank.factors import factors_of, product, transposed
-from wspace.typing import Coefficients, Leaf
+from wspace.lowrank.factors import factors_of, from_matrix, product, transposed, turned
+from wspace.typing import Coefficients, Layout, Leaf
 
 Rule: TypeAlias = Callable[[PyTree, Sequence[PyTree], Coefficients | None], PyTree]
 """A merge: from base, tuned models and coefficients to weights."""
@@ -57,17 +57,20 @@ def in_coordinates(
     )
 
 
-def of_outputs(row: Sequence[Leaf | LowRank]) -> Coordinates:
+def of_outputs(row: Sequence[Leaf | LowRank], layout: Layout) -> Coordinates:
     """The outputs of all edits in a basis that they share."""
     if any(not isinstance(x, LowRank) and jnp.ndim(x) < 2 for x in row):
         return _all_dense(row)
-    matrices = [x if isinstance(x, LowRank) else lowrank.as_matrix(x) for x in row]
+    matrices = [
+        turned(x, layout) if isinstance(x, LowRank) else lowrank.as_matrix(x, layout=layout)
+        for x in row
+    ]
     basis = _span([_turned(x) for x in matrices])
     seen = [product(_whole(x), basis) for x in matrices]
     if all(isinstance(x, LowRank) for x in row):
-        return seen, lambda merged: LowRank(merged, basis)
-    _, back = _all_dense(row)
-    return seen, lambda merged: back(matmul(merged, transposed(basis)))
+        return seen, lambda merged: turned(LowRank(merged, basis), layout)
+    like = _dense_of(row)
+    return seen, lambda merged: from_matrix(matmul(merged, transposed(basis)), like, layout)
 
 
 def of_cores(row: Sequence[Leaf | LowRank]) -> Coordinates:
@@ -82,7 +85,7 @@ def of_cores(row: Sequence[Leaf | LowRank]) -> Coordinates:
 
 def _all_dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
     """A leaf that is dense in some edit, multiplied out in every edit."""
-    like = jnp.asarray(next(x for x in row if not isinstance(x, LowRank)))
+    like = _dense_of(row)
 
     def shaped(matrix: Array) -> Array:
         return placed_like(matrix.reshape(like.shape), like)
@@ -93,12 +96,17 @@ def _all_dense(row: Sequence[Leaf | LowRank]) -> Coordinates:
     return seen, shaped
 
 
+def _dense_of(row: Sequence[Leaf | LowRank]) -> Array:
+    """The first dense leaf."""
+    return jnp.asarray(next(x for x in row if not isinstance(x, LowRank)))
+
+
 def _whole(x: Array | LowRank) -> Any:
     return jax.tree.map(replicated, x)
 
 
 def _turned(x: Array | LowRank) -> Array | LowRank:
-    return LowRank(x.right, x.left) if isinstance(x, LowRank) else transposed(x)
+    return turned(x, "out_in") if isinstance(x, LowRank) else transposed(x)
 
 
 def _span(edits: Sequence[Array | LowRank]) -> Float[Array, "... m k"]:
