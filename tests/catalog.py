@@ -641,7 +641,7 @@ CASES = (
         lambda x, y, z: negative.guide_perpendicular(x, y, z, 1.5, 0.7),
         peak=1.0,
     ),
-    Case("negative.harden", 1, negative.harden, peak=6.9, derivatives=False),
+    Case("negative.harden", 1, negative.harden, peak=6.6, derivatives=False),
     Case(
         "negative.linear_bound",
         1,

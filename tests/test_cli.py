@@ -145,6 +145,10 @@ MERGES = {case.command.format(*NAMES): of_catalog(case) for case in CASES if cas
         m.BASE, [m.A, m.C], scope="leaf"
     ),
     "nearswap A --base BASE --threshold 0.01": lambda m: merge.nearswap(m.BASE, m.A, 0.01),
+    "tsv_m A C P --base BASE": lambda m: merge.tsv_m(m.BASE, [m.A, m.C, m.P]).weights,
+    "knots A C --base BASE --layout out_in": lambda m: merge.knots(
+        m.BASE, [m.A, m.C], layout="out_in"
+    ),
     "knots A C --base BASE --scale 0.5": lambda m: merge.knots(m.BASE, [m.A, m.C], scale=0.5),
 }
 
@@ -655,8 +659,8 @@ def test_bad_input_is_refused_in_a_paragraph_and_leaves_nothing(
 
 def test_a_method_that_fails_on_the_way_leaves_nothing(folder, capsys):
     before = sorted(folder.iterdir())
-    assert run("merge tsv_m A A --base BASE -o OUT") == 1
-    assert "nearly coincide" in capsys.readouterr().err
+    assert run("merge tsv_m", "A " * 9, "--base BASE -o OUT") == 1
+    assert "singular values for 9 models" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 
 

@@ -48,15 +48,12 @@ def test_entries_of_fishers_are_looked_at_together(reads):
 
 
 @pytest.mark.parametrize("method", [merge.tsv_m, merge.iso_cts])
-def test_the_directions_of_all_matrices_are_looked_at_together(method, reads, monkeypatch):
+def test_the_directions_of_no_matrix_are_waited_for(method, reads, monkeypatch):
     monkeypatch.setattr(_checks, "finite", lambda **_: None)  # which has reads of its own
     base, *tuned = (model() for _ in range(3))
     before = reads()
     method(base, tuned)
-    assert reads() - before <= 4
-    tuned[1]["w7"] = tuned[0]["w7"]
-    with pytest.raises(ValueError, match=r"nearly coincide at leaf \['w7'\].* is .* less than"):
-        merge.tsv_m(base, tuned)
+    assert reads() == before
 
 
 def test_leaves_on_several_devices_are_looked_at_where_they_are():

@@ -200,8 +200,9 @@ def test_what_has_no_direction_is_left_out_and_not_raised():
     rounded = one + 1e-3 * jnp.asarray(rng.normal(size=(8, 8)), FLOAT)
     kept = merge.iso_c(zero, [rounded], rtol=1e-2).weights
     assert jnp.linalg.norm(kept - flat.weights) < 1e-2 * jnp.linalg.norm(kept)
+    assert int(flat.left_out) == 6
     nothing = merge.iso_cts(zero, [zero, zero])
-    assert_close(nothing, merge.SpectralMerge(zero, jnp.ones((), FLOAT)), units=0)
+    assert_close(nothing, merge.SpectralMerge(zero, jnp.ones((), FLOAT), jnp.int32(8)), units=0)
 
 
 def test_directions_are_told_apart_from_the_least_angle_on():
@@ -211,11 +212,150 @@ def test_directions_are_told_apart_from_the_least_angle_on():
     for times in (0.25, 4):
         turned = other[0] + 2 * times * least * other[1]
         taus = [jnp.outer(x, y) for x, y in zip((other[0], turned), other, strict=True)]
+        got = merge.tsv_m(zero, taus)
         if times > 1:
-            np.testing.assert_allclose(merge.tsv_m(zero, taus).trusted, times * least, rtol=0.1)
+            np.testing.assert_allclose(got.trusted, times * least, rtol=0.1)
+            assert int(got.left_out) == 2  # of two triples a model, one is zero
         else:
-            with pytest.raises(ValueError, match="nearly coincide"):
-                merge.tsv_m(zero, taus)
+            # The left direction is one, half of it of each model.
+            shared = jnp.outer(other[0], other[0] + other[1]) / 2**0.5
+            assert_close(got.weights, shared, units=64, scale=1 + least / UNIT)
+            np.testing.assert_allclose(got.trusted, 1, atol=64 * UNIT)
+            assert int(got.left_out) == 3
+            assert int(merge.tsv_m(zero, taus, least=least / 8).left_out) == 2
+
+
+def plain_left_out(taus, c, least):
+    """TSV-M whose polar factors leave out directions of small singular values."""
+    u, s, v, _ = joined([triples(x, min(x.shape) // len(taus)) for x in taus])
+    there = s > 1e-12 * max(s)
+    kept = []
+    for side in (u, v):
+        left, values, right = np.linalg.svd(np.where(there, side, 0), full_matrices=False)
+        kept.append((left[:, values > least * values[0]], right[values > least * values[0]]))
+    s = np.where(there, s, 0) * np.repeat(c, len(s) // len(taus))
+    (ul, ur), (vl, vr) = kept
+    return (ul @ ur * s) @ (vl @ vr).T, len(s) - min(len(ur), len(vr))
+
+
+def dead_nets(rows=5, columns=5, decay=0.0, seed=0):
+    """Two moves of a layer with inputs that are always zero, and outputs that never act."""
+    rng = np.random.default_rng(seed)
+    taus = np.zeros((2, 8, 8))
+    taus[:, :rows, :columns] = rng.normal(size=(2, rows, columns))
+    taus[:, rows:] -= decay * rng.normal(size=(8 - rows, 8))  # what decays, decays alike
+    return taus
+
+
+DEAD = {
+    "rows": {"columns": 8},
+    "columns": {"rows": 8},
+    "rows and columns": {},
+    "most": {"rows": 2, "columns": 3},
+    "decaying rows": {"columns": 8, "decay": 3.0},
+}
+
+
+@pytest.mark.parametrize("net", DEAD.values(), ids=DEAD)
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**60])
+def test_inputs_and_outputs_that_never_act_are_left_out_and_counted(net, scale):
+    taus = dead_nets(**net)
+    c = [1.5, -0.5]
+    wanted, missing = plain_left_out(taus, c, 1e-5)
+    assert missing or "decay" in net
+    points, zero = [jnp.asarray(scale * x, FLOAT) for x in taus], jnp.zeros((8, 8), FLOAT)
+    for method in (merge.tsv_m, tsv_m):
+        got = method(zero, points, c)
+        assert_close(got.weights, jnp.asarray(scale * wanted, FLOAT), units=2**10)
+        assert int(got.left_out) == missing
+        assert 1e-5 < got.trusted <= 1
+    for method in (merge.iso_c, merge.iso_cts):
+        got = method(zero, points, c)
+        assert jnp.isfinite(got.weights).all()
+        assert 1e-5 < got.trusted <= 1
+
+
+@pytest.mark.parametrize("net", [{"rows": 3, "columns": 8}, {"rows": 5}], ids=str)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_derivatives_in_coefficients_are_those_where_inputs_never_act(net, name):
+    taus = dead_nets(**net)
+    probe = np.random.default_rng(7).normal(size=(8, 8))
+    method, points = BY_NAME[name], [jnp.asarray(x, FLOAT) for x in taus]
+    weigh = jnp.asarray(probe, FLOAT)
+
+    def value(c):
+        return jnp.sum(weigh * method(jnp.zeros((8, 8), FLOAT), points, c).weights)
+
+    c, step = np.array([1.5, 0.7]), 1e-3
+    got = jax.grad(value)(jnp.asarray(c, FLOAT))
+    with jax.enable_x64(True):
+        zero, wide = jnp.zeros((8, 8), jnp.float64), [jnp.asarray(x, jnp.float64) for x in taus]
+        ends = [
+            [float(np.sum(probe * method(zero, wide, jnp.asarray(c + s * e)).weights)) for e in EYE]
+            for s in (step, -step)
+        ]
+    slopes = np.subtract(*ends) / (2 * step)
+    np.testing.assert_allclose(got, slopes, rtol=1e-3, atol=1e-3 * np.abs(slopes).max())
+
+
+EYE = np.eye(2)
+
+
+def flat_of(x):
+    """Iso-C of one matrix of rank three, in float64."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return s[:3].mean() * u[:, :3] @ vt[:3]
+
+
+def hard_of(x):
+    """The same at the Frobenius norm."""
+    flat = flat_of(x)
+    return np.linalg.norm(x) / np.linalg.norm(flat) * flat
+
+
+def iso_of(x):
+    return merge.iso_c(jnp.zeros_like(x), [x]).weights
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [2.0, 2.0, 2.0], [5.0, 1.0, 1.0]], ids=str)
+@pytest.mark.parametrize(
+    "pair", [(iso_of, flat_of), (negative.harden, hard_of)], ids=["iso", "hard"]
+)
+def test_a_flat_spectrum_has_derivatives_where_singular_values_repeat_or_are_zero(pair, values):
+    function, plain = pair
+    rng = np.random.default_rng(8)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 3)))[0] for n in (7, 5))
+    x, probe = (left * values) @ right.T, rng.normal(size=(7, 5))
+    one, other = rng.normal(size=(7, 7)), rng.normal(size=(5, 5))
+
+    def matrix(t):
+        """A curve of matrices of rank three."""
+        return (np.eye(7) + t * one) @ x @ (np.eye(5) + t * other)
+
+    step = 1e-5
+    ends = [np.sum(probe * plain(matrix(t))) for t in (step, -step)]
+    slope = np.subtract(*ends) / (2 * step)
+    way = jnp.asarray(one @ x + x @ other, FLOAT)
+
+    def value(t):
+        return jnp.sum(jnp.asarray(probe, FLOAT) * function(jnp.asarray(x, FLOAT) + t * way))
+
+    np.testing.assert_allclose(jax.grad(value)(0.0), slope, rtol=1e-3, atol=1e-3)
+    assert values[1] == values[2] or jnp.isfinite(jax.grad(jax.grad(value))(0.0))
+
+
+@pytest.mark.parametrize(
+    "method", [merge.tsv_m, merge.iso_cts, merge.knots], ids=lambda f: f.__name__
+)
+def test_derivatives_in_models_are_finite_where_inputs_never_act(method):
+    taus = [jnp.asarray(x, FLOAT) for x in dead_nets(rows=3, columns=8)]
+
+    def value(points):
+        weights = method(jnp.zeros((8, 8), FLOAT), points, (1.0, 0.5))
+        return jnp.sum(jnp.sin(getattr(weights, "weights", weights)))
+
+    for slope in jax.grad(value)(taus):
+        assert jnp.isfinite(slope).all()
 
 
 def test_a_direction_counts_from_the_rounding_of_a_matrix_on():

@@ -1,5 +1,6 @@
 """Scalar functions that stay accurate, with their derivatives, where textbook forms fail."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -298,6 +299,82 @@ def _(primals: Any, tangents: Any) -> Any:
         - matmul(p, matmul(a, right))
         - matmul(matmul(p, da), p)
     )
+
+
+@jax.custom_jvp
+def polar(
+    x: Float[Array, "... m n"], cut: Float[Array, ""]
+) -> tuple[Float[Array, "... m n"], Float[Array, "... k"]]:
+    """The polar factor of matrices, and their singular values, zero up to a share of the largest.
+
+    Directions whose value is zero are left out of the factor, which is a partial isometry then.
+    """
+    u, values, vt = jnp.linalg.svd(x, full_matrices=False)
+    gone = values <= cut * values[..., :1]  # NaN stays
+    return matmul(jnp.where(gone[..., None, :], 0, u), vt), jnp.where(gone, 0, values)
+
+
+# Of matrices of the same rank as x: unlike singular vectors, the factor has derivatives where
+# singular values repeat, and where they are zero.
+@polar.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, cut), (dx, _) = primals, tangents
+    u, values, v = singular_triples(x, cut)
+    kept = values != 0
+    inverse = _inverses(values, kept)[..., None, :]
+    turn = matmul(_turned(u), matmul(dx, v))
+    both = kept[..., :, None] & kept[..., None, :]
+    sums = values[..., :, None] + values[..., None, :]
+    inner = jnp.where(both, turn - _turned(turn), 0) / jnp.where(both, sums, 1)
+    left = (matmul(dx, v) - matmul(u, turn)) * inverse
+    right = (matmul(_turned(dx), u) - matmul(v, _turned(turn))) * inverse
+    change = matmul(matmul(u, inner) + left, _turned(v)) + matmul(u, _turned(right))
+    return (matmul(u, _turned(v)), values), (change, jnp.diagonal(turn, axis1=-2, axis2=-1))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def singular_triples(
+    x: Float[Array, "... m n"],
+    cut: Float[Array, ""],
+    rank: int | None = None,
+    largest: Float[Array, "... 1"] | None = None,
+) -> tuple[Float[Array, "... m k"], Float[Array, "... k"], Float[Array, "... n k"]]:
+    """Leading singular vectors and values, zero where a value is up to a share of the largest."""
+    u, values, vt = jnp.linalg.svd(x, full_matrices=False)
+    gone = values <= cut * (values[..., :1] if largest is None else largest)  # NaN stays
+    u, values, v, gone = (y[..., :rank] for y in (u, values, _turned(vt), gone))
+    u, v = (jnp.where(gone[..., None, :], 0, side) for side in (u, v))
+    return u, jnp.where(gone, 0, values), v
+
+
+# Of matrices of the same rank as x: those of JAX are NaN where two values are zero.
+@singular_triples.defjvp
+def _(rank: int | None, primals: Any, tangents: Any) -> Any:
+    (x, cut, largest), (dx, *_) = primals, tangents
+    u, values, v = singular_triples(x, cut, None, largest)
+    kept = values != 0
+    unit = power_of_two(values[..., :1])
+    s, dx = values / unit, dx / unit[..., None]
+    inverse = _inverses(s, kept)[..., None, :]
+    turn = matmul(_turned(u), matmul(dx, v))
+    rows, columns = s[..., :, None], s[..., None, :]
+    other = ~jnp.eye(s.shape[-1], dtype=bool) & kept[..., :, None] & kept[..., None, :]
+    gaps = 1 / jnp.where(other, (columns - rows) * (columns + rows), 1)
+    gaps = jnp.where(other, gaps, 0)
+    du = matmul(u, gaps * (turn * columns + rows * _turned(turn)))
+    dv = matmul(v, gaps * (rows * turn + _turned(turn) * columns))
+    du += (matmul(dx, v) - matmul(u, turn)) * inverse
+    dv += (matmul(_turned(dx), u) - matmul(v, _turned(turn))) * inverse
+    ds = unit * jnp.diagonal(turn, axis1=-2, axis2=-1)
+    return tuple(tuple(y[..., :rank] for y in row) for row in ((u, values, v), (du, ds, dv)))
+
+
+def _inverses(values: Array, kept: Array) -> Array:
+    return jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+
+
+def _turned(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)
 
 
 def fetched(scalars: Sequence[Array]) -> list[Any]:

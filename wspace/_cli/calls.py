@@ -140,7 +140,8 @@ class Recipe:
             if option.required and option.name not in self.options:
                 raise Misuse(f"{self.method} needs {option.name}: give it")
         # Traced and not computed: what is wrong with the options shows before a tensor is read.
-        tree = {"tensor": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        size = max(2, len(self.models))  # a direction for each
+        tree = {"tensor": jax.ShapeDtypeStruct((size, size), jnp.float32)}
         call = Call(self)
         for glob, options in self.settings():
             where = f" (pattern {glob!r})" if self.patterns and glob != "*" else ""
@@ -238,7 +239,8 @@ class Call:
 
     def certificates(self) -> dict[str, Any]:
         """The worst of what the results say of themselves, over all tensors since the start."""
-        worst = {"residual": np.max, "steps": np.max, "converged": np.all, "trusted": np.min}
+        worst: dict[str, Any] = {"residual": np.max, "steps": np.max, "converged": np.all}
+        worst |= {"trusted": np.min, "left_out": np.sum}
         records, self._records = self._records, []
         return {
             name: worst[name](

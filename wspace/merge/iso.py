@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul
+from wspace._numerics import matmul, polar, singular_triples
 from wspace.lowrank.factors import transposed
 from wspace.merge.parts.spectra import (
     SpectralMerge,
@@ -17,7 +17,7 @@ from wspace.merge.parts.spectra import (
     count_of,
     cut_of,
     isometries,
-    leading,
+    least_given,
     least_of,
 )
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
@@ -44,7 +44,7 @@ def iso_c(
     flattens too; applied twice it is applied once. A vector or a scalar is the mean of the terms.
     Zero singular values have no directions that could be raised to the mean, so both the mean and
     the result are taken over the $k$ others: the sum of two adapters stays within their ranks.
-    `trusted` is $\sigma_k / \sigma_1$.
+    `trusted` is $\sigma_k / \sigma_1$, and `left_out` counts the others.
 
     The same spectrum at the Frobenius norm of the edit, not the nuclear one, is
     [`negative.harden`][wspace.negative.harden].
@@ -59,8 +59,9 @@ def iso_c(
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge]: the weights, each leaf in the dtype of that
-            leaf of `base`, and the smallest singular value that was raised. Derivatives are not
-            defined where singular values repeat, as they do in the result.
+            leaf of `base`, the smallest singular value that was raised, and how many were left
+            out. Derivatives exist where $k$ stays, also where singular values repeat: those of
+            matrices with the same rank, so that a direction that is zero stays so.
 
     Raises:
         ValueError: If a number is known and out of its domain, the counts differ or are zero, a
@@ -81,18 +82,19 @@ def iso_c(
         [arXiv:2502.04959](https://arxiv.org/abs/2502.04959).
     """
 
-    def on_matrices(_: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar]:
+    def on_matrices(_: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar, Array]:
         return _flattened(tree.combine(c, taus), cut_of(rtol, taus[0]))
 
-    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol, 0.0)
+    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol)
 
 
 @jax.jit
-def _flattened(x: Array, cut: Scalar) -> tuple[Array, Scalar]:
-    u, s, v = leading(x, min(x.shape[-2:]), cut)
+def _flattened(x: Array, cut: Scalar) -> tuple[Array, Scalar, Array]:
+    factor, s = polar(x, cut)
     count = count_of(s)
     level = jnp.sum(s, axis=-1) / jnp.maximum(count, 1).astype(s.dtype)
-    return level[..., None, None] * matmul(u, transposed(v)), least_of(s, count)
+    left_out = jnp.sum(s.shape[-1] - count, dtype=jnp.int32)
+    return level[..., None, None] * factor, least_of(s), left_out
 
 
 def iso_cts(
@@ -120,8 +122,8 @@ def iso_cts(
     $(k - \lfloor f k \rfloor) / T$ rounded to the nearest integer, but at most $\lfloor k / T
     \rfloor$, and $c = k - T s$. With $f = 1$, with one model, and where a matrix has too few
     directions to give each model one, it is [`iso_c`][wspace.merge.iso_c]. A vector or a scalar is
-    the mean of the terms. Rows and columns that no model moves stay, as in
-    [`tsv_m`][wspace.merge.tsv_m].
+    the mean of the terms. Rows and columns that no model moves stay, and directions that coincide
+    are left out and counted, as in [`tsv_m`][wspace.merge.tsv_m].
 
     Args:
         base: The weights $\theta_0$.
@@ -132,18 +134,20 @@ def iso_cts(
         rtol: Singular values up to this number in $(0, 1)$ times the largest of the sum, or of the
             term, have no direction and are left out, of the mean too; $\max(m, n)\,\varepsilon$
             if not given.
-        least: The least `trusted` to accept, in $[0, 1)$, as for [`tsv_m`][wspace.merge.tsv_m];
-            $10^{-5}$ or $\sqrt\varepsilon$ of the arithmetic if not given.
+        least: The share of the largest, in $[0, 1)$, up to which singular values of the joined
+            bases are left out, as for [`tsv_m`][wspace.merge.tsv_m]; $10^{-5}$ or
+            $\sqrt\varepsilon$ of the arithmetic if not given.
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge]: the weights, each leaf in the dtype of that
-            leaf of `base`, and the smallest singular value of the concatenated bases. Derivatives
-            are not defined where singular values repeat.
+            leaf of `base`, the smallest singular value of the joined bases that stayed, and how
+            many directions were left out. Derivatives exist where no singular values repeat but
+            zeros and no direction comes in or goes.
 
     Raises:
-        ValueError: If the directions are less independent than `least` (NaN in that leaf if
-            traced), a number is known and out of its domain, the counts differ or are zero, a
-            known value is NaN or infinite, or the trees differ in structure or in a leaf's shape.
+        ValueError: If a number is known and out of its domain (NaN if traced), the counts differ
+            or are zero, a known value is NaN or infinite, or the trees differ in structure or in a
+            leaf's shape.
         TypeError: If `common` is traced, since it decides shapes, or a leaf is not floating-point.
 
     Examples:
@@ -162,27 +166,28 @@ def iso_cts(
         raise TypeError("common decides shapes, so it must be a plain number, not a traced one")
     share: Any = _checks.scalar("common", common, lambda f: 0 <= f <= 1, "from 0 to 1")
 
-    def on_matrices(_: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar]:
+    def on_matrices(_: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar, Array]:
         k, count = min(taus[0].shape[-2:]), len(taus)
         own = min(round((k - math.floor(float(share) * k)) / count), k // count)
         terms = [tree.combine((a,), (x,)) for a, x in zip(c, taus, strict=True)]
-        return _shared_and_own(terms, tree.combine(c, taus), cut_of(rtol, taus[0]), own)
+        cuts = cut_of(rtol, taus[0]), least_given(least, taus[0].dtype)
+        return _shared_and_own(terms, tree.combine(c, taus), *cuts, own)
 
-    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol, least)
+    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol)
 
 
 @jax.jit(static_argnames="own")
 def _shared_and_own(
-    terms: list[Array], total: Array, cut: Scalar, own: int
-) -> tuple[Array, Scalar]:
+    terms: list[Array], total: Array, cut: Scalar, least: Scalar, own: int
+) -> tuple[Array, Scalar, Array]:
     shared = min(total.shape[-2:]) - own * len(terms)
-    triples = [leading(total, shared, cut)]
+    triples = [singular_triples(total, cut, shared)]
     u, _, _ = triples[0]
     for term in terms:
         rest = term - matmul(u, matmul(transposed(u), term))
         largest = lowrank.singular_values(term)[..., :1]
-        triples.append(leading(rest, own, cut, largest))
+        triples.append(singular_triples(rest, cut, own, largest))
     values = jnp.concatenate([s for _, s, _ in triples], -1)
     level = jnp.sum(values, axis=-1) / jnp.maximum(count_of(values), 1).astype(values.dtype)
-    left, right, trusted = isometries(triples, terms)
-    return level[..., None, None] * matmul(left, transposed(right)), trusted
+    left, right, trusted, left_out = isometries(triples, least)
+    return level[..., None, None] * matmul(left, transposed(right)), trusted, left_out

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wspace._numerics import matmul
+from wspace._numerics import matmul, singular_triples
 from wspace.lowrank.factors import transposed
 from wspace.merge.parts.spectra import (
     SpectralMerge,
     by_matrices,
     cut_of,
     isometries,
-    leading,
+    least_given,
 )
 from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
 
@@ -46,13 +46,16 @@ def tsv_m(
     $0$ takes out what a model adds but keeps its directions occupied. One model comes back to
     rounding. Where the kept directions of the models are orthogonal on both sides, the sum of
     the cut task vectors is returned. A vector or a scalar is the mean of the terms $c_i\,\tau_i$.
-    A row or column that no model moves, as of a unit that never acts, stays, and the polar factor
-    is that of the others: a partial isometry where fewer are left than directions are kept.
+    A row or column that no model moves, as of an input that is always zero or a unit that never
+    acts, stays.
 
-    Where directions of two models nearly coincide, the polar factor splits them along their
-    difference, which is rounding: two equal models, one of them moved by $10^{-12}$, change the
-    formula's result by more than half. Here that is refused, or accepted by `least` and told by
-    `trusted`. Apart from that the merge jumps where the $r$-th and the next singular value of a
+    Where directions of two models nearly coincide, a polar factor splits them along their
+    difference, which is rounding: two equal models, one of them moved by $10^{-12}$, would change
+    its product by more than half. Here directions of the joined bases whose singular value is at
+    most `least` of the largest are left out, so that the factors are partial isometries: models
+    that coincide in a direction share it, equal models give their mean, and what no model moves is
+    no direction. `left_out` counts them, and `trusted` is the least of those that stay. The merge
+    jumps where a singular value crosses that bound, and where the $r$-th and the next one of a
     model meet, as every cut does.
 
     Args:
@@ -63,20 +66,21 @@ def tsv_m(
         rtol: Singular values up to this number in $(0, 1)$ times the largest of their matrix have
             no direction and are left out; $\max(m, n)\,\varepsilon$ if not given. A difference of
             weights that were rounded to half precision has full rank: give the rounding there.
-        least: The least `trusted` to accept, in $[0, 1)$; $10^{-5}$ if not given, or
-            $\sqrt\varepsilon$ of the arithmetic where that is less. Joined bases that fill a
-            square matrix have about $1/m$ by chance; 0 accepts directions that are noise.
+        least: The share of the largest, in $[0, 1)$, up to which singular values of the joined
+            bases are left out; $10^{-5}$ if not given, or $\sqrt\varepsilon$ of the arithmetic
+            where that is less, and never below $\max(m, n)\,\varepsilon$. Joined bases that fill a
+            square matrix have about $1/m$ by chance.
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge]: the weights, each leaf in the dtype of that
-            leaf of `base`, and the smallest singular value of the concatenated bases. Derivatives
-            are not defined where singular values repeat.
+            leaf of `base`, the smallest singular value of the joined bases that stayed, and how
+            many directions were left out. Derivatives in the coefficients exist always, those in
+            the models where no singular values repeat but zeros and no direction comes in or goes.
 
     Raises:
-        ValueError: If a leaf has fewer singular values than there are models, the directions of
-            the models are less independent than `least` (NaN in that leaf if traced), a number is
-            known and out of its domain, the counts differ or are zero, a known value is NaN or
-            infinite, or the trees differ in structure or in a leaf's shape.
+        ValueError: If a leaf has fewer singular values than there are models, a number is known
+            and out of its domain (NaN if traced), the counts differ or are zero, a known value is
+            NaN or infinite, or the trees differ in structure or in a leaf's shape.
         TypeError: If a leaf is not floating-point.
 
     Examples:
@@ -84,7 +88,7 @@ def tsv_m(
         >>> from wspace import merge
         >>> x, y = jnp.diag(jnp.array([4.0, 1.0])), jnp.diag(jnp.array([0.0, 2.0]))
         >>> merge.tsv_m(jnp.zeros((2, 2)), [x, y])
-        SpectralMerge(weights=<(2, 2) float32>, trusted=1.0)
+        SpectralMerge(weights=<(2, 2) float32>, trusted=1.0, left_out=0)
         >>> merge.tsv_m(jnp.zeros((2, 2)), [x, y]).weights
         Array([[4., 0.],
                [0., 2.]], dtype=float32)
@@ -94,22 +98,26 @@ def tsv_m(
         CVPR 2025, section 4, [arXiv:2412.00081](https://arxiv.org/abs/2412.00081).
     """
 
-    def on_matrices(path: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar]:
+    def on_matrices(path: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar, Array]:
         k = min(taus[0].shape[-2:])
         if k < len(taus):
             raise ValueError(
                 f"leaf {path} has {k} singular values for {len(taus)} models, so that none is left "
                 "for each: merge fewer models, or that leaf by merge.task_arithmetic"
             )
-        return _made_orthogonal(c, taus, cut_of(rtol, taus[0]))
+        cut = cut_of(rtol, taus[0])
+        return _made_orthogonal(c, taus, cut, least_given(least, taus[0].dtype))
 
-    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol, least)
+    return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol)
 
 
 @jax.jit
-def _made_orthogonal(c: Sequence[Any], taus: list[Array], cut: Scalar) -> tuple[Array, Scalar]:
+def _made_orthogonal(
+    c: Sequence[Any], taus: list[Array], cut: Scalar, least: Scalar
+) -> tuple[Array, Scalar, Array]:
     rank = min(taus[0].shape[-2:]) // len(taus)
-    triples = [leading(x, rank, cut) for x in taus]
+    triples = [singular_triples(x, cut, rank) for x in taus]
     values = [jnp.asarray(a).astype(cut.dtype) * s for a, (_, s, _) in zip(c, triples, strict=True)]
-    left, right, trusted = isometries(triples, taus)
-    return matmul(left * jnp.concatenate(values, -1)[..., None, :], transposed(right)), trusted
+    left, right, trusted, left_out = isometries(triples, least)
+    values = jnp.concatenate(values, -1)
+    return matmul(left * values[..., None, :], transposed(right)), trusted, left_out

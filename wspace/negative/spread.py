@@ -13,6 +13,7 @@ from wspace._checks import Numbers
 from wspace._numerics import (
     matmul,
     placed_like,
+    polar,
     power_of_two,
     replicated,
     safe_sqrt,
@@ -49,8 +50,8 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
 
     Returns:
         The flat edit, each leaf in the dtype of that leaf of `edit`. Vectors, scalars and zero
-            leaves are unchanged. Derivatives are not defined where singular values repeat, as
-            they do in the result.
+            leaves are unchanged. Derivatives exist where $k$ stays, also where singular values
+            repeat: those of matrices with the same rank, so that a direction that is zero stays so.
 
     Raises:
         ValueError: If a known value is NaN or infinite (NaN if traced), `rtol` is known and not
@@ -72,14 +73,12 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
         if leaf.ndim < 2 or not leaf.size:
             return leaf
         matrix = replicated(lowrank.as_matrix(leaf))
-        u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
         least = max(matrix.shape[-2:]) * jnp.finfo(leaf.dtype).eps if rtol is None else rtol
         least = jnp.asarray(least).astype(leaf.dtype)
-        kept = values > least * values[..., :1]
+        factor, values = polar(matrix, least)
         norm = with_nan_of(_norms(matrix, power_of_two(values[..., 0])), least)
-        level = norm / safe_sqrt(jnp.maximum(jnp.sum(kept, axis=-1), 1).astype(leaf.dtype))
-        levels = jnp.where(kept | jnp.isnan(least), level[..., None], 0)
-        flattened = matmul(u * levels[..., None, :], vt)
+        count = jnp.maximum(jnp.sum(values != 0, axis=-1), 1).astype(leaf.dtype)
+        flattened = (norm / safe_sqrt(count))[..., None, None] * factor
         return placed_like(flattened.reshape(leaf.shape), leaf)
 
     return tree.cast_like(jax.tree.map(flat, tree.upcast(edit)), edit)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, lowrank, tree
-from wspace._numerics import matmul, placed_like, replicated, rounded_like
+from wspace._numerics import matmul, placed_like, replicated, rounded_like, singular_triples
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.factors import factors_of, from_matrix, product, transposed, turned
@@ -115,9 +115,14 @@ def _span(edits: Sequence[Array | LowRank]) -> Float[Array, "... m k"]:
     *stack, m, n = wide.shape
     if not wide.size:
         return jnp.zeros((*stack, m, min(m, n)), wide.dtype)
-    u, s, _ = jnp.linalg.svd(wide, full_matrices=False)
-    nothing = s <= max(m, n) * float(jnp.finfo(s.dtype).eps) * s[..., :1]  # NaN stays
-    return jnp.where(nothing[..., None, :], 0, u)
+    return _left_of(wide)
+
+
+@jax.jit
+def _left_of(wide: Array) -> Array:
+    rounding = max(wide.shape[-2:]) * jnp.finfo(wide.dtype).eps
+    u, _, _ = singular_triples(wide, jnp.asarray(rounding, wide.dtype))
+    return u
 
 
 def _block(x: Array | LowRank) -> Array:
