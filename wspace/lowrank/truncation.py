@@ -142,6 +142,7 @@ def truncate(
         *Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
         Decomposition*, NeurIPS 2015, [arXiv:1504.05477](https://arxiv.org/abs/1504.05477).
     """
+    vectors = _checks.flag("vectors", vectors)
     cut = cut_by(rank, energy, tail, method=method, key=key, block=block, steps=steps)
     rows, _ = side_by_side(x=x)
     _checks.finite(x=x)
@@ -389,9 +390,7 @@ def extract(
         >>> lowrank.extract(base, tuned, energy=0.9).factors["w"].rank
         1
     """
-    rank, vectors = _checks.rank(rank), _checks.flag("vectors", vectors)
-    edit = displacement(base=base, tuned=tuned)
-    return truncate_leaves(edit, rank, vectors=vectors, method=method, key=key)
+    vectors = _checks.flag("vectors", vectors)
     cut = cut_by(rank, energy, tail, method=method, key=key)
     return truncate_leaves(displacement(base=base, tuned=tuned), cut, vectors=vectors, key=key)
 
