@@ -1,7 +1,9 @@
 """The pages: their code runs, their pictures are what the script draws, nothing is loaded."""
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import pathlib
 import re
 
@@ -42,11 +44,34 @@ def name(file):
     return str(file.relative_to(ROOT))
 
 
+OUTPUT = re.compile(r"\n\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def run(page):
+    """Runs the Python blocks of a page, and compares what they print with the text block below."""
+    for example in Document.parse(str(page), PythonCodeBlockParser()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            example.evaluate()
+        shown = OUTPUT.match(example.document.text, example.region.end)
+        if shown:
+            assert printed.getvalue() == shown[1], f"{page.name}, line {example.line}"
+
+
 @pytest.mark.float32(reason="a page shows what its code prints in float32")
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_the_code_of_a_page_runs(page):
-    for example in Document.parse(str(page), PythonCodeBlockParser()):
-        example.evaluate()
+def test_the_code_of_a_page_runs_and_prints_what_it_shows(page):
+    run(page)
+
+
+def test_a_page_that_shows_another_output_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nprint(2)\n```\n")
+    run(page)
+    page.write_text("```python\nprint(1)\n```\n\nThis prints:\n\n```text\n2\n```\n")
+    run(page)
+    page.write_text("```python\nprint(1)\n```\n\n```text\n1\n2\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, line 1"):
+        run(page)
 
 
 @pytest.mark.parametrize("file", ASSETS, ids=name)
