@@ -219,4 +219,4 @@ def test_a_cell_is_the_mean_and_its_standard_error():
 def test_tables_are_put_in_their_places_and_nowhere_else():
     page = "a\n<!-- table x: one -->\n\nold\n\n<!-- end -->\nb <!-- table y: z -->\n\n<!-- end -->"
     filled = report.filled(page, {"x": {"one": "| new |"}})
-    assert filled == page.replace("old", "| new |")
+    assert filled == page.replace("old", "One.\n{ .caption }\n\n| new |")

@@ -317,7 +317,7 @@ def picture(results: dict[str, Any]) -> Figure:
     """The head start of every guard by labels and by what is trained."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        len(tasks), 1, figsize=(10, 3.6 * len(tasks)), layout="constrained", squeeze=False
+        len(tasks), 1, figsize=(7.4, 4.2 * len(tasks)), layout="constrained", squeeze=False
     )
     for name, (axes,) in zip(tasks, grid, strict=True):
         rows = head_starts(results[name])

@@ -176,13 +176,13 @@ def picture(results: dict[str, Any]) -> Figure:
     """Accuracy of the mean against what is varied, and the loss along the segment."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        len(tasks), 5, figsize=(13, 2.5 * len(tasks)), layout="constrained", squeeze=False
+        5, len(tasks), figsize=(3.6 * len(tasks), 11), layout="constrained", squeeze=False
     )
-    for name, panels in zip(tasks, grid, strict=True):
+    for name, panels in zip(tasks, grid.T, strict=True):
         for axes, what in zip(panels, HEADS, strict=False):
             curves(axes, results[name][what])
-            axes.set(xlabel=HEADS[what], ylim=(0, 1.02))
-        panels[0].set_ylabel(f"{name}: accuracy")
+            axes.set(xlabel=HEADS[what], ylim=(0, 1.02), ylabel="accuracy")
+        panels[0].set_title(name, fontsize=11)
         usual = results[name]["sources"]
         for start, color in (("one base", report.MOVED), ("two bases", report.AVOIDED)):
             report.band(panels[-1], POSITIONS, usual[start]["2"]["losses"], color)

@@ -158,26 +158,27 @@ def picture(results: dict[str, Any]) -> Figure:
     """Damage against margin, what the mean reads against damage, and the loss along segments."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        len(tasks), 3, figsize=(11.5, 3.1 * len(tasks)), layout="constrained", squeeze=False
+        3, len(tasks), figsize=(3.8 * len(tasks), 10), layout="constrained", squeeze=False
     )
     shades = (report.MOVED, "#5fa6d1", "#9ecae1", report.THIRD, report.AVOIDED)
-    for name, (left, middle, right) in zip(tasks, grid, strict=True):
+    for name, (top, middle, bottom) in zip(tasks, grid.T, strict=True):
         for (metric, curve), shade in zip(results[name]["damage"].items(), shades, strict=True):
             kl, _ = report.mean_and_error(curve["KL"])
-            left.plot(MARGINS, np.maximum(kl, 1e-7), "o-", color=shade, ms=3, label=metric)
+            top.plot(MARGINS, np.maximum(kl, 1e-7), "o-", color=shade, ms=3, label=metric)
             share, _ = report.mean_and_error(curve["accuracy"])
             middle.plot(np.maximum(kl, 1e-7), share, "o-", color=shade, ms=3)
-        left.set(xlabel="margin, in norms of the mean", ylabel=f"{name}: KL on own inputs")
-        left.set_yscale("log")
+        top.set(xlabel="margin, in norms of the mean", ylabel="KL on own inputs", yscale="log")
         middle.set(xlabel="KL on own inputs", ylabel="accuracy of the mean", xscale="log")
         chosen = ("none", "plain", "flattened", "one source permuted", "hull", "trained")
         colors = (report.FAINT, report.MOVED, "#5fa6d1", report.THIRD, report.AVOIDED, report.INK)
         for guard, color in zip(chosen, colors, strict=True):
             losses, _ = report.mean_and_error(results[name]["guards"][guard]["segment"])
-            right.plot(averages.POSITIONS, losses, color=color, label=guard)
-        right.set(xlabel="from A' to C'", ylabel="loss on all classes", yscale="log")
-    for axes in (grid[0][0], grid[0][2]):
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+            bottom.plot(averages.POSITIONS, losses, color=color, label=guard)
+        bottom.set(xlabel="from A' to C'", ylabel="loss on all classes", yscale="log")
+    for axes in (grid[0][0], grid[2][0]):
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, frameon=False)
+    for axes, name in zip(grid[1], tasks, strict=True):
+        axes.set_title(name, fontsize=11)
     return figure
 
 

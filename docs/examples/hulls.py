@@ -147,7 +147,7 @@ def picture(results: dict[str, Any]) -> Figure:
     """Accuracy and distance of averages of two sources against the coefficient."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        len(tasks), 2, figsize=(10, 3 * len(tasks)), layout="constrained", squeeze=False
+        len(tasks), 2, figsize=(7.4, 3 * len(tasks)), layout="constrained", squeeze=False
     )
     colors = dict(
         zip(

@@ -321,9 +321,9 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     heads = [f"{which}: {what}" for which in ("before", *whats[1:]) for what in kinds]
     lie = [[name, report.cell(x)] for name, x in results["merged"]["models"].items()]
     return {
-        "models": report.table(["task vectors", ""], lie),
-        "merges": report.table(["", *VIEWS, "all", "scale", "rounding"], rows),
-        "negation": report.table(["digits", *heads, "scale", "rounding"], lost),
+        "task vectors of the four models": report.table(["of two models", "value"], lie),
+        "what the merges read": report.table(["merge", *VIEWS, "all", "scale", "rounding"], rows),
+        "what negation leaves": report.table(["digits", *heads, "scale", "rounding"], lost),
     }
 
 

@@ -31,6 +31,7 @@ from wspace.typing import Scalar, Weights
 
 POINTS = {"words": "two words", "digits": "two digits", "styles": "two styles"}
 KINDS = {"deep": "deep", "linear": "linear in the word"}
+TITLES = {"deep": "deep decoder", "linear": "decoder that is linear in the word"}
 WAYS = {
     "none": "none: the base as it is",
     "own": "the word of $B'$ itself",
@@ -371,8 +372,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
             for point, label in POINTS.items()
             for where in places
         ]
-        found[KINDS[kind]] = report.table(["left, %", *lengths], rows)
-    found["least squares"] = report.table(
+        found[TITLES[kind]] = report.table(["left, %", *lengths], rows)
+    found["against least squares"] = report.table(
         ["relative difference, 1e-6", *lengths],
         [
             [what] + [report.cell(results["exact"][length][what]) for length in lengths]
@@ -387,8 +388,10 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         for way, label in WAYS.items()
     ]
     known = [f"known digits, {POINTS[x]}" for x in ("digits", "styles")]
-    found["other ways"] = report.table(["moved by", "numbers", *POINTS.values(), *known], rows)
-    found["starts"] = report.table(
+    found["other ways to the same point"] = report.table(
+        ["moved by", "numbers", *POINTS.values(), *known], rows
+    )
+    found["from several starts"] = report.table(
         ["left, %", "from the blank word", "best of four", "worst of four"],
         [
             [label, percent(results["left"]["deep"][f"{settings['length']}"][point]["training"])]
@@ -397,12 +400,14 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         ],
     )
     likeness = beside["digits"]["likeness"]
-    found["likeness"] = report.table(
+    found["likeness of drawings"] = report.table(
         ["drawn by", *LIKENESS.values()],
         [["error"] + [report.cell(likeness[who], 1) for who in LIKENESS]],
     )
     same, whole = (f"{sum(results['rows'][x]):.0f}" for x in ("kept", "to keep"))
-    found["rows kept"] = report.table(["rows to keep", "the same bit for bit"], [[whole, same]])
+    found["rows of the table that are kept"] = report.table(
+        ["rows to keep", "the same bit for bit"], [[whole, same]]
+    )
     return found
 
 

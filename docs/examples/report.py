@@ -67,13 +67,16 @@ TABLE = re.compile(r"<!-- table (\w+): (.*?) -->\n\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(page: str, tables: Mapping[str, Mapping[str, str]]) -> str:
-    """A page with the tables of the experiments in their places, by experiment and title."""
+    """A page with the tables of the experiments in their places, each below its title."""
 
     def put(place: re.Match[str]) -> str:
         name, title = place.groups()
         if name not in tables:
             return place.group()
-        return f"<!-- table {name}: {title} -->\n\n{tables[name][title]}\n\n<!-- end -->"
+        caption = f"{title[0].upper()}{title[1:]}.\n{{ .caption }}"
+        return (
+            f"<!-- table {name}: {title} -->\n\n{caption}\n\n{tables[name][title]}\n\n<!-- end -->"
+        )
 
     return TABLE.sub(put, page)
 
