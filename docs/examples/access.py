@@ -317,12 +317,12 @@ def picture(results: dict[str, Any]) -> Figure:
     """The head start of every guard by labels and by what is trained."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        len(tasks), 1, figsize=(7.4, 4.2 * len(tasks)), layout="constrained", squeeze=False
+        len(tasks), 1, figsize=(7.4, 5.6 * len(tasks)), layout="constrained", squeeze=False
     )
     for name, (axes,) in zip(tasks, grid, strict=True):
         rows = head_starts(results[name])
         columns = next(iter(rows.values()))
-        values = np.array([[np.mean(row[x]) for x in columns] for row in rows.values()])
+        values = np.array([[np.mean(row[x]) for row in rows.values()] for x in columns])
         image = axes.imshow(values, cmap="RdBu_r", vmin=-0.6, vmax=0.6, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.4 else report.INK
@@ -335,8 +335,8 @@ def picture(results: dict[str, Any]) -> Figure:
                 color=color,
                 fontsize=8,
             )
-        axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=9)
-        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.set_xticks(range(len(rows)), rows, rotation=35, ha="right", fontsize=9)
+        axes.set_yticks(range(len(columns)), columns, fontsize=9)
         axes.set_title(f"{name}: head start", fontsize=11)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)

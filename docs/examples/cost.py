@@ -158,7 +158,7 @@ def picture(results: dict[str, Any]) -> Figure:
     """Damage against margin, what the mean reads against damage, and the loss along segments."""
     tasks = results["settings"]["tasks"]
     figure, grid = plt.subplots(
-        3, len(tasks), figsize=(3.8 * len(tasks), 10), layout="constrained", squeeze=False
+        3, len(tasks), figsize=(3.7 * len(tasks), 10), layout="constrained", squeeze=False
     )
     shades = (report.MOVED, "#5fa6d1", "#9ecae1", report.THIRD, report.AVOIDED)
     for name, (top, middle, bottom) in zip(tasks, grid.T, strict=True):
@@ -175,9 +175,10 @@ def picture(results: dict[str, Any]) -> Figure:
             losses, _ = report.mean_and_error(results[name]["guards"][guard]["segment"])
             bottom.plot(averages.POSITIONS, losses, color=color, label=guard)
         bottom.set(xlabel="from A' to C'", ylabel="loss on all classes", yscale="log")
-    for axes in (grid[0][0], grid[2][0]):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, frameon=False)
-    for axes, name in zip(grid[1], tasks, strict=True):
+    for (axes, *_), place in ((grid[0], "upper"), (grid[2], "lower")):
+        names = [line.get_label() for line in axes.lines]
+        figure.legend(axes.lines, names, loc=f"outside {place} center", ncols=3, frameon=False)
+    for axes, name in zip(grid[0], tasks, strict=True):
         axes.set_title(name, fontsize=11)
     return figure
 

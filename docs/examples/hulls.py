@@ -167,7 +167,8 @@ def picture(results: dict[str, Any]) -> Figure:
             axes.set_xlabel("coefficient of C'")
         left.set(ylabel=f"{name}: accuracy", ylim=(0, 1))
         right.set(ylabel="distance from B', in radii", ylim=(0, 8))
-    grid[0][0].legend(fontsize=8, frameon=False, loc="upper right")
+    lines = grid[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
