@@ -1,11 +1,14 @@
 """How the built pages look in Chromium: what is cut, loaded from outside, or too small to read.
 
     mkdocs build -d site
-    python benchmarks/pages.py site [--browser chromium] [--pictures FOLDER] [PAGE ...]
+    python benchmarks/pages.py site [--pictures FOLDER] [--verbose] [PAGE ...]
+    python benchmarks/pages.py site --widths
 
 Every page at 1400 and 400 pixels, light and dark. A table or a formula is cut if it is wider than
 the box in which it scrolls; a figure's least font is the one that the reader gets, at the width at
-which the figure stands. Needs a Chromium, and nothing of Python but this file.
+which the figure stands. Tables that stand as lists of rows and formulas that are set smaller, since
+they would not fit otherwise, are counted too. With `--widths`, what `docs/check.py` takes for the
+widths of tables and formulas over what they are: it must not be less. Needs a Chromium.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 
@@ -28,10 +32,11 @@ MEASURE = r"""
   const seen = (box) => box.offsetParent !== null && !box.closest("details:not([open])");
   const cut = (selector) => [...document.querySelectorAll(selector)]
     .filter((box) => seen(box) && box.scrollWidth > box.clientWidth + 1)
-    .map((box) => `${box.scrollWidth - box.clientWidth} px: ${box.textContent.trim().slice(0, 60)}`);
+    .map((box) => `${box.scrollWidth - box.clientWidth} px: ${box.textContent.slice(0, 60)}`);
+  const right = document.querySelector(".md-content__inner").getBoundingClientRect().right;
   const inline = [...document.querySelectorAll(".md-content span.arithmatex")]
     .filter((box) => seen(box) && !box.closest("table, .highlight"))
-    .map((box) => [box, box.getBoundingClientRect().right - document.querySelector(".md-content__inner").getBoundingClientRect().right])
+    .map((box) => [box, box.getBoundingClientRect().right - right])
     .filter(([box, over]) => over > 1)
     .map(([box, over]) => `${Math.round(over)} px: ${box.textContent.slice(0, 60)}`);
   const figures = [...document.querySelectorAll(".md-content img")].map((picture) =>
@@ -40,7 +45,11 @@ MEASURE = r"""
   const text = (node) => node.nodeType === Node.TEXT_NODE ? node.data
     : node.nodeType !== Node.ELEMENT_NODE || node.matches("pre, script, style, .katex") ? ""
     : node.matches("code") ? "`" : [...node.childNodes].map(text).join("");
-  const raw = text(document.querySelector("article"))
+  const article = document.querySelector("article");
+  const inCode = [...article.querySelectorAll("code")]
+    .filter((code) => !code.closest("pre") && /\]\[wspace/.test(code.textContent))
+    .map((code) => code.textContent);
+  const raw = text(article)
     .match(/\[[^\]]*\]\[[^\]]*\]|\]\([\w.\/#-]+\)|\\[([]|\$\$|\{[:#][^}]*\}/g) ?? [];
   return {
     page: Math.max(0, document.documentElement.scrollWidth - innerWidth),
@@ -49,9 +58,33 @@ MEASURE = r"""
     code: cut(".md-content pre > code"),
     katex: document.querySelectorAll(".katex-error").length,
     stacked: document.querySelectorAll("table[data-stacked]").length,
-    smaller: [...document.querySelectorAll("div.arithmatex")].filter((box) => box.style.fontSize).map((box) => box.style.fontSize + box.textContent.slice(0, 60)),
-    raw, figures,
+    smaller: [...document.querySelectorAll("div.arithmatex")].filter((box) => box.style.fontSize)
+      .map((box) => `${box.style.fontSize} ${box.textContent.slice(0, 60)}`),
+    raw: [...raw, ...inCode], figures,
   };
+})()
+"""
+# The widths that tables and formulas need, and those that they have, on a screen that is wide.
+WIDTHS = r"""
+(async () => {
+  await document.fonts.ready;
+  await new Promise((done) => setTimeout(done, 300));
+  const found = [];
+  for (const table of document.querySelectorAll("article table:not([class])")) {
+    const box = (table.closest(".md-typeset__scrollwrap") ?? table).parentElement;
+    const room = box.clientWidth;
+    table.style.cssText = "display: table; width: 0";
+    found.push(["table", table.offsetWidth, room, table.textContent.slice(0, 40)]);
+    table.style.cssText = "";
+  }
+  for (const box of document.querySelectorAll("article div.arithmatex")) {
+    box.style.fontSize = "";
+    const html = box.querySelector(".katex-html");
+    const sum = [...html.children].reduce((sum, x) => sum + x.getBoundingClientRect().width, 0);
+    const room = box.clientWidth;
+    found.push(["formula", sum, room, box.textContent.slice(0, 40)]);
+  }
+  return found;
 })()
 """
 
@@ -62,6 +95,7 @@ class Browser:
     """A Chromium that is spoken to through pipes."""
 
     def __init__(self, command, profile):
+        """Starts it, with a profile of its own."""
         there, self._send = os.pipe()
         self._receive, back = os.pipe()
 
@@ -192,18 +226,21 @@ def main():
     parser.add_argument("--pictures", type=pathlib.Path, help="a folder for pictures of the pages")
     parser.add_argument("--json", type=pathlib.Path, help="a file for all that is measured")
     parser.add_argument("--verbose", action="store_true", help="names what is cut")
+    parser.add_argument("--widths", action="store_true", help="compares them with docs/check.py")
     given = parser.parse_args()
     pages = given.pages or [
         str(file.parent.relative_to(given.site)) for file in sorted(given.site.rglob("index.html"))
     ]
     server = served(given.site)
     root = f"http://127.0.0.1:{server.server_port}/"
+    if given.widths:
+        compare(given.site, root, pages, given.browser)
+        return
     kept, totals = {}, {}
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(given.browser, profile)
-        print(
-            f"{'page':26} {'width':>5} {'':5} tables formulas  code   raw outside  page  lists smaller least font"
-        )
+        names = ("tables", "formulas", "code", "raw", "outside", "page", "lists", "smaller")
+        print(f"{'page':26} {'width':>5} {'':5} {ROW.format(*names)} least font")
         for page, width, dark in itertools.product(pages, (1400, 400), (False, True)):
             browser.open(f"{root}{page}/", width=width, dark=dark)
             found = browser.evaluate(MEASURE)
@@ -214,7 +251,7 @@ def main():
                 url.rsplit("/", 1)[1]: least_font((given.site / url[len(root) :]).read_text(), w)
                 for url, w in found["figures"]
             }
-            found["fonts"] = fonts
+            found["fonts"] = fonts = {name: x for name, x in fonts.items() if x}
             shade = "dark" if dark else "light"
             kept[f"{page} {width} {shade}"] = found
             counts = [len(found[k]) for k in ("tables", "formulas", "code", "raw", "outside")]
@@ -238,6 +275,40 @@ def main():
         print(f"{'all':26} {width:5} {shade:5} " + ROW.format(*counts))
     if given.json:
         given.json.write_text(json.dumps(kept, indent=1))
+
+
+def compare(site, root, pages, command):
+    """Prints the least and the largest ratio of the widths by `docs/check.py` to the widths."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+    import check
+
+    ruler, ratios = check.Ruler(), {"table": [], "formula": []}
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(command, profile)
+        for page in pages:
+            browser.open(f"{root}{page}/", width=1400, dark=False)
+            found = browser.evaluate(WIDTHS)
+            tree = check.content(check.parsed((site / page / "index.html").read_text()))
+            said = [
+                ("table", check.least_width(x, ruler), check.column(x))
+                for x in tree.all()
+                if x.tag == "table" and not x.classes
+            ]
+            said += [
+                ("formula", check.formula_width(x, tex, displayed, ruler), check.column(x))
+                for x, tex, displayed in check.formulas(tree)
+                if x.tag == "div"
+            ]
+            for (kind, width, column), (_, true, room, text) in zip(said, found, strict=True):
+                if true:
+                    ratios[kind].append((width / true, page, text))
+                    if column > room + 1:
+                        print(f"{page}: a column of {room}, said to be {column:.0f}: {text!r}")
+        browser.close()
+    ruler.close()
+    for kind, found in ratios.items():
+        print(f"{len(found)} of {kind}: said over true width {min(found)[0]:.3f} to", end=" ")
+        print("{:.3f}, {}, {!r}".format(*max(found)))
 
 
 GLYPHS = re.compile(

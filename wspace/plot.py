@@ -28,7 +28,7 @@ def audit(report: Audit) -> "Figure":
         report: What [`negative.audit`][wspace.negative.audit] returned.
 
     Returns:
-        A matplotlib figure that belongs to no window: save it by `figure.savefig("audit.svg")`.
+        A matplotlib figure that belongs to no window; save it by `figure.savefig("audit.svg")`.
 
     Raises:
         TypeError: If `report` is no [`Audit`][wspace.negative.Audit].

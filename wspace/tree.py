@@ -80,7 +80,7 @@ def elementwise(
             its leaf, an array of unsigned integers.
 
     Returns:
-        The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
+        The same formula on trees. It takes a sequence of scalars and a sequence of trees of one
             layout, and as a third argument, if there are any, a sequence of trees with one scalar
             for each leaf, which follow the other scalars. It returns a tree, or a list of several.
             It raises `ValueError` if the trees differ in structure or in a leaf's shape, and
@@ -129,7 +129,7 @@ def reduction(
         kind: Whether terms are added, or the largest or the least one is taken.
 
     Returns:
-        The same formula on trees: it takes a sequence of scalars and a sequence of trees of one
+        The same formula on trees. It takes a sequence of scalars and a sequence of trees of one
             layout, and returns one number, or an array of as many as there are sequences of terms,
             in at least float32; for trees without entries 0, or for the largest and the least term
             an infinity. With `by_leaf=True` it returns a list with the numbers of every leaf. It
@@ -330,7 +330,7 @@ def vdot(x: WeightsLike, y: WeightsLike) -> Scalar:
         y: Second tree, of the same layout.
 
     Returns:
-        A scalar in at least float32. The sum and its terms must be in the range of its dtype: in
+        A scalar in at least float32. The sum and its terms must be in the range of its dtype. In
         float32, norms up to $1.8 \cdot 10^{19}$ however many entries there are, beyond which it
         is infinite, and entries from $10^{-18}$ on, since squares of less than $10^{-38}$ count as
         zero.

@@ -59,9 +59,9 @@ def geometric_median(
         max_steps: The largest number of steps.
 
     Returns:
-        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
-            of the first point; as `residual` the norm of the shortest subgradient of the sum over
-            $\sum_i c_i$, zero at a minimum and otherwise at most one; the `steps` taken; and
+        A [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
+            leaf of the first point; as `residual` the norm of the shortest subgradient of the sum
+            over $\sum_i c_i$, zero at a minimum and otherwise at most one; the `steps` taken; and
             whether it `converged`.
 
     Raises:

@@ -107,8 +107,8 @@ def karcher_mean(
         max_steps: The largest number of steps; nearly parallel points need none.
 
     Returns:
-        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
-            of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(u_i) \rVert /
+        A [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
+            leaf of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(u_i) \rVert /
             \sum_i |a_i|$ in radians; the `steps` taken; and whether it `converged`.
 
     Raises:
@@ -273,11 +273,11 @@ def karcher_mean_on(
         max_steps: The largest number of steps.
 
     Returns:
-        A [`Solution`][wspace.average.Solution]: the `weights`, each leaf in the dtype of that leaf
-            of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(\theta_i) \rVert$ over
-            $\lVert \mu \rVert + \sum_i |a_i| \lVert \log_\mu(\theta_i) \rVert$, Euclidean norms;
-            the `steps` taken; and whether it `converged`. Whether the mean is the only one is up
-            to the manifold.
+        A [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
+            leaf of the first point; as `residual` $\lVert \sum_i a_i \log_\mu(\theta_i) \rVert$
+            over $\lVert \mu \rVert + \sum_i |a_i| \lVert \log_\mu(\theta_i) \rVert$, Euclidean
+            norms; the `steps` taken; and whether it `converged`. Whether the mean is the only
+            one is up to the manifold.
 
     Raises:
         ValueError: For coefficients as in [`average.mean`][wspace.average.mean], a `tol` or

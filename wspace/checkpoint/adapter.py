@@ -84,7 +84,7 @@ def load_adapter(
             the adapter has copies of weights.
 
     Returns:
-        An edit with the names of `base`: a `LowRank` of the leaf's matrix in at least float32, of
+        An edit with the names of `base`, a `LowRank` of the leaf's matrix in at least float32, of
             rank 0 where the adapter has nothing.
 
     Raises:

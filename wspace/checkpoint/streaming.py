@@ -113,7 +113,7 @@ def stream(
             anything is written.
 
     Returns:
-        For each tensor with entries that are infinite or NaN, by name, how many: an `Nonfinite`.
+        For each tensor with entries that are infinite or NaN, by name, how many, in a `Nonfinite`.
 
     Raises:
         ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; if

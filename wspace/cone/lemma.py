@@ -166,10 +166,12 @@ def exit(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
     r"""The least edit in a cone that brings a displacement out of a ball about zero.
 
     $$
+    \begin{aligned}
     \min \{ \lVert D \rVert : D \in K,\ \lVert E + D \rVert \ge \rho \}
-        = -\lVert P E \rVert + \sqrt{\lVert P E \rVert^2 + \rho^2 - e^2}
-        = \frac{(\rho - e)(\rho + e)}
+        &= -\lVert P E \rVert + \sqrt{\lVert P E \rVert^2 + \rho^2 - e^2} \\
+        &= \frac{(\rho - e)(\rho + e)}
                {\lVert P E \rVert + \sqrt{\lVert P E \rVert^2 + (\rho - e)(\rho + e)}}
+    \end{aligned}
     $$
 
     with $e = \lVert E \rVert$. The edit is a positive multiple of $P E$ and lands on the sphere.

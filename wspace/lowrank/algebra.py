@@ -72,7 +72,7 @@ def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
         edits: Trees of one structure with a `LowRank` or a dense array at each leaf, at least one.
 
     Returns:
-        The combination: a `LowRank` in at least float32 where all edits have one, and a dense
+        The combination, a `LowRank` in at least float32 where all edits have one, and a dense
             array, in the dtype of the first edit's leaf, where one of them has.
 
     Raises:

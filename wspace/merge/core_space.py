@@ -36,7 +36,7 @@ def in_core_space(
         coefficients: One number an edit, handed to the rule.
 
     Returns:
-        The merged edit: a `LowRank` in at least float32 where all edits have one. A leaf that is
+        The merged edit, a `LowRank` in at least float32 where all edits have one. A leaf that is
             dense in one of the edits is its own core: dense, in the dtype of the first edit's
             leaf. Derivatives are not defined where singular values repeat.
 

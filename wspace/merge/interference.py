@@ -257,9 +257,11 @@ def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -
     r"""Interference of the singular vectors of edits, summed over their matrices.
 
     $$
-    \sum_\ell \bigl\lVert (U^\top U - I)\, \Sigma\, (V^\top V - I) \bigr\rVert_1, \qquad
+    \begin{gathered}
+    \sum_\ell \bigl\lVert (U^\top U - I)\, \Sigma\, (V^\top V - I) \bigr\rVert_1, \\
     U = (U_1 \cdots U_k), \quad V = (V_1 \cdots V_k), \quad
     \Sigma = \operatorname{diag}(\Sigma_1, \dots, \Sigma_k)
+    \end{gathered}
     $$
 
     with $U_i \Sigma_i V_i^\top$ the singular value decomposition of edit $i$ at leaf $\ell$, cut

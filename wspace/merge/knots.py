@@ -104,7 +104,7 @@ def in_shared_space(
             [`as_matrix`][wspace.lowrank.as_matrix] says.
 
     Returns:
-        The merged edit: a `LowRank` in at least float32 where all edits have one, of the rank of
+        The merged edit, a `LowRank` in at least float32 where all edits have one, of the rank of
             all of them together or of the outputs at most; elsewhere a dense array in the dtype of
             the first edit's leaf. Vectors and scalars are given to the rule as they are.
             Derivatives are not defined where singular values repeat.

@@ -107,9 +107,11 @@ def report(
     $m = \theta - \theta_0$, the entry $j$ of model $i$ is
 
     $$
-    \text{trimmed if } e_{ij} = 0 \ne \tau_{ij}, \qquad
-    \text{agreed if } \operatorname{sgn}(c_i\, e_{ij}) = \operatorname{sgn}(m_j) \ne 0, \qquad
-    \text{flipped if } \operatorname{sgn}(c_i\, e_{ij}) = -\operatorname{sgn}(m_j) \ne 0
+    \begin{aligned}
+    \text{trimmed if } & e_{ij} = 0 \ne \tau_{ij}, \\
+    \text{agreed if } & \operatorname{sgn}(c_i\, e_{ij}) = \operatorname{sgn}(m_j) \ne 0, \\
+    \text{flipped if } & \operatorname{sgn}(c_i\, e_{ij}) = -\operatorname{sgn}(m_j) \ne 0
+    \end{aligned}
     $$
 
     Only the signs of the coefficients count, so that neither scaling all of them by a positive

@@ -206,11 +206,13 @@ def chain_bound(
     r"""The most that edits of given spectral norms can change the output of a chain of layers.
 
     $$
+    \begin{aligned}
     \lVert f_{W + U}(x) - f_W(x) \rVert
-        \le \lVert x \rVert \Bigl( \prod_i (\lVert W_i \rVert + \lVert U_i \rVert)
-                                   - \prod_i \lVert W_i \rVert \Bigr)
-        = \lVert x \rVert \sum_i \Bigl( \prod_{j < i} \lVert W_j \rVert \Bigr) \lVert U_i \rVert
+        &\le \lVert x \rVert \Bigl( \prod_i (\lVert W_i \rVert + \lVert U_i \rVert)
+                                   - \prod_i \lVert W_i \rVert \Bigr) \\
+        &= \lVert x \rVert \sum_i \Bigl( \prod_{j < i} \lVert W_j \rVert \Bigr) \lVert U_i \rVert
           \Bigl( \prod_{j > i} (\lVert W_j \rVert + \lVert U_j \rVert) \Bigr)
+    \end{aligned}
     $$
 
     for $f_W(x) = \phi(\dots \phi(x W_1) W_2 \dots)$ with activations that are 1-Lipschitz with
