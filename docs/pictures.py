@@ -1,12 +1,14 @@
 """Draws the pictures of the docs: `python -m docs.pictures`, from the root of the repository."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from docs.examples.report import AVOIDED, FAINT, INK, MOVED, draw, styled
 from wspace import average, cone, geometry, negative, plot
@@ -27,6 +29,18 @@ def main(folder: pathlib.Path = pathlib.Path(__file__).parent / "assets") -> Non
     for name, picture in pictures.items():
         with styled():
             draw(picture(), folder / f"{name}.svg")
+    with styled():
+        for name, picture in drawn_by("gallery.md").items():
+            draw(picture, folder / f"gallery-{name}.svg")
+
+
+def drawn_by(page: str) -> dict[str, Figure]:
+    """The figures that the code of a page draws, by the names of their variables."""
+    text = (pathlib.Path(__file__).parent / page).read_text()
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    return {name: x for name, x in names.items() if isinstance(x, Figure)}
 
 
 def plane() -> plt.Figure:

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from matplotlib.patheffects import withStroke
 
-BEFORE, AFTER, DARK, LIGHT = "#1f5fa8", "#c2410c", "#0f172a", "#94a3b8"
-OUTLINE = [withStroke(linewidth=3, foreground="white")]
+from wspace import plot
+
+BEFORE, AFTER, LIGHT = "#1f5fa8", "#c2410c", "#94a3b8"
 
 
 def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
@@ -32,55 +32,29 @@ def _png(figure: Figure) -> bytes:
 
 def plane(figures: Mapping[str, Any]) -> Figure:
     """The plane through A, C and R': how much each of its points reads."""
-    figure = Figure(figsize=(7.6, 6.6), layout="constrained")
-    axes = figure.add_subplot()
     ticks, places = figures["ticks"], figures["points"]
-    image = axes.imshow(
+    figure = plot.plane(
+        ticks,
+        ticks,
         figures["accuracy"],
-        origin="lower",
-        extent=(ticks[0], ticks[-1], ticks[0], ticks[-1]),
-        vmin=0,
-        vmax=1,
-        cmap="viridis",
-        interpolation="nearest",
+        {_primed(name): place["at"] for name, place in places.items()},
+        hollow=["A\N{PRIME}", "C\N{PRIME}"],
+        label="share of all held-out digits read correctly",
     )
-    figure.colorbar(image, ax=axes, label="share of all held-out digits read correctly")
+    axes = figure.axes[0]
+    axes.collections[0].set_clim(0, 1)
     for pair, color in ((("A", "C"), BEFORE), (("A'", "C'"), AFTER)):
         across, up = zip(*(places[name]["at"] for name in pair), strict=True)
         style = "-" if color == BEFORE else "--"
         for width, shade in ((4.5, "white"), (2, color)):
-            axes.plot(across, up, style, color=shade, linewidth=width)
+            axes.plot(across, up, style, color=shade, linewidth=width, zorder=1.5)
     for width, shade in ((3.5, "black"), (1.5, "white")):
         axes.add_patch(
             Circle((0, 0), figures["radius"], fill=False, linewidth=width, edgecolor=shade)
         )
-    for name, place in places.items():
-        color = AFTER if name in ("A'", "C'", "R'") else BEFORE
-        inside = name not in ("A'", "C'")
-        axes.plot(
-            *place["at"],
-            "o",
-            markersize=9,
-            color=color if inside else "white",
-            markeredgecolor="white" if inside else color,
-            markeredgewidth=2,
-        )
-        axes.annotate(
-            name.replace("'", "\N{PRIME}"),
-            place["at"],
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=14,
-            fontweight="bold",
-            color=color,
-            path_effects=OUTLINE,
-        )
     axes.set(
         xlabel="distance from B\N{PRIME} along A to C",
         ylabel="distance from B\N{PRIME} towards R\N{PRIME}",
-        xlim=(ticks[0], ticks[-1]),
-        ylim=(ticks[0], ticks[-1]),
     )
     off = places["A'"]["off"]
     axes.set_title(
@@ -92,12 +66,15 @@ def plane(figures: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _primed(name: str) -> str:
+    return name.replace("'", "\N{PRIME}")
+
+
 def coefficient(results: Mapping[str, Any]) -> Figure:
     """Accuracy along the straight lines from A to C and from A' to C'."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    lines = []
-    for axes, key, title, (start, middle, end) in zip(
+    for axes, key, title, names in zip(
         panels,
         ("sweep", "sweep_guarded"),
         ("before", "after the guard"),
@@ -105,23 +82,17 @@ def coefficient(results: Mapping[str, Any]) -> Figure:
         strict=True,
     ):
         t, low, high, every = np.array(results[key]).T
-        lines = [
-            *axes.plot(t, low, "--", color=BEFORE, linewidth=1.8, label="digits 0-4"),
-            *axes.plot(t, high, ":", color=AFTER, linewidth=2.2, label="digits 5-9"),
-            *axes.plot(t, every, color=DARK, linewidth=2.8, label="all digits"),
-        ]
-        for position, name in zip((0, 0.5, 1), (start, middle, end), strict=True):
-            axes.vlines(position, 0, 1.03, color=LIGHT, linewidth=1, zorder=0)
-            axes.annotate(
-                name, (position, 1.05), ha="center", va="bottom", fontsize=12, fontweight="bold"
-            )
-        axes.set(
-            xlabel=f"coefficient t in (1 - t) {start} + t {end}", ylim=(-0.03, 1.15), title=title
+        plot.segment(
+            t,
+            {"all digits": every, "digits 0-4": low, "digits 5-9": high},
+            dict(zip(names, (0, 0.5, 1), strict=True)),
+            axes=axes,
         )
-        axes.set_yticks(np.linspace(0, 1, 6))
-        _plain(axes)
-    panels[0].set_ylabel("share read correctly (held out)")
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
+        start, _, end = names
+        axes.set(xlabel=f"coefficient t in (1 - t) {start} + t {end}", ylabel="")
+        axes.set_title(title, pad=20)
+    panels[0].set(ylim=(-0.03, 1.05), ylabel="share read correctly (held out)")
+    panels[0].get_legend().remove()
     return figure
 
 
