@@ -32,6 +32,7 @@ def main(folder: pathlib.Path = pathlib.Path(__file__).parent / "assets") -> Non
     with styled():
         for name, picture in drawn_by("gallery.md").items():
             draw(picture, folder / f"gallery-{name}.svg")
+        draw(along_the_segment(), folder / "start-here.svg")
 
 
 def drawn_by(page: str) -> dict[str, Figure]:
@@ -41,6 +42,13 @@ def drawn_by(page: str) -> dict[str, Figure]:
     for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         exec(block, names)
     return {name: x for name, x in names.items() if isinstance(x, Figure)}
+
+
+def along_the_segment() -> Figure:
+    """The losses that the page *Start here* prints."""
+    text = (pathlib.Path(__file__).parent / "start-here.md").read_text()
+    t, losses = np.array(re.findall(r"^(\d\.\d)  (\d+\.\d)$", text, re.MULTILINE), float).T
+    return plot.segment(t, losses, {"A": 0, "mean": 0.5, "C": 1})
 
 
 def plane() -> plt.Figure:
