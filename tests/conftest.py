@@ -73,6 +73,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# Scripts that test_tasks.py runs: importing them to look for doctests would run them, too.
+collect_ignore_glob = ["tasks/*.py"]
+
+
 def pytest_collection_finish():
     """Has garbage collected seldom, and not what stays: JAX makes that a third of the time."""
     gc.collect()
