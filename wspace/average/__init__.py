@@ -1,4 +1,4 @@
-r"""Averages of points: models nobody trained.
+r"""Averages of models: of several at once, weighted by data, or along a run.
 
 Coefficients are divided by their sum, so an average of points on a hyperplane stays on it and
 moving all points moves the average along. A negative coefficient pushes the average away from its

@@ -6,8 +6,9 @@ displacement. Coefficients $c_i$ have one meaning everywhere: the displacement i
 terms $c_i\,\tau_i$, which are never divided by the sum of the coefficients, so that a negative
 coefficient moves away from a model.
 
-Systems that merge models disagree about what a method of one name does. Here the clean form is in
-the signatures, and the options of the others are values to spread into the same functions:
+Libraries that merge models disagree about what a method of one name does. The defaults here are
+the variant in which the sign of a coefficient has one meaning. A preset sets every option to what
+another library does, and is spread into the call:
 `merge.ties(base, tuned, **merge.presets.mergekit["ties"])`.
 
 A method is a file of its name, and the parts that it is made of are in `parts`.
