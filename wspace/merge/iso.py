@@ -58,8 +58,8 @@ def iso_c(
             of weights that were rounded to half precision has full rank: give the rounding there.
 
     Returns:
-        A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of that
-            leaf of `base`, the smallest singular value that was raised, and how many were left
+        A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of
+            that leaf of `base`, the smallest singular value that was raised, and how many were left
             out. Derivatives exist where $k$ stays, also where singular values repeat: those of
             matrices with the same rank, so that a direction that is zero stays so.
 
@@ -139,8 +139,8 @@ def iso_cts(
             $\sqrt\varepsilon$ of the arithmetic if not given.
 
     Returns:
-        A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of that
-            leaf of `base`, the smallest singular value of the joined bases that stayed, and how
+        A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of
+            that leaf of `base`, the smallest singular value of the joined bases that stayed, and how
             many directions were left out. Derivatives exist where no singular values repeat but
             zeros and no direction comes in or goes.
 
