@@ -140,8 +140,8 @@ def iso_cts(
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of
-            that leaf of `base`, the smallest singular value of the joined bases that stayed, and how
-            many directions were left out. Derivatives exist where no singular values repeat but
+            that leaf of `base`, the smallest singular value of the joined bases that stayed, and
+            how many directions were left out. Derivatives exist where no singular values repeat but
             zeros and no direction comes in or goes.
 
     Raises:

@@ -73,8 +73,8 @@ def tsv_m(
 
     Returns:
         A [`SpectralMerge`][wspace.merge.SpectralMerge] with the weights, each leaf in the dtype of
-            that leaf of `base`, the smallest singular value of the joined bases that stayed, and how
-            many directions were left out. Derivatives in the coefficients exist always, those in
+            that leaf of `base`, the smallest singular value of the joined bases that stayed, and
+            how many directions were left out. Derivatives in the coefficients exist always, in
             the models where no singular values repeat but zeros and no direction comes in or goes.
 
     Raises:
