@@ -116,6 +116,9 @@ def split(x):
     return [lowrank.apply(x["w"], e) for e in negative.split_rank(x["w"], (0.3, 0.7), (4, 4))]
 
 
+CONSTANTS = "allow", "directed", "factors", "grams", "metric", "sides", "signs_of", "squares"
+"""What cases make of the layout or of their trees, beside what the function is given."""
+
 CASES = (
     Case(
         "average.ema",

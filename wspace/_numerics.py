@@ -20,9 +20,14 @@ def accumulator(*dtypes: DTypeLike) -> Wide:
     return jnp.float64 if is_double and jax.config.read("jax_enable_x64") else jnp.float32
 
 
+def in_jax(dtype: DTypeLike) -> np.dtype:
+    """The dtype of a JAX array with these numbers: float64 of NumPy may be float32 there."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
 def rounded_like(x: Array, like: Any) -> Array:
-    """`x` in the dtype that `like` has as a JAX array: a float64 of NumPy may be float32 there."""
-    return x.astype(jax.dtypes.canonicalize_dtype(like.dtype))
+    """`x` in the dtype that `like` has as a JAX array."""
+    return x.astype(in_jax(like.dtype))
 
 
 @jax.jit
@@ -126,7 +131,7 @@ def length(x: Float[Array, "*s"]) -> Float[Array, ""]:
 
 def coarsest_eps(dtypes: Iterable[DTypeLike]) -> float:
     """The largest machine epsilon, zero of none."""
-    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    return max((float(jnp.finfo(in_jax(dtype)).eps) for dtype in dtypes), default=0.0)
 
 
 def arithmetic_eps(stored: Iterable[DTypeLike], wide: DTypeLike) -> float:

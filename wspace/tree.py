@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _lift, _pieces
 from wspace._lazy import Lazy
-from wspace._numerics import Wide, accumulator, plus, safe_sqrt
+from wspace._numerics import Wide, accumulator, in_jax, plus, safe_sqrt
 from wspace._per_leaf import per_leaf
 from wspace._words import layout_of
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
@@ -289,7 +289,7 @@ def cast_like(x: WeightsLike, like: WeightsLike) -> Weights:
 
 
 def _cast(leaf: Any, dtype: DTypeLike) -> Any:
-    leaf, dtype = _pieces.array(leaf), jax.dtypes.canonicalize_dtype(dtype)
+    leaf, dtype = _pieces.array(leaf), in_jax(dtype)
     if leaf.dtype == dtype:
         return leaf
     if isinstance(leaf, Lazy):

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from wspace import _checks, tree
+from wspace._numerics import coarsest_eps
 from wspace._records import record
 from wspace._words import described
 from wspace.typing import ScalarLike, WeightsLike
@@ -206,8 +206,7 @@ def reconstruct(
         )
     known = [_profile(f"profiles[{i}]", p) for i, p in enumerate(profiles)]
     wanted = _profile("target", target)
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(points)]
-    rounding = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    rounding = coarsest_eps(leaf.dtype for leaf in jax.tree.leaves(points))
     found = _reconstructed(known, wanted, rounding)
     return Reconstruction(tree.combine(found[0], points), *found)
 

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.dtypes import canonicalize_dtype
 from jaxtyping import Array, PyTree
 
 from wspace import _checks, _lift, tree
-from wspace._numerics import accumulator
+from wspace._numerics import accumulator, in_jax
 from wspace._records import record
 from wspace.typing import Scalar, ScalarLike, WeightsLike
 
@@ -76,7 +75,7 @@ def _nothing(x: WeightsLike) -> _Sums:
     """The sums before the first update."""
     zero = jax.tree.map(jnp.zeros_like, tree.upcast(x))
     mass = jnp.zeros((), accumulator(*(leaf.dtype for leaf in jax.tree.leaves(x))))
-    like = jax.tree.map(lambda leaf: jnp.zeros(0, canonicalize_dtype(leaf.dtype)), x)
+    like = jax.tree.map(lambda leaf: jnp.zeros(0, in_jax(leaf.dtype)), x)
     return _Sums(jnp.zeros((), jnp.int32), (zero, mass), (zero, mass), like)
 
 
@@ -421,7 +420,7 @@ def window(length: int, *, every: int = 1) -> Average:
         _checks.same_layout(weights=weights)
 
         def room(leaf: Any) -> Array:
-            zero = jnp.zeros_like(leaf, canonicalize_dtype(leaf.dtype))
+            zero = jnp.zeros_like(leaf, in_jax(leaf.dtype))
             return jnp.broadcast_to(zero[None], (length, *zero.shape))
 
         return _Ring(jnp.zeros((), jnp.int32), jax.tree.map(room, weights))

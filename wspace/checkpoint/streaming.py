@@ -17,6 +17,7 @@ from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.header import shown
 from wspace.checkpoint.hosts import share
 from wspace.checkpoint.stored import Checkpoint, Stored
+from wspace.checkpoint.trees import refuse_dtype
 from wspace.checkpoint.writer import Writer
 
 __all__ = ["Nonfinite", "stream"]
@@ -118,7 +119,8 @@ def stream(
     Raises:
         ValueError: If the sources differ in names or shapes, or in a tensor that is no weight; if
             a tensor is a factor of an adapter; if entries of the result are infinite or NaN that
-            are finite in all sources; or as the function does.
+            are finite in all sources; if a tensor is float64 while JAX has 64-bit values disabled;
+            or as the function does.
         TypeError: If a tensor is of a dtype in which nothing is computed, such as float8, or holds
             the codes of quantized weights; with `lazy`, also if the function is no such function.
 
@@ -137,6 +139,8 @@ def stream(
         ({'w': Array([2., 3.], dtype=float32)}, {})
     """
     points = chosen(sources, carry=carry, skip=skip, common_tensors=common_tensors)
+    for tensor in (x for i in range(len(points.sources)) for x in points.of_weights(i)):
+        refuse_dtype(f"tensor {shown(tensor.name)} of {tensor.file}", tensor.dtype)
     found = streamed(function, points, writer, lazy=lazy, advance=advance, look=look)
     if not allow_nonfinite:
         refuse_nonfinite(found)

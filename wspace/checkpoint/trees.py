@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from wspace import _checks
 from wspace._checks import is_weight
+from wspace._numerics import in_jax
 from wspace.checkpoint import header, stored
 from wspace.checkpoint.chosen import codes
 from wspace.checkpoint.hosts import leads
@@ -214,7 +215,7 @@ def _in_structure(like: PyTree, tensors: Checkpoint, sharding: Any) -> PyTree:
 def _refuse_unlike(tensor: Stored, like: Named) -> None:
     """Raises unless a tensor has the shape and the dtype of a leaf, as it is or as JAX takes it."""
     dtype, shape = np.dtype(like.array.dtype), like.array.shape
-    dtypes = {dtype, np.dtype(jax.dtypes.canonicalize_dtype(dtype))}
+    dtypes = {dtype, in_jax(dtype)}
     if isinstance(like.leaf, int) and not isinstance(like.leaf, bool):
         dtypes = {x for x in header.NAMES if np.issubdtype(x, np.integer)}
     what = f"tensor {header.shown(tensor.name)} of {tensor.file}"
@@ -223,6 +224,8 @@ def _refuse_unlike(tensor: Stored, like: Named) -> None:
             f"{what} has shape {tensor.shape}, but leaf {like.path} of like {shape}: give the tree "
             "that was saved"
         )
+    if is_weight(tensor):
+        refuse_dtype(what, tensor.dtype)
     if tensor.dtype not in dtypes:
         raise ValueError(
             f"{what} is {tensor.dtype}, but leaf {like.path} of like {dtype}: give like in the "
@@ -234,7 +237,7 @@ def _count(tensor: Stored, sharding: Sharding | None, like: Any) -> Any:
     """An integer or a boolean as a leaf like this one."""
     if isinstance(like, int):
         return type(like)(tensor.read())
-    is_known = jax.dtypes.canonicalize_dtype(tensor.dtype) == tensor.dtype
+    is_known = in_jax(tensor.dtype) == tensor.dtype
     return _array(tensor, sharding) if is_known else np.array(tensor.read())
 
 
@@ -306,7 +309,7 @@ def refuse_float8(where: str, dtype: np.dtype) -> None:
 
 def refuse_dtype(where: str, dtype: np.dtype) -> None:
     """Raises unless JAX has arrays of this dtype now."""
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if in_jax(dtype) != dtype:
         raise ValueError(
             f"{where} is float64, which JAX would round to float32 here: "
             'call jax.config.update("jax_enable_x64", True) first'

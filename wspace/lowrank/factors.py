@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from wspace import _checks, tree
@@ -45,8 +46,8 @@ class LowRank(Factored):
         (Array([3., 3., 3.], dtype=float32), Array([6., 6.], dtype=float32))
     """
 
-    left: Float[Array, "*batch m r"]
-    right: Float[Array, "*batch n r"]
+    left: Float[Array | np.ndarray, "*batch m r"]
+    right: Float[Array | np.ndarray, "*batch n r"]
 
     __array_ufunc__ = None  # a NumPy array then leaves `array @ edit` to `__rmatmul__`
 

@@ -1,6 +1,7 @@
 r"""Singular values, and the ranks that they speak of."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wspace import _checks
@@ -61,7 +62,7 @@ def tails_of(values: Float[Array, "... k"]) -> Float[Array, " k+1"]:
 
 
 def rank_for(
-    singular_values: Float[Array, "... k"],
+    singular_values: Float[Array | np.ndarray, "... k"],
     *,
     energy: ScalarLike | None = None,
     tail: ScalarLike | None = None,

@@ -18,6 +18,7 @@ from wspace.lowrank.factors import (
     LowRank,
     as_matrix,
     core_of,
+    factors_of,
     other_side,
     product,
     transposed,
@@ -290,9 +291,10 @@ def _randomized(key: Array, x: Array, rank: int, block: int, steps: int) -> Trun
 def _distance(x: Array, edit: LowRank, blocks: int = 8) -> Scalar:
     """By blocks of rows, so that the product is never whole in memory."""
     unit, rows = power_of_two(jnp.max(jnp.abs(x))), -(-x.shape[-2] // blocks)
-    right = transposed(edit.right)
+    left, right = factors_of(edit)
+    right = transposed(right)
     squares = [
-        jnp.sum(((x[..., at, :] - matmul(edit.left[..., at, :], right)) / unit) ** 2)
+        jnp.sum(((x[..., at, :] - matmul(left[..., at, :], right)) / unit) ** 2)
         for at in (slice(i, i + rows) for i in range(0, x.shape[-2], rows))
     ]
     return unit * safe_sqrt(jax.tree.reduce_associative(jnp.add, squares))

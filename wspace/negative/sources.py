@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Int
 
 from wspace import _checks, _lift, tree
 from wspace._checks import Numbers
-from wspace._numerics import Rounding, power_of_two, safe_sqrt, unstacked
+from wspace._numerics import Rounding, in_jax, power_of_two, safe_sqrt, unstacked
 from wspace.typing import Coefficients, Scalar, WeightsLike
 
 
@@ -30,7 +30,8 @@ def upcast_or(known: Rounding) -> str:
 
 def held(lengths: Sequence[Scalar], points: Sequence[WeightsLike], what: str) -> Scalar | float:
     """Refuses edits of points that are longer than the numbers that their dtypes hold."""
-    most = min((float(jnp.finfo(x.dtype).max) for x in jax.tree.leaves(points)), default=math.inf)
+    dtypes = {in_jax(leaf.dtype) for leaf in jax.tree.leaves(points)}
+    most = min((float(jnp.finfo(dtype).max) for dtype in dtypes), default=math.inf)
     longest = functools.reduce(jnp.maximum, lengths)
     return _checks.refuse(
         ~(longest <= most),
