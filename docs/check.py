@@ -369,12 +369,15 @@ def outside_style(text: str) -> Iterator[str]:
 
 
 def targets(site: pathlib.Path, pages: dict[str, Node]) -> Iterator[tuple[str, str]]:
-    """Links within the site that lead nowhere, by page."""
+    """Links within the site that lead nowhere or to one of two places, by page."""
     names = {
         url: {x.attributes.get(k) for x in page.all() for k in ("id", "name")}
         for url, page in pages.items()
     }
     for url, page in pages.items():
+        ids = [x.attributes["id"] for x in content(page).all() if "id" in x.attributes]
+        for name in {x for x in ids if ids.count(x) > 1}:
+            yield url, f"two places have the anchor {name}"
         for node in page.all():
             if node.tag != "a" or "href" not in node.attributes:
                 continue

@@ -53,6 +53,7 @@ def test_a_page_without_fault_passes(tmp_path):
     [
         ("<a href='#there'>x</a>", "no anchor"),
         ("<a href='there/'>x</a>", "no page"),
+        ("<h2 id='a'>x</h2><h2 id='a'>y</h2>", "two places"),
         ("<p>see [<code>f</code>][wspace.f]</p>", "raw on the page"),
         ("<p>see [this][]</p>", "raw on the page"),
         ("<p>see [this](other.md)</p>", "raw on the page"),
