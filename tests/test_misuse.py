@@ -46,6 +46,7 @@ def loss(x):
 
 
 CALLS = {
+    "average.karcher_mean_on": ((merge.task_vector, merge.task_vector, [X, Y]), {}),
     "average.exponent_of": ((0.1,), {}),
     "average.width_of": ((2.0,), {}),
     "fit.adapt": ((KEY, loss, X), {"optimizer": SGD, "steps": 1}),
@@ -166,7 +167,7 @@ def test_wrong_arguments_of_the_other_functions_are_named_and_not_printed(name):
 def test_every_public_function_is_looked_at():
     seen = {*CALLS, *(case.name.split(",")[0] for case in CASES)}
     missing = {name for name in NOT_ON_TREES if inspect.isfunction(function_of(name))} - seen
-    assert missing == {"average.karcher_mean_on"}
+    assert not missing
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_bare_model_is_no_sequence_of_points(refuses):
 def test_a_model_in_place_of_several_is_refused_by_averages(refuses):
     for model, what in (
         ({"w": jnp.ones(2)}, "a dict of 1 leaf: give a list"),
-        (Pair(*A), "the named tuple Pair"),
+        (Pair(*A), "the named tuple Pair of"),
         (jnp.ones((2, 3)), "an array.*list"),
         (np.ones((2, 3)), "an array.*list"),
         ("text", "'text'"),

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
-from wspace._words import described, layout_of, shortened
+from wspace._words import counted, described, layout_of, shortened
 from wspace.typing import Coefficients, Layout, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -161,10 +161,14 @@ def listed(name: str, trees: Any) -> list[Any]:
             "such as [x, y]"
         )
     if hasattr(trees, "shape") or hasattr(trees, "_fields"):
-        what = "an array" if hasattr(trees, "shape") else f"the named tuple {type(trees).__name__}"
+        is_array = hasattr(trees, "shape")
+        leaves = counted(len(jax.tree.leaves(trees)), "leaf", "leaves")
+        named = f"the named tuple {type(trees).__name__} of {leaves}"
+        what = described(trees) if is_array else named
+        mend = "list(x) for the rows of an array" if is_array else "[x, y]"
         raise TypeError(
             f"{name} must be a sequence of trees, got {what}, which is one tree: give a list of "
-            "trees, such as list(x) for the rows of an array"
+            f"trees, such as {mend}"
         )
     trees = list(trees)
     if not trees:

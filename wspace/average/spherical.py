@@ -296,6 +296,8 @@ def karcher_mean_on(
         Riemannian center of mass*, SIAM Journal on Control and Optimization 51, 2013,
         [arXiv:1201.0925](https://arxiv.org/abs/1201.0925).
     """
+    _checks.function("exp", exp, "a function of a point and a direction")
+    _checks.function("log", log, "a function of two points")
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
     max_steps = _checks.rank(max_steps, "max_steps")
