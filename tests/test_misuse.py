@@ -26,10 +26,10 @@ class Net:
     layers: list
 
 
-LARGE = {f"layer{i}": jnp.full(4, PI) for i in range(60)}
+LARGE = {f"layer{i}": jnp.full(4, PI) for i in range(24)}
 WRONG = {
     "tree": LARGE,
-    "model": Net([jnp.full(4, PI)] * 60),
+    "model": Net([jnp.full(4, PI)] * 24),
     "matrix": jnp.full((20, 20), PI),
     "trees": [LARGE, LARGE],
     "numbers": [0.5] * 300,
@@ -173,10 +173,10 @@ def test_every_public_function_is_looked_at():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: lowrank.singular_values(LARGE), "x must be one array, got a dict of 60 leaves: "),
+        (lambda: lowrank.singular_values(LARGE), "x must be one array, got a dict of 24 leaves: "),
         (
             lambda: lowrank.as_matrix(LARGE),
-            "leaf must be one array, got a dict of 60 leaves: give",
+            "leaf must be one array, got a dict of 24 leaves: give",
         ),
         (
             lambda: lowrank.materialize(LARGE),
@@ -184,24 +184,24 @@ def test_every_public_function_is_looked_at():
         ),
         (
             lambda: interpolate.lerp(X, Y, LARGE),
-            "t must be a real number, got a dict of 60 leaves:",
+            "t must be a real number, got a dict of 24 leaves:",
         ),
         (
             lambda: interpolate.lerp(X, Y, WRONG["model"]),
-            "t must be a real number, got a Net of 60",
+            "t must be a real number, got a Net of 24",
         ),
         (
             lambda: merge.task_arithmetic(X, [Y, Z], [LARGE, LARGE]),
-            "coefficients[0] must be a real number, got a dict of 60 leaves: give one number",
+            "coefficients[0] must be a real number, got a dict of 24 leaves: give one number",
         ),
         (lambda: merge.ties(X, [Y], LARGE), "coefficients must be a sequence of numbers, such as"),
         (
             lambda: average.mean(LARGE),
-            "points must be a sequence of trees, got a dict of 60 leaves",
+            "points must be a sequence of trees, got a dict of 24 leaves",
         ),
         (
             lambda: average.mean(WRONG["model"]),
-            "points must be a sequence of trees, got a Net of 60",
+            "points must be a sequence of trees, got a Net of 24",
         ),
         (
             lambda: merge.ties(X, Y),
@@ -217,7 +217,7 @@ def test_every_public_function_is_looked_at():
         ),
         (
             lambda: interpolate.lerp(LARGE, X, 0.5),
-            "both must be trees of one structure, and start is a dict of 60 leaves, end a dict",
+            "both must be trees of one structure, and start is a dict of 24 leaves, end a dict",
         ),
         (
             lambda: tree.norm({"w": {"v": 1}}),

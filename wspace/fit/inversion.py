@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, tree
 from wspace import _frames as frames
-from wspace._words import described, shortened
+from wspace._words import described, layout_of, shortened
 from wspace.fit.training import (
     Fit,
     Functions,
@@ -177,9 +177,9 @@ _placed = jax.jit(placed, static_argnums=1)
 
 def _rows_of(table: Any, rows: Any, start: Any) -> tuple[int, ...]:
     """The rows to replace, once they are seen to be rows of the table that `start` fits."""
-    _checks.one_array(table=table)
+    _checks.same_layout(table=table)
     if getattr(table, "ndim", None) != 2:
-        raise ValueError("table must be a matrix with one embedding a row")
+        raise ValueError(f"table must be a matrix with one embedding a row, got {described(table)}")
     count, width = table.shape
     several = hasattr(rows, "__len__")
     given = list(rows) if several else [rows]
@@ -197,8 +197,9 @@ def _rows_of(table: Any, rows: Any, start: Any) -> tuple[int, ...]:
         )
     wanted = (len(places), width) if several else (width,)
     if getattr(start, "shape", None) != wanted:
+        shape = start.shape if hasattr(start, "shape") else layout_of(start)
         raise ValueError(
-            f"start is {described(start)}, but the rows of table it is to replace have {wanted}: "
+            f"start has the layout {shape}, but the rows of table it is to replace have {wanted}: "
             "start from an embedding of this table"
         )
     return places
