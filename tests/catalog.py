@@ -306,6 +306,13 @@ CASES = (
     ),
     Case("lowrank.truncate", 1, lambda x: lowrank.truncate(x["w"], 2).tail, peak=1.2),
     Case(
+        "lowrank.truncate, tree",
+        1,
+        lambda x: lowrank.truncate(thin(x), 1).tail,
+        peak=4.0,
+        composed=True,
+    ),
+    Case(
         "lowrank.truncate, randomized",
         1,
         lambda x: (

@@ -9,7 +9,20 @@ import optax
 import pytest
 
 from tests.test_streaming_files import saved
-from wspace import average, checkpoint, cone, fit, geometry, lowrank, merge, negative, soup, tree
+from wspace import (
+    average,
+    checkpoint,
+    cone,
+    fit,
+    geometry,
+    interpolate,
+    lowrank,
+    merge,
+    negative,
+    soup,
+    testing,
+    tree,
+)
 from wspace.lowrank import LowRank
 from wspace.testing import assert_close
 
@@ -109,6 +122,15 @@ def test_bounds_are_those_of_float32(kind):
         negative.exit_ball(
             [zero, zero], [1e-25, 1.0], one, 1e18, direction=one, costs=[1e-20, 1e35]
         )
+
+
+def test_laws_hold_of_points_in_float64():
+    mean, xs = (lambda *given: average.mean(list(given))), points(2.0**-40)
+    testing.check_exact_ends(interpolate.lerp, *xs[:2])
+    testing.check_half_precision(mean, *xs)
+    testing.check_idempotent(mean, *xs)
+    testing.check_permutation_invariant(average.mean, xs)
+    testing.check_scale(mean, *xs)
 
 
 def test_digits_that_float32_lacks_are_no_direction():
