@@ -114,6 +114,11 @@ def test_saving_over_a_file_replaces_it_whole(folder):
         ({"x": 2**63}, TypeError, r"\['x'\] of weights is a .*int"),
         ({"x": {"f": jnp.tanh}}, TypeError, r"\['x'\]\['f'\] of weights .*tree.partition"),
         ({"x": jax.random.key(0)}, TypeError, r"\['x'\] of weights has dtype key.*tree.partition"),
+        (
+            {"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
+            TypeError,
+            r"leaf \['x'\] of weights is a .*ShapeDtypeStruct.*no array in memory",
+        ),
         ({"x": ["text"]}, TypeError, r"\['x'\]\[0\] of weights is a .*str"),
         ({"x": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))}, TypeError, "LowRank"),
         ({"__metadata__": jnp.ones(1)}, ValueError, "rename"),

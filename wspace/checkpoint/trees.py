@@ -87,7 +87,14 @@ def save(
     References:
         The [format](https://huggingface.co/docs/safetensors) of Hugging Face.
     """
-    arrays = {name: leaf.array for name, leaf in by_name("weights", weights).items()}
+    arrays = {}
+    for name, leaf in by_name("weights", weights).items():
+        if not isinstance(leaf.array, jax.Array | np.ndarray):
+            raise TypeError(
+                f"leaf {leaf.path} of weights is a {type(leaf.leaf)}, which is no array in memory: "
+                "give its values, as read() of a stored tensor does"
+            )
+        arrays[name] = leaf.array
     texts = {"format": "pt"} | ({} if metadata is None else named("metadata", metadata))
     is_file = Path(path).suffix == ".safetensors"
     try:
