@@ -568,6 +568,8 @@ def principal_angles(
     Derivatives exist, to second order, where the angles are distinct and strictly between $0$
     and $\pi/2$; at both ends they have a kink.
 
+    The mean of their squared cosines is the subspace similarity of LoRA.
+
     Args:
         left: Directions that span one subspace, trees of one layout, at least one.
         right: Directions that span the other, of the same layout.

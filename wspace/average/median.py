@@ -51,6 +51,8 @@ def geometric_median(
     Derivatives exist to second order where the median is none of the points; there it moves with
     its point alone, and that is the derivative returned.
 
+    Known in federated learning as robust aggregation.
+
     Args:
         points: The $\theta_i$, trees of one layout, at least one.
         coefficients: The $c_i > 0$, one a point; equal if not given. Only their ratios matter. A

@@ -91,6 +91,8 @@ def dare_ties(
 
     By default negated coefficients negate the displacement exactly.
 
+    Known as DARE-TIES.
+
     Args:
         key: A random key.
         base: The weights $\theta_0$.

@@ -173,6 +173,8 @@ def erase_keeping(
     representation, $H^{-1} = \Sigma_{xx}$ and $U = \Sigma_{xx}^{-1} \Sigma_{xz}$ this is LEACE,
     which leaves no linear trace of $z$ in $x$ at the least mean square change in any metric.
 
+    Known as concept erasure by null-space projection.
+
     Args:
         point: The weights $x$.
         erase: The directions $U$, trees of the layout of `point`, at least one, of any length.

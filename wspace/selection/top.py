@@ -100,6 +100,8 @@ def top_mask(x: WeightsLike, k: Any) -> PyTree:
     Among equal magnitudes the first ones in the tree are taken, so masks of rising $k$ are nested.
     `tree.per_leaf(selection.top_mask)` selects in every leaf alone.
 
+    The mask of magnitude pruning.
+
     Args:
         x: A tree of $n$ entries.
         k: How many, from 0 to $n$. It may be traced; a new one compiles nothing.
