@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Array
 
-from wspace._words import described
+from wspace import _checks
+from wspace._words import described, shortened
 from wspace.negative import Audit
 from wspace.typing import ScalarLike
 
@@ -69,8 +70,8 @@ def segment(
     t = _ticks("positions", positions)
     curves = values if isinstance(values, Mapping) else {"": values}
     figure, axes = _panel(axes, (7.2, 4.0))
-    for name, place in (marks or {}).items():
-        at = float(np.asarray(place))
+    for name, place in _named("marks", marks).items():
+        at = float(np.asarray(_checks.scalar(f"marks[{name!r}]", place)))
         axes.axvline(at, color=_FAINT, lw=0.8, zorder=0)
         axes.annotate(
             name, (at, 1), (0, 3), xycoords=("data", "axes fraction"),
@@ -78,7 +79,7 @@ def segment(
         )  # fmt: skip
     styles = zip(cycle(_COLORS), cycle(_STYLES), strict=False)
     for (name, curve), (color, style) in zip(curves.items(), styles, strict=False):
-        y = np.asarray(curve, np.float64)
+        y = _array(f"values {name!r}" if name else "values", curve)
         if y.shape != t.shape:
             raise ValueError(
                 f"values{f' {name!r}' if name else ''} must have one number for each of the "
@@ -135,14 +136,23 @@ def plane(
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['A', 'C']
     """
-    x, y, z = _ticks("xs", xs, 2), _ticks("ys", ys, 2), np.asarray(values, np.float64)
-    places = {name: np.asarray(at, np.float64) for name, at in (points or {}).items()}
+    x, y, z = _ticks("xs", xs, 2), _ticks("ys", ys, 2), _array("values", values)
+    places = {
+        name: _array(f"points[{name!r}]", at) for name, at in _named("points", points).items()
+    }
+    for name, place in places.items():
+        if place.shape != (2,):
+            raise ValueError(f"points[{name!r}] must be two numbers, got shape {place.shape}")
     if z.shape != (len(y), len(x)):
         raise ValueError(
             f"values must have shape {(len(y), len(x))}, a row for each of ys, got {z.shape}"
         )
+    _names("hollow", hollow)
     if unknown := [name for name in hollow if name not in places]:
-        raise ValueError(f"hollow names {unknown[0]!r}, which is not in points: {list(places)}")
+        raise ValueError(
+            f"hollow names {shortened(repr(unknown[0]))}, which is not in points: "
+            f"{shortened(str(list(places)))}"
+        )
     height = 5.4 * float((y[-1] - y[0]) / (x[-1] - x[0])) + 1.0
     figure, axes = _panel(axes, (7.2, min(max(height, 3.0), 9.0)))
     shown = np.ma.masked_invalid(z)
@@ -193,12 +203,14 @@ def gram(
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['A: 3', 'C: 1.41']
     """
-    products = np.asarray(values, np.float64)
+    products = _array("values", values)
     n = len(products) if products.ndim else 0
     if products.shape != (n, n) or not n:
         raise ValueError(
             f"values must be a square matrix, as of geometry.gram, got {products.shape}"
         )
+    if names is not None:
+        _names("names", names)
     names = [str(i) for i in range(n)] if names is None else list(names)
     if len(names) != n:
         raise ValueError(f"names must be {n}, one for each point, got {len(names)}")
@@ -255,7 +267,7 @@ def spectrum(values: Numbers | Mapping[str, Numbers]) -> "Figure":
     figure = _figure((7.2, 3.6))
     left, right = figure.subplots(1, 2)
     for (name, curve), color in zip(curves.items(), cycle(_COLORS), strict=False):
-        sigma = np.asarray(curve, np.float64)
+        sigma = _array(f"values {name!r}" if name else "values", curve)
         if sigma.ndim != 1 or not (np.isfinite(sigma) & (sigma >= 0)).all():
             raise ValueError(
                 f"values{f' {name!r}' if name else ''} must be one-dimensional, finite and at "
@@ -375,8 +387,28 @@ def _leaves(axes: "Axes", report: Audit) -> None:
     axes.set(xlabel=f"distance in the leaf{few} (orange: this leaf alone leads back)")
 
 
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers, got {described(values)}") from error
+
+
+def _names(name: str, values: Any) -> None:
+    """Raises unless names are given."""
+    if not isinstance(values, Collection) or not all(isinstance(x, str) for x in values):
+        raise TypeError(f"{name} must be a sequence of names, got {described(values)}")
+
+
+def _named(name: str, values: Any) -> Mapping[str, Any]:
+    """Values by names, none if not given."""
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(f"{name} must be a mapping from names to numbers, got {described(values)}")
+    return values or {}
+
+
 def _ticks(name: str, values: Numbers, least: int = 1) -> np.ndarray:
-    ticks = np.asarray(values, np.float64)
+    ticks = _array(name, values)
     if ticks.ndim != 1 or len(ticks) < least or not np.isfinite(ticks).all():
         raise ValueError(
             f"{name} must be finite numbers in one dimension, {least} or more, got {ticks.shape}"
@@ -390,6 +422,8 @@ def _panel(axes: "Axes | None", size: tuple[float, float]) -> "tuple[Figure, Axe
     if axes is None:
         figure = _figure(size)
         return figure, figure.add_subplot()
+    if not hasattr(axes, "get_figure"):
+        raise TypeError(f"axes must be of matplotlib, got {described(axes)}")
     figure = axes.get_figure(root=True)
     assert figure is not None
     return figure, axes

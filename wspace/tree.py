@@ -27,7 +27,7 @@ from wspace import _checks, _lift, _pieces
 from wspace._lazy import Lazy
 from wspace._numerics import Wide, accumulator, in_jax, plus, safe_sqrt
 from wspace._per_leaf import per_leaf
-from wspace._words import layout_of
+from wspace._words import described, layout_of, shortened
 from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = [
@@ -435,13 +435,14 @@ def _by_globs(globs: Any, names: Sequence[str]) -> Callable[[str, Any], bool]:
     if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(
             "where must be a function of name and leaf, a glob or a sequence of globs, such as "
-            f"'!*.mean', got {type(globs)}"
+            f"'!*.mean', got {described(globs)}"
         )
     for glob in globs:
         if not any(_checks.matches(name, [glob.removeprefix("!")]) for name in names):
             raise ValueError(
-                f"where has the glob {glob!r}, which matches no leaf: names are keys, places and "
-                f"fields joined by dots, such as {', '.join(map(repr, names[:3])) or 'none here'}"
+                f"where has the glob {shortened(repr(glob))}, which matches no leaf: names are "
+                "keys, places and fields joined by dots, such as "
+                f"{shortened(', '.join(map(repr, names[:3])), 160) or 'none here'}"
             )
     chosen = [glob for glob in globs if not glob.startswith("!")]
     aside = [glob.removeprefix("!") for glob in globs if glob.startswith("!")]
