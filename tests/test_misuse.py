@@ -41,6 +41,12 @@ KEY = jax.random.key(0)
 SGD = optax.sgd(0.1)
 
 
+@pytest.fixture(autouse=True)
+def _own_checks(pytestconfig):
+    if pytestconfig.getoption("jaxtyping_packages"):
+        pytest.skip("a checked signature refuses before the function does")
+
+
 def loss(x):
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
 
