@@ -1,13 +1,14 @@
 """The check of the built pages: it finds each fault in a small page that has it, and no other."""
 
 import contextlib
+import pathlib
 
 import pytest
 
 pytest.importorskip("py_mini_racer")
 pytest.importorskip("matplotlib")
 
-from docs import check
+from docs import check, queries
 
 LONG = "x" * 100
 WIDE = r"\sum_i a_i + " * 20
@@ -119,3 +120,38 @@ def test_what_breaks_in_a_line_counts_part_by_part(ruler):
     parts = ruler.formula("a = b", False)
     assert len(parts) == 2
     assert sum(parts) == pytest.approx(ruler.formula("a = b", True)[0])
+
+
+@pytest.fixture(scope="module")
+def searched():
+    material = pytest.importorskip("material")
+    scripts = pathlib.Path(material.__file__).parent / "templates" / "assets" / "javascripts"
+    (worker,) = scripts.glob("workers/search.*.min.js")
+    config = {
+        "lang": ["en"],
+        "separator": r"[\s\-,:!=\[\]()\"/`_]+|\.(?!\d)|&[lg]t;",
+        "pipeline": ["stopWordFilter"],
+        "fields": {"title": {"boost": 1000.0}, "text": {"boost": 1.0}, "tags": {"boost": 1e6}},
+    }
+    docs = [
+        {"location": "one/", "title": "Means", "text": "The latest few (LAWA), of one run."},
+        {"location": "one/#two", "title": "running_mean", "text": "Means of all, lawa too."},
+        {"location": "three/", "title": "Paths", "text": "Between lawa and lawa, lawa."},
+        {"location": "four/", "title": "LAWA", "text": "Nothing."},
+    ]
+    with contextlib.closing(queries.Search(worker, {"config": config, "docs": docs})) as found:
+        yield found
+
+
+def test_the_search_of_the_site_finds_pages_in_their_order(searched):
+    assert searched.pages("lawa")[0] == "four/"  # a title counts for more
+    assert set(searched.pages("lawa")) == {"one/", "three/", "four/"}
+    assert searched.pages("running")[0] == "one/"  # a section is found, its page is said
+    assert searched.pages("nowhere") == []
+
+
+def test_a_query_whose_page_is_not_among_the_first_two_is_missed(searched):
+    assert not queries.missed(searched, {"running": ["one/"], "lawa": ["four/", "elsewhere/"]})
+    (line,) = queries.missed(searched, {"lawa": ["elsewhere/"], "run": ["one/"]})
+    assert line.startswith("'lawa': found ['four/'")
+    assert queries.missed(searched, {"nowhere": ["one/"]})
