@@ -113,7 +113,7 @@ def test_records_say_what_is_in_them():
     )
     solved = average.Solution(LARGE, jnp.float32(1.5e-7), jnp.int32(12), jnp.array(True))
     assert repr(solved).endswith("residual=1.5e-07, steps=12, converged=True)")
-    assert repr(average.Solution(jnp.full(2, PI), PI, 1, True)).startswith(
+    assert repr(average.Solution(jnp.full(2, PI, jnp.float32), PI, 1, True)).startswith(
         "Solution(weights=<(2,) float32>, residual=3.14"
     )
     assert repr(average.ema(0.9)).startswith("Average(init=<function init>, update=<function ")
@@ -154,7 +154,9 @@ def test_an_audit_and_a_report_show_their_table_in_a_notebook():
         assert str(told).count("\n") > 4
 
 
-def test_an_audit_that_is_traced_or_many_prints_as_its_repr():
+def test_an_audit_that_is_traced_or_many_prints_as_its_repr(pytestconfig):
+    if pytestconfig.getoption("jaxtyping_packages"):
+        pytest.skip("a checked record is of one audit")
     base, x = jnp.eye(3), jnp.stack([2 * jnp.eye(3), 3 * jnp.eye(3)])
     seen = []
 
