@@ -119,8 +119,10 @@ def test_records_say_what_is_in_them():
     assert repr(average.ema(0.9)).startswith("Average(init=<function init>, update=<function ")
     history = fit.History(np.ones(300), np.ones((300, 2)), np.ones(300), 299)
     assert "history=History(loss=<(300,) float64>" in repr(fit.Fit(LARGE, history))
-    edit = lowrank.LowRank(jnp.ones((30, 2)), jnp.ones((20, 2)))
-    cut = lowrank.Truncation({"w": edit, "b": jnp.ones(3)}, jnp.float32(0.5), jnp.array(False))
+    edit = lowrank.LowRank(jnp.ones((30, 2), jnp.float32), jnp.ones((20, 2), jnp.float32))
+    cut = lowrank.Truncation(
+        {"w": edit, "b": jnp.ones(3, jnp.float32)}, jnp.float32(0.5), jnp.array(False)
+    )
     assert repr(cut) == (
         "Truncation(factors=<2 leaves, 1 of them LowRank, 103 float32>, tail=0.5, "
         "approximate=False)"
