@@ -45,8 +45,6 @@ def lerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     \theta(t) = (1 - t)\,\theta_0 + t\,\theta_1
     $$
 
-    Known as LERP; between a base and its fine-tuning, as WiSE-FT.
-
     Args:
         start: The weights $\theta_0$.
         end: The weights $\theta_1$, of the same layout.
@@ -94,8 +92,6 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     [`lerp`][wspace.interpolate.lerp] smoothly, with the true derivatives of every order,
     since the coefficients are functions of $\Omega^2$; there is no switch to `lerp`. If
     either end is the zero tree the path is `lerp`.
-
-    Known as SLERP.
 
     Args:
         start: The weights $\theta_0$.
@@ -234,8 +230,6 @@ def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
 
     The coefficients come by de Casteljau's recurrence from a degree to the next, in which terms of
     one sign are added for every $t$, so that no binomial overflows, however many points there are.
-
-    With points between the ends that are trained, a path of mode connectivity.
 
     Args:
         points: The $\theta_i$, trees of one layout, at least one: the ends, and between them the

@@ -195,8 +195,6 @@ def filter_normalize(
     compared between models. The length of the direction does not matter, and matrices of
     weights are their own normalization.
 
-    Known as filter normalization, for pictures of loss landscapes.
-
     Args:
         direction: The direction $d$, such as [`gaussian`][wspace.perturb.gaussian] draws.
         like: The weights $\theta$, of the same layout.

@@ -90,8 +90,6 @@ def fisher_mean(
     $\sum_i c_i F_i / \sum_i c_i$ over the whole tree, to every $F_{ij}$, and leads from the Fisher
     mean, $\rho \to 0$, to the plain mean, $\rho \to \infty$, without a jump on the way.
 
-    With squared gradients as Fishers known as Fisher merging.
-
     Args:
         points: The $\theta_i$, trees of one layout, at least one.
         fishers: The $F_i \ge 0$, one a point, trees of the same layout: the mean over examples of
@@ -202,8 +200,6 @@ def kronecker_mean(
 
     Derivatives are those of the solution, not of the steps, and exist to second order where no
     direction is unseen.
-
-    With the factors of K-FAC known as K-FAC merging.
 
     Args:
         points: The $W_i$, trees of one layout, at least one.

@@ -97,8 +97,6 @@ def karcher_mean(
     with $\lambda = \sum_i a_i \Omega_i \cot \Omega_i$, for two points half the angle left to the
     antipode.
 
-    The mean of directions is a Fréchet mean.
-
     Args:
         points: The $\theta_i$, trees of one layout, at least one. A zero tree has no direction
             and counts for the length alone, so that with one of two the mean is

@@ -252,8 +252,6 @@ def ema(decay: ScalarLike | Callable[[Array], ScalarLike], *, debias: bool = Tru
     average from $e_0 = 0$ is short by the factor $m_t$. A decay next to one is subtracted from
     one before it is rounded, and small steps are not lost beside large weights.
 
-    Known as EMA, and in reinforcement learning as Polyak averaging.
-
     Args:
         decay: The $\beta$ in $[0, 1)$; or a function from the number of updates before this one,
             $0$ at the first, to $\beta_t$, like a schedule of optax.
@@ -304,8 +302,6 @@ def power_ema(exponent: ScalarLike) -> Average:
     to one. Exponent $0$ is the [`running_mean`][wspace.average.running_mean]; the larger it is,
     the shorter the memory: [`exponent_of`][wspace.average.exponent_of] a width. Snapshots of two
     such averages are enough to [`reconstruct`][wspace.average.reconstruct] others later.
-
-    Known as the power-function EMA of EDM2, for post-hoc EMA.
 
     Args:
         exponent: The $\gamma \ge 0$.

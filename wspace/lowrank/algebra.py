@@ -67,8 +67,6 @@ def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
     unlike a sum of the factors themselves, which holds products of one edit's $U$ with another
     one's $V$.
 
-    For adapters this is `add_weighted_adapter` of PEFT with `cat`.
-
     Args:
         coefficients: The $c_i$, one an edit; never normalized.
         edits: Trees of one structure with a `LowRank` or a dense array at each leaf, at least one.
@@ -315,8 +313,6 @@ def apply(base: WeightsLike, edit: PyTree) -> Weights:
     \theta'_\ell = \theta_\ell + U_\ell V_\ell^\top
     \quad\text{or}\quad \theta'_\ell = \theta_\ell + D_\ell
     $$
-
-    For an adapter this is `merge_and_unload` of PEFT.
 
     Args:
         base: The weights $\theta$.

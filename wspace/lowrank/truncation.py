@@ -357,8 +357,6 @@ def extract(
     [`truncate`][wspace.lowrank.truncate] and in the command `wspace extract`. Neither is over the
     whole tree; the `tail` that is returned is, all tails combined.
 
-    Known as LoRA extraction.
-
     Args:
         base: The weights $\theta_0$ that the edit is to be added to.
         tuned: The weights $\theta_1$, of the same layout.

@@ -49,8 +49,6 @@ def iso_c(
     The same spectrum at the Frobenius norm of the edit, not the nuclear one, is
     [`negative.harden`][wspace.negative.harden].
 
-    Known as Iso-C.
-
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
@@ -126,8 +124,6 @@ def iso_cts(
     directions to give each model one, it is [`iso_c`][wspace.merge.iso_c]. A vector or a scalar is
     the mean of the terms. Rows and columns that no model moves stay, and directions that coincide
     are left out and counted, as in [`tsv_m`][wspace.merge.tsv_m].
-
-    Known as Iso-CTS.
 
     Args:
         base: The weights $\theta_0$.

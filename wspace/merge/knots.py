@@ -36,8 +36,6 @@ def knots(
     is task arithmetic, and with one model and a method that returns one model as it is, that
     model.
 
-    Known as KnOTS.
-
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.

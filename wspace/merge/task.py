@@ -34,8 +34,6 @@ def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
     \tau = \theta - \theta_0
     $$
 
-    Known as delta weights, too.
-
     Args:
         base: The weights $\theta_0$ that training began with.
         tuned: The weights $\theta$ after it, of the same layout.
@@ -135,8 +133,6 @@ def task_arithmetic(
     `b`, as `a` is to the base" has the coefficients $1, 1, -1$ for $a, b, c$. Negated coefficients
     negate the displacement exactly, a model and its own negative cancel exactly, and coefficients
     are in no way normalized, so that one model at $c = 1$ comes back to rounding.
-
-    A negative coefficient is task negation.
 
     Args:
         base: The weights $\theta_0$.

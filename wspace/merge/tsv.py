@@ -58,8 +58,6 @@ def tsv_m(
     jumps where a singular value crosses that bound, and where the $r$-th and the next one of a
     model meet, as every cut does.
 
-    Known as TSV-M.
-
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.

@@ -55,8 +55,6 @@ def repel(
     $(I - P)\, y = (I - P)\, x$ and $\lVert y - b \rVert^2 = \lVert (I - P)(x - b) \rVert^2
     + (1 + s)^2\, \lVert P (x - b) \rVert^2$. A frozen leaf comes back bit for bit.
 
-    What a negative prompt is in guidance, in weight space.
-
     Args:
         point: The weights $x$.
         avoid: The weights $b$ to move away from, of the same layout.
@@ -187,8 +185,6 @@ def guide_perpendicular(
     affine maps, the same for all points, this one holds a projection, which depends on $d_p$; it
     commutes with translations, rotations and scalings of all. In $n$ it is affine, so several
     negatives are one: $u + \sum_i w_i\,(n_i - u)$ with weight $1$.
-
-    Known as Perp-Neg.
 
     Args:
         base: The weights $u$, such as the unconditional ones.

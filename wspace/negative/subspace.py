@@ -122,8 +122,6 @@ def attenuate(
     Weight orthogonalization, or *direction removal*, is gain $1$ with a `columns` of one column
     $d$: no output of `x @ W` has a part along $d$ any more.
 
-    At gain 1 this is the projection of INLP, which repeats it.
-
     Args:
         point: The weights $x$.
         basis: What spans the subspace: orthonormal trees of the layout of `point`, such as
