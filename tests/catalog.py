@@ -816,6 +816,8 @@ NOT_ON_TREES = {
     "soup.greedy_soup": "chooses by a score; laws in test_soup.py",
     "soup.grid": "chooses by a score; laws in test_soup.py",
     "soup.simplex": "returns coefficients; laws in test_soup.py",
+    "tree.by_depth": "returns numbers; laws in test_by_leaf.py",
+    "tree.by_name": "returns numbers; laws in test_by_leaf.py",
     "tree.elementwise": "acts on a formula; tree.combine is one",
     "tree.reduction": "acts on a formula; tree.vdot is one",
     "tree.join": "moves leaves; laws in test_tree.py",

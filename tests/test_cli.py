@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from types import SimpleNamespace
 
 import jax
@@ -872,6 +873,30 @@ def test_a_recipe_does_what_the_options_do_with_patterns(folder, points):
     assert said["patterns"] == [{"match": "up.*", "coefficients": [2.0, -1.0]}]
 
 
+WHOLE = {
+    "ties": (
+        'method = "ties"\nmodels = ["A", "C"]\nbase = "BASE"\n[[patterns]]\nmatch = "up.*"\n'
+        "coefficients = [2, -1]\nscale = 0.5\n",
+        lambda m, two, one, half: merge.ties(m.BASE, [m.A, m.C], [two, one], scale=half),
+    ),
+    "slerp": (
+        'method = "slerp"\nmodels = ["A", "C"]\n[options]\nt = 1.0\n[[patterns]]\nmatch = "up.*"\n'
+        "t = 0.5\n",
+        lambda m, _, __, half: interpolate.slerp(m.A, m.C, half),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_numbers_by_pattern_are_those_by_name_of_the_whole_model(name, folder, points):
+    text, function = WHOLE[name]
+    (folder / "r.toml").write_text(text)
+    assert run("merge", "--recipe", "r.toml", "-o", "OUT") == 0
+    m = types.SimpleNamespace(**points)
+    numbers = [tree.by_name(m.A, {"up.*": own, "*": 1.0}) for own in (2.0, -1.0, 0.5)]
+    assert_same("OUT", function(m, *numbers))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -886,7 +911,7 @@ def test_a_recipe_does_what_the_options_do_with_patterns(folder, points):
         (('["A", "C"]', '"A"'), "must be a list of paths"),
         (('"linear"', '"ties"'), "ties needs base"),
         (
-            ('"linear"\nmodels', '"ties"\nbase = "BASE"\nmodels'),
+            (TOML, TOML.replace('"linear"', '"ties"\nbase = "BASE"') + "density = 0.5\n"),
             "looks at the whole model",
         ),
     ],

@@ -108,12 +108,12 @@ OF_TREES = {
 
 
 @pytest.mark.parametrize("function", OF_TREES.values(), ids=OF_TREES)
-def test_layers_stored_the_other_way_are_treated_alike(function):
+def test_layers_stored_the_other_way_are_treated_alike(function, refuses):
     wanted = stored(function(trees(2), AVOID))
     got = function(stored(trees(2)), stored(AVOID), layout="out_in")
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, wanted)
     assert_close(got, wanted, units=512)
-    with pytest.raises(ValueError, match="layout must be one of 'in_out', 'out_in', got 'torch'"):
+    with refuses(ValueError, match="layout must be one of 'in_out', 'out_in', got 'torch'"):
         function(trees(2), AVOID, layout="torch")
 
 
@@ -239,7 +239,7 @@ def test_a_matrix_for_the_other_side_names_the_layout(refuses):
             call()
     with refuses(ValueError, match=r"must be \(4, 4\); if your layers store \(in, out\)"):
         negative.repel(x, x, 1.0, allow=jnp.eye(3), layout="out_in")
-    with pytest.raises(ValueError, match=r"must be \(3, 3\)$"):
+    with refuses(ValueError, match=r"must be \(3, 3\)$"):
         negative.repel(x, x, 1.0, allow=jnp.eye(5))
 
 

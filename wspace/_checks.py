@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float, Real
 
 from wspace import _pieces
 from wspace._leaves import Factored
 from wspace._numerics import accumulator, arithmetic_eps, coarsest_eps
 from wspace._words import counted, described, layout_of, shortened
-from wspace.typing import Coefficients, Layout, Scalar, ScalarLike
+from wspace.typing import Coefficients, Layout, LeafCoefficients, Scalar, ScalarLike
 
 WEIGHT_DTYPES = frozenset(map(np.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -31,8 +31,12 @@ WEIGHTS_AND_MASKS = WEIGHT_DTYPES | {np.dtype(bool)}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-Numbers: TypeAlias = Float[Array | np.ndarray, " k"]
-"""One number a point: float64 NumPy where they are known, a JAX array where they are traced."""
+Numbers: TypeAlias = Float[Array | np.ndarray, "k ..."]
+"""One number a point, or a row with one for each leaf: float64 NumPy where they are known, a JAX
+array where they are traced."""
+
+OneOrEach: TypeAlias = ScalarLike | Real[Array | np.ndarray, " leaves"]
+"""One number, or an array with one for each leaf."""
 
 
 def is_factored(node: object) -> bool:
@@ -428,8 +432,55 @@ def rank(value: Any, name: str = "rank") -> int:
     return known
 
 
-def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
-    """One real number per point, finite where it is known."""
+def for_each_leaf(name: str, value: Any, like: Any) -> list[Any]:
+    """For each leaf of `like` what a tree has there, or for a subtree that holds the leaf."""
+    given = {tuple(map(str, path)): leaf for path, leaf in tree_leaves_with_path(value)}
+    found, used = [], set()
+    for path, _ in tree_leaves_with_path(like):
+        keys = tuple(map(str, path))
+        place = next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in given), None)
+        if place is None:
+            raise ValueError(
+                f"{name} has no number for leaf {path_of(path)}: give one number for all, or one "
+                "at each leaf or at a subtree that holds it, as tree.by_name does"
+            )
+        used.add(place)
+        found.append(given[place])
+    for path, _ in tree_leaves_with_path(value):
+        if tuple(map(str, path)) not in used:
+            raise ValueError(f"{name} has a number at {path_of(path)}, where the weights have none")
+    return found
+
+
+def is_tree(value: Any) -> bool:
+    """Whether an argument is a tree with a leaf, rather than a leaf itself or nothing."""
+    return bool(jax.tree.leaves(value)) and not jax.tree_util.all_leaves([value])
+
+
+def by_leaf(
+    name: str, value: Any, like: Any, checked: Callable[[str, Any], Any] | None = None
+) -> Any:
+    """A number, or an array of as many as there are leaves where it is a tree, checked each."""
+    checked = scalar if checked is None else checked
+    if not is_tree(value):
+        return checked(name, value)
+    paths = [path_of(path) for path, _ in tree_leaves_with_path(like)]
+    given = for_each_leaf(name, value, like)
+    return _together([checked(f"{name} at leaf {p}", x) for p, x in zip(paths, given, strict=True)])
+
+
+def _together(numbers: Sequence[Any]) -> Numbers:
+    """Numbers, or rows of them, as one array: of NumPy where all are known."""
+    if not is_traced(numbers):
+        return np.array(np.broadcast_arrays(*numbers) if numbers else [], float)
+    wide = accumulator(*(floating(x).dtype for x in numbers))
+    return jnp.stack(jnp.broadcast_arrays(*(floating(x).astype(wide) for x in numbers)))
+
+
+def scalars(name: str, values: LeafCoefficients, count: int, like: Any = None) -> list[Any]:
+    """One real number per point, finite where it is known, or one per point and leaf of `like`."""
+    if like is not None and _is_tree_of_rows(values, count, like):
+        return [by_leaf(f"{name}[{i}]", x, like) for i, x in enumerate(_rows(values, count))]
     ordered(name, values)
     if len(values) != count:
         raise ValueError(
@@ -438,7 +489,31 @@ def scalars(name: str, values: Coefficients, count: int) -> list[ScalarLike]:
     # Entries of an array are taken out one by one, each by a program.
     if isinstance(values, jax.Array | np.ndarray) and not is_traced(values):
         values = values.tolist()
-    return [scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    if like is None:
+        return [whole(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    return [by_leaf(f"{name}[{i}]", value, like) for i, value in enumerate(values)]
+
+
+def _is_tree_of_rows(values: Any, count: int, like: Any) -> bool:
+    """Whether coefficients are a tree with a number a point at each leaf, as a fit returns them."""
+    if isinstance(values, Sequence) and jax.tree.structure(values) != jax.tree.structure(like):
+        return False
+    rows = [] if hasattr(values, "shape") else jax.tree.leaves(values)
+    return bool(rows) and all(np.shape(row) == (count,) for row in rows)
+
+
+def _rows(values: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda row, i=i: row[i], values) for i in range(count)]
+
+
+def whole(name: str, value: Any) -> ScalarLike:
+    """A real number where a tree of them has no meaning."""
+    if is_tree(value):
+        raise TypeError(
+            f"{name} is a tree of numbers, but here a point is taken whole: give one number a "
+            "point, or take every leaf by itself, by tree.per_leaf"
+        )
+    return scalar(name, value)
 
 
 def ordered(name: str, values: Any) -> None:
@@ -453,31 +528,36 @@ def ordered(name: str, values: Any) -> None:
         )
 
 
-def numbers(name: str, values: Coefficients | None, count: int) -> Numbers:
-    """One real number per point, ones if None."""
+def numbers(name: str, values: LeafCoefficients | None, count: int, like: Any = None) -> Numbers:
+    """One real number per point, ones if None; or a row per point, with one per leaf of `like`."""
     if values is None:
         return np.ones(count)
-    given: list[Any] = scalars(name, values, count)
-    if not is_traced(values):
-        return np.array([float(value) for value in given])
-    wide = accumulator(*(floating(value).dtype for value in given))
-    return jnp.stack([floating(value).astype(wide) for value in given])
+    return _together(scalars(name, values, count, like))
 
 
-def affine(coefficients: Coefficients | None, count: int) -> Numbers:
+def affine(coefficients: LeafCoefficients | None, count: int, like: Any = None) -> Numbers:
     """Coefficients divided by their sum; equal ones if None; NaN if traced and near zero in sum."""
-    given = numbers("coefficients", coefficients, count)
+    given = numbers("coefficients", coefficients, count, like)
     c = to_one(given)
     if isinstance(c, np.ndarray):
-        total, size = c.sum(), np.abs(c).sum()
-        if cancels(total, size):
+        total = c.sum(axis=0)
+        bad = cancels(total, np.abs(c).sum(axis=0))
+        if np.any(bad):
+            place = int(np.argmax(bad))
+            own = given if given.ndim == 1 else given[:, place]
+            path = (
+                ""
+                if given.ndim == 1
+                else f" at leaf {path_of(tree_leaves_with_path(like)[place][0])}"
+            )
             raise ValueError(
-                f"coefficients {shortened(str(given.tolist()))} sum to {given.sum():g}, nothing "
-                f"beside their size {np.abs(given).sum():g}: an average divides by the sum, so "
+                f"coefficients {shortened(str(own.tolist()))}{path} sum to {own.sum():g}, nothing "
+                f"beside their size {np.abs(own).sum():g}: an average divides by the sum, so "
                 "make it differ from zero"
             )
         return c / total
-    return c / jnp.where(cancels(c.sum(), jnp.abs(c).sum()), jnp.nan, c.sum())
+    total, size = (x.sum(axis=0, keepdims=True) for x in (c, jnp.abs(c)))
+    return c / jnp.where(cancels(total, size), jnp.nan, total)
 
 
 def to_one(c: Numbers) -> Numbers:
@@ -486,9 +566,9 @@ def to_one(c: Numbers) -> Numbers:
     Neither their sum nor their squares overflow then, and a cast keeps the largest.
     """
     if isinstance(c, np.ndarray):
-        _, exponent = np.frexp(np.abs(c).max(initial=0))
+        _, exponent = np.frexp(np.abs(c).max(axis=0, initial=0))
         return np.ldexp(c, 1 - exponent)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(c), initial=0))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(c), axis=0, keepdims=True, initial=0))
     mantissa, _ = jnp.frexp(largest)
     # XLA may multiply by the inverse, which must be no subnormal number either.
     unit = jnp.maximum(largest / (4 * mantissa), jnp.finfo(c.dtype).tiny)
@@ -525,8 +605,9 @@ def matrix_rounding(stored: Iterable[DTypeLike], wide: DTypeLike, rows: int = 1)
 
 
 def unpacked(numbers: Numbers) -> list[Any]:
-    """The numbers one by one; known ones as Python floats, which widen nothing."""
-    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
+    """The numbers, or the rows, one by one; known ones as Python floats, which widen nothing."""
+    is_row = isinstance(numbers, np.ndarray) and numbers.ndim == 1
+    return numbers.tolist() if is_row else list(numbers)
 
 
 def refuse(bad: Bool[Array, ""] | bool, message: Callable[[], str]) -> Scalar | float:

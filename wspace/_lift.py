@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Key, PyTree
 
 from wspace import _checks, _pieces
+from wspace._checks import OneOrEach
 from wspace._numerics import Wide, accumulator, row_sums, settled
-from wspace.typing import ScalarLike
 
 
 def elementwise(
@@ -55,10 +55,9 @@ def elementwise(
         scalars: Sequence[Any], own: Sequence[Any], columns: Sequence[Any], start: Any
     ) -> list[Any]:
         rows = list(zip(*columns, strict=True))
-        numbers = zip(*own, strict=True) if own else [()] * len(rows)
         return [
-            on_leaf([*scalars, *row_numbers], leaves, start)
-            for row_numbers, leaves in zip(numbers, rows, strict=True)
+            on_leaf(numbers, leaves, start)
+            for numbers, leaves in zip(_filled(scalars, own, len(rows)), rows, strict=True)
         ]
 
     kernel = _named(on_leaves, formula)
@@ -75,15 +74,15 @@ def elementwise(
         return _pieces.put_off(on_span, leaves, scope == "entry", traced)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
+        scalars: Sequence[OneOrEach | Bool[Array, ""] | Key[Array, ""]],
         trees: Sequence[PyTree],
         each: Sequence[PyTree] = (),
     ) -> Any:
-        scalars = _settled([_as_one_dtype(c) for c in scalars])
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         columns = [leaves, *map(structure.flatten_up_to, others)]
-        own = list(map(structure.flatten_up_to, each))
+        scalars, own = _parted(scalars, len(leaves))
+        own += map(structure.flatten_up_to, each)
         results: list[Any] = [None] * len(leaves)
         for group in _pieces.groups(columns):
             if _pieces.is_lazy(_row(columns, group[0])):
@@ -114,41 +113,48 @@ def reduction(
         arrays = [_of_shape(x, leaves[0]) for x in (terms if several else [terms])]
         return _reduced(arrays if several else arrays[0], kind, wide)
 
-    def on_leaves(scalars: Sequence[Any], columns: Sequence[Any], wide: Any) -> list[Array]:
-        return [on_leaf(scalars, leaves, wide) for leaves in zip(*columns, strict=True)]
+    def on_leaves(
+        scalars: Sequence[Any], own: Sequence[Any], columns: Sequence[Any], wide: Any
+    ) -> list[Array]:
+        rows = list(zip(*columns, strict=True))
+        return [
+            on_leaf(numbers, leaves, wide)
+            for numbers, leaves in zip(_filled(scalars, own, len(rows)), rows, strict=True)
+        ]
 
-    kernel = _named(on_leaves, formula, static_argnums=2)
+    kernel = _named(on_leaves, formula, static_argnums=3)
 
-    def of_row(scalars: Sequence[Any], row: Sequence[Any], wide: Any) -> Array:
+    def of_row(scalars: Sequence[Any], own: Any, row: Sequence[Any], wide: Any) -> Array:
         """The numbers of a leaf that is lazy, in pieces where it does not matter how they meet."""
         like = [jax.ShapeDtypeStruct((), leaf.dtype) for leaf in row]
-        (terms,) = jax.eval_shape(kernel, scalars, _as_columns(like), wide)
+        (terms,) = jax.eval_shape(kernel, scalars, own, _as_columns(like), wide)
         exact = jnp.issubdtype(terms.dtype, jnp.integer)
         if not exact and kind == "sum":
-            return kernel(scalars, _as_columns(_pieces.whole(row)), wide)[0]
-        parts = [kernel(scalars, _as_columns(part), wide)[0] for part in _pieces.entries(row)]
+            return kernel(scalars, own, _as_columns(_pieces.whole(row)), wide)[0]
+        parts = [kernel(scalars, own, _as_columns(part), wide)[0] for part in _pieces.entries(row)]
         return functools.reduce(_MEETING[kind], parts)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
+        scalars: Sequence[OneOrEach | Bool[Array, ""] | Key[Array, ""]],
         trees: Sequence[PyTree],
         *,
         by_leaf: bool = False,
     ) -> Any:
-        scalars = _settled([_as_one_dtype(c) for c in scalars])
         first, *others = trees
         leaves, structure = jax.tree.flatten(first)
         columns = [leaves, *map(structure.flatten_up_to, others)]
+        scalars, own = _parted(scalars, len(leaves))
         wide = accumulator(*{leaf.dtype for column in columns for leaf in column})
         results: list[Any] = [None] * len(leaves)
         for group in _pieces.groups(columns):
+            numbers = [_as_one_array(column) for column in _rows(own, group)]
             if not _pieces.is_lazy(_row(columns, group[0])):
-                found = kernel(scalars, _rows(columns, group), wide)
+                found = kernel(scalars, numbers, _rows(columns, group), wide)
             elif len(group) == 1:
-                found = [of_row(scalars, _row(columns, group[0]), wide)]
+                found = [of_row(scalars, numbers, _row(columns, group[0]), wide)]
             else:
                 rows = [_pieces.whole(_row(columns, i)) for i in group]
-                found = kernel(scalars, list(map(list, zip(*rows, strict=True))), wide)
+                found = kernel(scalars, numbers, list(map(list, zip(*rows, strict=True))), wide)
             for i, result in zip(group, found, strict=True):
                 results[i] = result
         if by_leaf:
@@ -156,7 +162,8 @@ def reduction(
         results = [x for x, leaf in zip(results, leaves, strict=True) if leaf.size]
         if not results:
             empty = [jnp.zeros(0, wide)] * len(trees)
-            return kernel(scalars, _as_columns(empty), wide)[0].astype(wide)
+            own = [[jnp.zeros((), wide)] for _ in own]
+            return kernel(scalars, own, _as_columns(empty), wide)[0].astype(wide)
         try:
             return _together(results, kind, wide)
         except ValueError:  # leaves lie on several devices: their numbers meet on the first
@@ -187,6 +194,32 @@ def _rows(columns: Sequence[list[Any]], indices: Sequence[int]) -> list[list[Any
     if all(len(column) == len(indices) for column in columns):
         return list(columns)
     return [[column[i] for i in indices] for column in columns]
+
+
+def _parted(scalars: Sequence[Any], count: int) -> tuple[list[Any], list[list[Any]]]:
+    """The numbers that all leaves share, None where each has one, and columns of these.
+
+    A number for each of `count` leaves is an array with one axis, as `_checks.by_leaf` makes it.
+    """
+    shared: list[Any] = [_as_one_dtype(c) for c in scalars]
+    columns = []
+    for i, c in enumerate(shared):
+        if isinstance(c, np.ndarray | jax.Array) and c.ndim == 1:
+            if len(c) != count:
+                raise ValueError(f"{len(c)} numbers for {count} leaves: give one for each")
+            columns.append([_as_one_dtype(x) for x in c] if isinstance(c, np.ndarray) else list(c))
+            shared[i] = None
+    return _settled(shared), columns
+
+
+def _filled(shared: Sequence[Any], own: Sequence[Any], count: int) -> list[list[Any]]:
+    """The numbers of each leaf: its own where those that are shared have a gap, and after them."""
+    rows = zip(*own, strict=True) if own else [()] * count
+    found = []
+    for row in rows:
+        numbers = iter(row)
+        found.append([next(numbers) if c is None else c for c in shared] + list(numbers))
+    return found
 
 
 def _as_columns(row: Sequence[Any]) -> list[list[Any]]:

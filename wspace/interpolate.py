@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from wspace import _checks, _lift, geometry, tree
+from wspace._checks import OneOrEach
 from wspace._numerics import (
     accumulator,
     arcsin_of_root_squared,
@@ -27,7 +28,7 @@ from wspace._numerics import (
     sinc_of_square,
     unstacked,
 )
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["bezier", "lerp", "polygonal_chain", "slerp"]
 
@@ -38,7 +39,7 @@ def _segment(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return (1 - t) * x + t * y
 
 
-def lerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
+def lerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     r"""Linear interpolation, the straight segment between two points.
 
     $$
@@ -48,7 +49,7 @@ def lerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     Args:
         start: The weights $\theta_0$.
         end: The weights $\theta_1$, of the same layout.
-        t: Position along the path.
+        t: Position along the path, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta(t)$, each leaf in the dtype of that leaf of `start`.
@@ -69,7 +70,7 @@ def lerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
         ICML 2020, [arXiv:1912.05671](https://arxiv.org/abs/1912.05671).
     """
     _checks.same_layout(start=start, end=end)
-    return _segment((_checks.scalar("t", t),), (start, end))
+    return _segment((_checks.by_leaf("t", t, start),), (start, end))
 
 
 @_lift.elementwise
@@ -78,7 +79,7 @@ def _arc(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return a * x + b * y + c * (x + y)
 
 
-def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
+def slerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     r"""Spherical linear interpolation, an arc turning at constant angular speed.
 
     $$
@@ -93,10 +94,12 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
     since the coefficients are functions of $\Omega^2$; there is no switch to `lerp`. If
     either end is the zero tree the path is `lerp`.
 
+    Leaves at positions of their own are those of paths of the whole tree: the angle is the same.
+
     Args:
         start: The weights $\theta_0$.
         end: The weights $\theta_1$, of the same layout.
-        t: Position along the path.
+        t: Position along the path, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta(t)$, each leaf in the dtype of that leaf of `start`.
@@ -120,19 +123,19 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ScalarLike) -> Weights:
         K. Shoemake, *Animating Rotation with Quaternion Curves*, SIGGRAPH 1985.
     """
     _checks.same_layout(start=start, end=end)
-    t = _checks.scalar("t", t)
+    t = _checks.by_leaf("t", t, start)
     return _turned(start, end, t, _half_angle(start, end, t))
 
 
 def slerp_unless_aligned(
-    start: WeightsLike, end: WeightsLike, t: ScalarLike, *, cosine: float
+    start: WeightsLike, end: WeightsLike, t: ByLeaf, *, cosine: float
 ) -> Weights:
     """`slerp`, but `lerp` where the cosine of the angle is larger in size, as some systems do it.
 
     So do ends that are opposite, such as two numbers of different sign, have a path. Not traced.
     """
     _checks.same_layout(start=start, end=end)
-    t = _checks.scalar("t", t)
+    t = _checks.by_leaf("t", t, start)
     half = _half_angle(start, end, t)
     apart = half[1] - half[0]
     if not _checks.is_traced(apart) and abs(float(apart)) > cosine:
@@ -141,7 +144,7 @@ def slerp_unless_aligned(
 
 
 def _turned(
-    start: WeightsLike, end: WeightsLike, t: ScalarLike, half: tuple[Scalar, Scalar]
+    start: WeightsLike, end: WeightsLike, t: OneOrEach, half: tuple[Scalar, Scalar]
 ) -> Weights:
     """The point of an arc between ends, given the squared sine and cosine of half the angle."""
     sine, cosine = half
@@ -158,7 +161,7 @@ def _turned(
     return _arc(scalars, (start, end))
 
 
-def _half_angle(x: WeightsLike, y: WeightsLike, t: ScalarLike) -> tuple[Scalar, Scalar]:
+def _half_angle(x: WeightsLike, y: WeightsLike, t: OneOrEach) -> tuple[Scalar, Scalar]:
     r"""$\sin^2$ and $\cos^2$ of half the angle, as accurate as the coefficients of an arc ask for.
 
     These are functions of the angle squared, so that between the ends inner products will do up to
@@ -172,19 +175,19 @@ def _half_angle(x: WeightsLike, y: WeightsLike, t: ScalarLike) -> tuple[Scalar, 
 
 
 @jax.jit
-def _acute(sums: Array, t: ScalarLike) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
+def _acute(sums: Array, t: OneOrEach) -> tuple[Scalar, Scalar, Bool[Array, ""]]:
     """The halves from inner products, and whether more digits are asked for."""
     square, product, other = sums
     size = safe_sqrt(square) * safe_sqrt(other)
     cosine = jnp.where(size == 0, 1, product / jnp.where(size == 0, 1, size))
-    far = jnp.abs(jnp.asarray(t).astype(cosine.dtype) - 0.5) > 1
+    far = jnp.any(jnp.abs(jnp.asarray(t).astype(cosine.dtype) - 0.5) > 1)
     return (1 - cosine) / 2, (1 + cosine) / 2, far | (cosine < 0)
 
 
 @jax.jit
 def _weights(
-    sine: Scalar, cosine: Scalar, t: ScalarLike, least: ScalarLike
-) -> tuple[tuple[Scalar, Scalar, Scalar], Bool[Array, ""]]:
+    sine: Scalar, cosine: Scalar, t: OneOrEach, least: OneOrEach
+) -> tuple[tuple[Array, Array, Array], Bool[Array, ""]]:
     """The coefficients of the start, of the end, and of their sum; whether there are none.
 
     There are none where the angle left to the antipode is below the `least`.
@@ -198,7 +201,7 @@ def _weights(
         wide, (jnp.pi - short) ** 2, 4 * arcsin_of_root_squared(jnp.where(wide, 0, sine))
     )
 
-    def coefficient(s: Scalar) -> Scalar:
+    def coefficient(s: Array) -> Array:
         return s * sinc_of_square(s**2 * square) / sinc_of_square(square)
 
     # There the ends nearly cancel: separate their sum from their difference, except at the ends.

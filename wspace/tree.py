@@ -25,12 +25,15 @@ from jaxtyping import Array, Bool, DTypeLike, Key, PyTree, UInt32
 
 from wspace import _checks, _lift, _pieces
 from wspace._lazy import Lazy
+from wspace._names import by_depth, by_name
 from wspace._numerics import Wide, accumulator, in_jax, plus, safe_sqrt
 from wspace._per_leaf import per_leaf
 from wspace._words import described, layout_of, shortened
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import LeafCoefficients, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = [
+    "by_depth",
+    "by_name",
     "cast_like",
     "combine",
     "elementwise",
@@ -193,7 +196,7 @@ def displaced(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def combine(
-    coefficients: Coefficients, points: Sequence[WeightsLike], *, rounded: bool = True
+    coefficients: LeafCoefficients, points: Sequence[WeightsLike], *, rounded: bool = True
 ) -> Weights:
     r"""Linear combination of points.
 
@@ -204,7 +207,8 @@ def combine(
     Linear in the points and in the coefficients; the sum is taken in the order given.
 
     Args:
-        coefficients: The $c_i$, one a point, of any sign and any sum; never normalized.
+        coefficients: The $c_i$, one a point or one for each of its [leaves][wspace.typing.ByLeaf],
+            of any sign and any sum; never normalized.
         points: The $\theta_i$, trees of one layout, at least one.
         rounded: Whether the result is rounded to the dtypes of the first point; else it stays in
             the dtype of the arithmetic, for differences that half precision would round away.
@@ -225,7 +229,7 @@ def combine(
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    scalars = _checks.scalars("coefficients", coefficients, len(points))
+    scalars = _checks.scalars("coefficients", coefficients, len(points), points[0])
     return (weighted_sum if _checks.flag("rounded", rounded) else _wide_sum)(scalars, points)
 
 

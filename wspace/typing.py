@@ -10,10 +10,12 @@ from wspace._lazy import Lazy
 
 __all__ = [
     "Allow",
+    "ByLeaf",
     "Coefficients",
     "Layout",
     "Lazy",
     "Leaf",
+    "LeafCoefficients",
     "Loss",
     "Matrix",
     "Path",
@@ -31,6 +33,17 @@ ScalarLike: TypeAlias = Real[ArrayLike, ""]
 
 Coefficients: TypeAlias = Sequence[ScalarLike] | Real[Array | np.ndarray, " k"]
 """Mixing numbers of any sign, one per point: a sequence of scalars or an array `(k,)`."""
+
+ByLeaf: TypeAlias = PyTree[Real[ArrayLike, ""]]
+"""A number, or a tree of numbers: one for each leaf of the weights, or for a subtree, such as
+[`tree.by_name`][wspace.tree.by_name] and [`tree.by_depth`][wspace.tree.by_depth] make."""
+
+LeafCoefficients: TypeAlias = (
+    Sequence[ByLeaf] | Real[Array | np.ndarray, " k"] | PyTree[Real[Array | np.ndarray, " k"]]
+)
+"""As [`Coefficients`][wspace.typing.Coefficients], each a number or a tree of them
+([`ByLeaf`][wspace.typing.ByLeaf]); or one tree with an array `(k,)` at each leaf, as
+[`fit.coefficients`][wspace.fit.coefficients] returns it."""
 
 Layout: TypeAlias = Literal["in_out", "out_in"]
 """How layers store their matrices: `(in, out)`, a convolution `(..., in, out)`, as flax and haiku

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from wspace import interpolate, merge, tree
 from wspace._cli.methods import TABLES, Method
 from wspace._cli.signatures import named
 from wspace._cli.words import Choice, Misuse
+from wspace._names import first_matches
 from wspace.checkpoint import Checkpoint
 
 _ALIGNED = 0.9995
@@ -80,6 +80,13 @@ class Recipe:
         return [(glob, {**self.options, **own}) for glob, own in self.patterns] + [
             ("*", self.options)
         ]
+
+    def numbers_alone(self) -> bool:
+        """Whether patterns give numbers alone that the function takes for each leaf."""
+        known = {x.name for x in self.table.options if x.by_leaf}
+        if any(self.is_whole(options) for _, options in self.settings()):
+            known.discard("density")  # one share of all entries
+        return all(own.keys() <= known for _, own in self.patterns)
 
     def is_whole(self, options: Mapping[str, Any]) -> bool:
         """Whether, with these options, the result for a tensor depends on other tensors."""
@@ -174,19 +181,40 @@ class Call:
     def __call__(self, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The results, one for each output, of trees, one for each source."""
         results: list[dict[str, Any]] = [{} for _ in range(self._recipe.outputs)]
-        for names, options in self._groups(points[0]):
+        for names, options in self._groups(list(points[0])):
             part = [{name: x[name] for name in names} for x in points]
             for result, own in zip(results, self._parted(self.result(part, options)), strict=True):
                 result.update(own)
         return results
 
-    def _groups(self, names: Iterable[str]) -> list[tuple[list[str], Mapping[str, Any]]]:
+    def _groups(self, names: Sequence[str]) -> list[tuple[list[str], Mapping[str, Any]]]:
         """Names of tensors, and the options that these have."""
         groups: list[tuple[list[str], Mapping[str, Any]]] = [([], x) for _, x in self._settings]
-        for name in names:
-            matches = (fnmatch.fnmatchcase(name, glob) for glob, _ in self._settings)
-            groups[next(i for i, matched in enumerate(matches) if matched)][0].append(name)
+        found = first_matches([glob for glob, _ in self._settings], names)
+        if self._recipe.patterns and self._recipe.numbers_alone():
+            return [(list(names), self._by_name(names, [groups[i or 0][1] for i in found]))]
+        for name, i in zip(names, found, strict=True):
+            groups[i or 0][0].append(name)
         return [group for group in groups if group[0]]
+
+    def _by_name(
+        self, names: Sequence[str], settings: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """The options of a recipe, with trees of the numbers that patterns give."""
+        options = dict(self._recipe.options)
+        usual = {x.name: x.default for x in self._method.options}
+        for key in {key for _, own in self._recipe.patterns for key in own}:
+            rows = [(usual | self._recipe.keywords(given))[key] for given in settings]
+            count = len(self._recipe.models)
+            rows = [[1.0] * count if row is None else row for row in rows]
+            if any(isinstance(row, list) for row in rows):
+                rows = [row if isinstance(row, list) else [row] * count for row in rows]
+                options[key] = [
+                    dict(zip(names, column, strict=True)) for column in zip(*rows, strict=True)
+                ]
+            else:
+                options[key] = dict(zip(names, rows, strict=True))
+        return options
 
     def result(self, points: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
         """What the function returns."""

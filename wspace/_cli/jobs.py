@@ -1,7 +1,6 @@
 """A recipe carried out: checked, planned, streamed, recorded."""
 
 import contextlib
-import fnmatch
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from wspace._cli.calls import Call, Recipe, wide_enough
 from wspace._cli.methods import HOW
 from wspace._cli.progress import Progress
 from wspace._cli.words import SHARD, Misuse, in_bytes
+from wspace._names import unmatched
 from wspace.checkpoint import Checkpoint, Writer, partial, places
 from wspace.checkpoint.chosen import Chosen, chosen
 from wspace.checkpoint.folder import refuse_suffix
@@ -142,10 +142,12 @@ def _lazy(recipe: Recipe, sources: Sequence[Checkpoint]) -> bool:
 
 
 def _refuse_patterns(recipe: Recipe) -> None:
-    if recipe.patterns and any(recipe.is_whole(own) for _, own in recipe.settings()):
+    whole = any(recipe.is_whole(own) for _, own in recipe.settings())
+    if recipe.patterns and whole and not recipe.numbers_alone():
         raise Misuse(
             f"patterns give options to single tensors, but with these options {recipe.method} "
-            "looks at the whole model: give scope = 'leaf' if it has that, or leave them out"
+            "looks at the whole model: give scope = 'leaf' if it has that, or leave out of them "
+            "what is no number of each tensor, such as coefficients"
         )
 
 
@@ -191,9 +193,9 @@ def _tell(recipe: Recipe, points: Chosen) -> None:
 def _check_names(recipe: Recipe, points: Chosen) -> None:
     """Raises unless all patterns match a tensor, and the dtypes are those of the recipe."""
     first = points.sources[0]
-    for glob, _ in recipe.patterns:
-        if not fnmatch.filter(first, glob):
-            raise Misuse(f"the pattern {glob!r} matches no tensor of {first.path}")
+    missing = unmatched([glob for glob, _ in recipe.patterns], list(first))
+    if missing is not None:
+        raise Misuse(f"the pattern {missing!r} matches no tensor of {first.path}")
     for tensor in first.values():
         is_other = is_weight(tensor) and tensor.dtype.name != recipe.dtype
         if recipe.dtype is not None and is_other:

@@ -31,6 +31,7 @@ class Option(NamedTuple):
         count: Whether it takes one number, or one for each model, or either.
         required: Whether it must be given.
         elects: Whether it is a field of the parameter `election`.
+        by_leaf: Whether the function takes a tree with a number for each leaf in its place.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Option(NamedTuple):
     count: Literal["one", "each", "one or each"] = "one"
     required: bool = False
     elects: bool = False
+    by_leaf: bool = False
 
 
 class Method(NamedTuple):

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from jaxtyping import PyTree
+
 from wspace._cli.table import ENTRIES
 from wspace.merge import Election, presets
-from wspace.typing import Coefficients, ScalarLike, WeightsLike
+from wspace.typing import ByLeaf, Coefficients, LeafCoefficients, ScalarLike, WeightsLike
 
 FILE = Path(__file__).with_name("options.json")
 _NAMED = ("base", "avoid", "target")
@@ -83,16 +85,19 @@ def _option(annotation: Any, default: Any) -> dict[str, Any]:
     option: dict[str, Any] = {}
     if words:
         option["kind"] = words[0]
-    elif all(x in parts for x in get_args(Coefficients)):
+    elif any(all(x in parts for x in get_args(c)) for c in (Coefficients, LeafCoefficients)):
         option |= {"kind": "float", "count": "each"}
     elif Sequence[float] in parts:
         option |= {"kind": "float", "count": "one or each"}
-    elif float in parts or all(x in parts for x in get_args(ScalarLike)):
+    elif float in parts or ByLeaf in parts or all(x in parts for x in get_args(ScalarLike)):
         option["kind"] = "float"
     elif bool in parts or int in parts:
         option["kind"] = "bool" if bool in parts else "int"
     else:
         return {}
+    by_leaf = [ByLeaf], get_args(LeafCoefficients), [PyTree[float]]
+    if any(all(x in parts for x in kinds) for kinds in by_leaf):
+        option["by_leaf"] = True
     required = default is inspect.Parameter.empty
     return option | ({"required": True} if required else {"default": default})
 

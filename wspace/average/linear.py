@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from wspace import _checks, tree
-from wspace.typing import Coefficients, Weights, WeightsLike
+from wspace.typing import LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["mean"]
 
 
 @_checks.of_points
-def mean(points: Sequence[WeightsLike], coefficients: Coefficients | None = None) -> Weights:
+def mean(points: Sequence[WeightsLike], coefficients: LeafCoefficients | None = None) -> Weights:
     r"""Weighted mean of points, as in model soups.
 
     $$
@@ -22,8 +22,8 @@ def mean(points: Sequence[WeightsLike], coefficients: Coefficients | None = None
 
     Args:
         points: The $\theta_i$, trees of one layout, at least one.
-        coefficients: The $c_i$, one a point, of any sign; equal if not given. Only their
-            ratios matter.
+        coefficients: The $c_i$, one a point or one for each of its [leaves][wspace.typing.ByLeaf],
+            of any sign; equal if not given. Only their ratios matter.
 
     Returns:
         The mean, each leaf in the dtype of that leaf of the first point.
@@ -49,4 +49,6 @@ def mean(points: Sequence[WeightsLike], coefficients: Coefficients | None = None
     """
     points = _checks.listed("points", points)
     _checks.same_layout(**_checks.each("points", points))
-    return tree.weighted_sum(_checks.unpacked(_checks.affine(coefficients, len(points))), points)
+    return tree.weighted_sum(
+        _checks.unpacked(_checks.affine(coefficients, len(points), points[0])), points
+    )

@@ -111,7 +111,7 @@ def _increased(high: Array, low: Array, increment: Array) -> list[Array]:
 
 
 def _updated(
-    increased: Callable[..., Any], scalars: Sequence[ScalarLike], sums: _Sums, x: WeightsLike
+    increased: Callable[..., Any], scalars: Sequence[Any], sums: _Sums, x: WeightsLike
 ) -> _Sums:
     """The sums after one more increment."""
     weights, mass = sums.high

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from wspace.merge.parts.band import band
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import share_of_each
+from wspace.merge.parts.numbers import Densities, share_of_each
 from wspace.merge.parts.trim import Scope
 from wspace.merge.task import differences, moved, siblings
-from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["breadcrumbs", "breadcrumbs_ties"]
 
@@ -15,12 +15,12 @@ __all__ = ["breadcrumbs", "breadcrumbs_ties"]
 def breadcrumbs(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Densities = 0.2,
     outliers: float = 0.01,
     scope: Scope = "tree",
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""Breadcrumbs: drop the outliers and the small entries of the task vectors, add up the rest.
 
@@ -34,13 +34,15 @@ def breadcrumbs(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         density: The share $\rho$ of entries that stay, one for all models or one a model, above 0
-            and at most 1.
+            and at most 1; with the scope `"leaf"` or `"row"` also one for each
+            [leaf][wspace.typing.ByLeaf].
         outliers: The share $\gamma$ of largest entries that go, from 0 to below 1.
         scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
             entries of a leaf that differ in their last index alone.
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -69,13 +71,13 @@ def breadcrumbs(
 def breadcrumbs_ties(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Densities = 0.2,
     outliers: float = 0.01,
     scope: Scope = "tree",
     election: Election = Election(),
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""Breadcrumbs and then TIES: drop outliers and small entries, elect, merge what agrees.
 
@@ -89,15 +91,17 @@ def breadcrumbs_ties(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         density: The share $\rho$ of entries that stay, one for all models or one a model, above 0
-            and at most 1.
+            and at most 1; with the scope `"leaf"` or `"row"` also one for each
+            [leaf][wspace.typing.ByLeaf].
         outliers: The share $\gamma$ of largest entries that go, from 0 to below 1.
         scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
             entries of a leaf that differ in their last index alone.
         election: How a sign is elected for each entry and what has it is merged, an
             [`Election`][wspace.merge.Election].
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -127,7 +131,7 @@ def breadcrumbs_ties(
 def _banded(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    density: float | Sequence[float],
+    density: Densities,
     outliers: float,
     scope: Scope,
 ) -> list[Weights]:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from jaxtyping import PyTree
 
 from wspace.merge.parts.coordinates import Rule, in_coordinates, of_cores
-from wspace.typing import Coefficients
+from wspace.typing import LeafCoefficients
 
 __all__ = ["in_core_space"]
 
 
 def in_core_space(
-    rule: Rule, edits: Sequence[PyTree], coefficients: Coefficients | None = None
+    rule: Rule, edits: Sequence[PyTree], coefficients: LeafCoefficients | None = None
 ) -> PyTree:
     r"""A rule applied to the small cores of adapters of any ranks, without losing anything.
 

@@ -8,9 +8,9 @@ from jaxtyping import Array
 from wspace import _checks
 from wspace.merge.parts.drop import Rescale, drop
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import share_of_each
+from wspace.merge.parts.numbers import Densities, share_of_each
 from wspace.merge.task import differences, moved, siblings
-from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["dare", "dare_ties"]
 
@@ -19,11 +19,11 @@ def dare(
     key: Array,
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Densities = 0.5,
     rescale: Rescale = "inverse",
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""DARE: drop random entries of the task vectors, enlarge the rest, add them up.
 
@@ -39,12 +39,13 @@ def dare(
         key: A random key.
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         density: The probability $\rho$ that an entry stays, one for all models or one a model,
-            above 0 and at most 1.
+            or one for each [leaf][wspace.typing.ByLeaf], above 0 and at most 1.
         rescale: The factor of what stays: `"inverse"`, $1/\rho$; `"norm"`, by which a leaf keeps
             its 1-norm, though not its expectation; or `"none"`, 1.
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -74,12 +75,12 @@ def dare_ties(
     key: Array,
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Densities = 0.5,
     rescale: Rescale = "inverse",
     election: Election = Election(),
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""DARE and then TIES: drop random entries in place of small ones, elect, merge what agrees.
 
@@ -97,14 +98,15 @@ def dare_ties(
         key: A random key.
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         density: The probability $\rho$ that an entry stays, one for all models or one a model,
-            above 0 and at most 1.
+            or one for each [leaf][wspace.typing.ByLeaf], above 0 and at most 1.
         rescale: The factor of what stays: `"inverse"`, $1/\rho$; `"norm"`, by which a leaf keeps
             its 1-norm, though not its expectation; or `"none"`, 1.
         election: How a sign is elected for each entry and what has it is merged, an
             [`Election`][wspace.merge.Election].
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -135,7 +137,7 @@ def _dropped(
     key: Array,
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    density: float | Sequence[float],
+    density: Densities,
     rescale: Rescale,
 ) -> list[Weights]:
     """Task vectors of which random entries stay, each model with a key of its own."""

@@ -9,9 +9,9 @@ from wspace import _checks
 from wspace.merge.parts.drop import Rescale
 from wspace.merge.parts.elect import Election, agreed
 from wspace.merge.parts.magprune import RankScope, magprune
-from wspace.merge.parts.numbers import share_of_each
+from wspace.merge.parts.numbers import Densities, share_of_each
 from wspace.merge.task import differences, siblings
-from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["della"]
 
@@ -20,14 +20,14 @@ def della(
     key: Array,
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.5,
+    density: Densities = 0.5,
     width: float = 0.05,
     scope: RankScope = "row",
     rescale: Rescale = "inverse",
     election: Election = Election(),
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""DELLA: drop random entries, small ones more likely, elect a sign, merge what agrees.
 
@@ -45,9 +45,10 @@ def della(
         key: A random key.
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         density: The mean probability $\rho$ that an entry stays, one for all models or one a
-            model, above 0 and at most 1.
+            model, or one for each [leaf][wspace.typing.ByLeaf], above 0 and at most 1.
         width: The most $\epsilon$ by which a probability differs from the mean, at least 0, with
             $\rho - \epsilon$ above 0 and $\rho + \epsilon$ at most 1.
         scope: Among which entries ranks are counted: of every `"row"`, which differ in their last
@@ -56,7 +57,7 @@ def della(
             a leaf keeps its 1-norm, though not its expectation; or `"none"`, 1.
         election: How a sign is elected for each entry and what has it is merged, an
             [`Election`][wspace.merge.Election].
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.

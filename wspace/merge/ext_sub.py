@@ -8,13 +8,13 @@ from jaxtyping import Array
 
 from wspace import _checks, _lift
 from wspace._numerics import safe_sqrt
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, Weights, WeightsLike
 
 __all__ = ["ext_sub"]
 
 
 def ext_sub(
-    base: WeightsLike, tuned: WeightsLike, avoid: WeightsLike, strength: ScalarLike = 1.0
+    base: WeightsLike, tuned: WeightsLike, avoid: WeightsLike, strength: ByLeaf = 1.0
 ) -> Weights:
     r"""Ext-Sub: subtract from one model what another has beyond the direction that both share.
 
@@ -37,7 +37,7 @@ def ext_sub(
         base: The weights $w_0$.
         tuned: The model $w_0 + a$ with what is wanted.
         avoid: The model $w_0 + b$ with what is not.
-        strength: The number $\lambda$, of any sign.
+        strength: The number $\lambda$, of any sign, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $w$, each leaf in the dtype of that leaf of `base`.
@@ -59,7 +59,7 @@ def ext_sub(
         [arXiv:2308.08090](https://arxiv.org/abs/2308.08090).
     """
     _checks.same_layout(base=base, tuned=tuned, avoid=avoid)
-    return _extracted((_checks.scalar("strength", strength),), (base, tuned, avoid))
+    return _extracted((_checks.by_leaf("strength", strength, base),), (base, tuned, avoid))
 
 
 @functools.partial(_lift.elementwise, scope="leaf")

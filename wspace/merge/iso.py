@@ -20,7 +20,7 @@ from wspace.merge.parts.spectra import (
     least_given,
     least_of,
 )
-from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["iso_c", "iso_cts"]
 
@@ -28,9 +28,9 @@ __all__ = ["iso_c", "iso_cts"]
 def iso_c(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
     rtol: ScalarLike | None = None,
 ) -> SpectralMerge:
     r"""Task arithmetic with a flat spectrum: every singular value becomes their mean.
@@ -52,8 +52,10 @@ def iso_c(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
-        scale: The number that multiplies the merged displacement.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
+        scale: The number that multiplies the merged displacement, or one for each
+            [leaf][wspace.typing.ByLeaf].
         rtol: The threshold $\rho$ in $(0, 1)$; $\max(m, n)\,\varepsilon$ if not given. A difference
             of weights that were rounded to half precision has full rank: give the rounding there.
 
@@ -100,10 +102,10 @@ def _flattened(x: Array, cut: Scalar) -> tuple[Array, Scalar, Array]:
 def iso_cts(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     common: ScalarLike = 0.8,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
     rtol: ScalarLike | None = None,
     least: ScalarLike | None = None,
 ) -> SpectralMerge:
@@ -128,9 +130,11 @@ def iso_cts(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         common: The share $f$ of common directions, in $[0, 1]$.
-        scale: The number that multiplies the merged displacement.
+        scale: The number that multiplies the merged displacement, or one for each
+            [leaf][wspace.typing.ByLeaf].
         rtol: Singular values up to this number in $(0, 1)$ times the largest of the sum, or of the
             term, have no direction and are left out, of the mean too; $\max(m, n)\,\varepsilon$
             if not given.

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from wspace import _checks
 from wspace.merge.parts.coordinates import Rule, in_coordinates, of_outputs
 from wspace.merge.task import added, differences, siblings, task_arithmetic
-from wspace.typing import Coefficients, Layout, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Layout, LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["in_shared_space", "knots"]
 
@@ -16,10 +16,10 @@ __all__ = ["in_shared_space", "knots"]
 def knots(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     method: Rule = task_arithmetic,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
     layout: Layout = "in_out",
 ) -> Weights:
     r"""A merge of models in a basis of outputs that their task vectors share.
@@ -43,7 +43,8 @@ def knots(
             them.
         method: Any merge of this package that returns weights, or a function like it: from a
             base, which is zero here, tuned models and coefficients to weights.
-        scale: The number that multiplies the merged displacement.
+        scale: The number that multiplies the merged displacement, or one for each
+            [leaf][wspace.typing.ByLeaf].
         layout: How the layers store their matrices: `"in_out"`, or `"out_in"` as torch and equinox
             do, as for [`in_shared_space`][wspace.merge.in_shared_space].
 
@@ -78,7 +79,7 @@ def knots(
 def in_shared_space(
     rule: Rule,
     edits: Sequence[PyTree],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     layout: Layout = "in_out",
 ) -> PyTree:

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from wspace import _checks, _lift
 from wspace._numerics import larger
 from wspace.merge.task import siblings
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, Weights, WeightsLike
 
 __all__ = ["magmax"]
 
@@ -16,9 +16,9 @@ __all__ = ["magmax"]
 def magmax(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""MagMax: each entry from the model that changed it most.
 
@@ -34,8 +34,9 @@ def magmax(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
-        scale: The number $\lambda$.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -56,7 +57,7 @@ def magmax(
         ECCV 2024, [arXiv:2407.06322](https://arxiv.org/abs/2407.06322).
     """
     tuned, known = siblings(base, tuned, coefficients)
-    return _largest((_checks.scalar("scale", scale), *known), (base, *tuned))
+    return _largest((_checks.by_leaf("scale", scale, base), *known), (base, *tuned))
 
 
 @_lift.elementwise

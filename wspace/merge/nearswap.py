@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, _lift
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, Weights, WeightsLike
 
 __all__ = ["nearswap"]
 
 
-def nearswap(base: WeightsLike, tuned: WeightsLike, threshold: ScalarLike) -> Weights:
+def nearswap(base: WeightsLike, tuned: WeightsLike, threshold: ByLeaf) -> Weights:
     r"""NearSwap: the base with every entry moved towards the other model, by no more than a step.
 
     $$
@@ -26,7 +26,7 @@ def nearswap(base: WeightsLike, tuned: WeightsLike, threshold: ScalarLike) -> We
     Args:
         base: The weights $\theta_0$.
         tuned: The weights $\theta_1$, of the same layout.
-        threshold: The largest step $t \ge 0$.
+        threshold: The largest step $t \ge 0$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -45,8 +45,8 @@ def nearswap(base: WeightsLike, tuned: WeightsLike, threshold: ScalarLike) -> We
     References:
         The merge method `nearswap` of mergekit 0.1.5.
     """
-    threshold = _checks.scalar("threshold", threshold, lambda t: t >= 0, "at least 0")
     _checks.same_layout(base=base, tuned=tuned)
+    threshold = _checks.by_leaf("threshold", threshold, base, _checks.nonnegative)
     return _clipped((threshold,), (base, tuned))
 
 

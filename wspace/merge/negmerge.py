@@ -8,14 +8,12 @@ from jaxtyping import Array
 
 from wspace import _checks, _lift
 from wspace.merge.task import siblings
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, Weights, WeightsLike
 
 __all__ = ["negmerge"]
 
 
-def negmerge(
-    base: WeightsLike, tuned: Sequence[WeightsLike], strength: ScalarLike = 1.0
-) -> Weights:
+def negmerge(base: WeightsLike, tuned: Sequence[WeightsLike], strength: ByLeaf = 1.0) -> Weights:
     r"""NegMerge: the base less what all of several fine-tunes on one thing agree on in sign.
 
     $$
@@ -31,7 +29,8 @@ def negmerge(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        strength: The number $\lambda$, of any sign; a negative one adds.
+        strength: The number $\lambda$, of any sign, or one for each [leaf][wspace.typing.ByLeaf];
+            a negative one adds.
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -52,7 +51,7 @@ def negmerge(
         ICML 2025, [arXiv:2410.05583](https://arxiv.org/abs/2410.05583).
     """
     tuned, _ = siblings(base, tuned, None)
-    return _less_consensus((_checks.scalar("strength", strength),), (base, *tuned))
+    return _less_consensus((_checks.by_leaf("strength", strength, base),), (base, *tuned))
 
 
 @_lift.elementwise

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, _lift, tree
-from wspace.merge.parts.numbers import count, peak_of
+from wspace.merge.parts.numbers import count, peak_of, share
 from wspace.merge.task import differences, siblings
 from wspace.selection import kth_magnitude
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, Weights, WeightsLike
 
 __all__ = ["pcb"]
 
@@ -20,7 +20,7 @@ def pcb(
     tuned: Sequence[WeightsLike],
     *,
     density: float = 0.1,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""PCB: a mean for each entry, models weighted by size there and by agreement with the others.
 
@@ -44,7 +44,7 @@ def pcb(
         base: The weights $\theta_0$.
         tuned: The $m$ models $\theta_i$, trees of the layout of `base`, at least one.
         density: The share $\rho$ of entries in which a model has weight, above 0 and at most 1.
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`.
@@ -64,7 +64,7 @@ def pcb(
         G. Du et al., *Parameter Competition Balancing for Model Merging*, NeurIPS 2024, section 3,
         [arXiv:2410.02396](https://arxiv.org/abs/2410.02396).
     """
-    density = _checks.share("density", density)
+    density = share("density", density, base, "tree")
     tuned, _ = siblings(base, tuned, None)
     edits = differences(base, tuned)
     total = tree.combine([1.0] * len(edits), edits)
@@ -72,7 +72,7 @@ def pcb(
     size = sum(leaf.size for leaf in jax.tree.leaves(total))
     kept = count(density, size)
     floors = [kth_magnitude(s, kept + 1) if kept < size else 0.0 for s in scores]
-    numbers = (_checks.scalar("scale", scale), *floors, *map(peak_of, scores))
+    numbers = (_checks.by_leaf("scale", scale, base), *floors, *map(peak_of, scores))
     return _balanced(numbers, (base, *edits, *scores))
 
 

@@ -11,7 +11,7 @@ from wspace import _checks, _lift
 from wspace._numerics import unstacked, where_kept, with_nan_of
 from wspace.merge.parts.numbers import peak_of
 from wspace.merge.task import differences, siblings
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["ram"]
 
@@ -24,7 +24,7 @@ def ram(
     relative: bool = True,
     boost: ScalarLike = 0.0,
     cap: ScalarLike = 0.2,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""RAM and RAM+: each entry is the mean over the models that changed it.
 
@@ -51,7 +51,7 @@ def ram(
             of the model, rather than $\epsilon$ itself.
         boost: The number $r$; 0 is RAM, and 0.1 usual for RAM+.
         cap: The number $\kappa \ge 0$.
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`. Their derivatives are
@@ -84,7 +84,7 @@ def ram(
         cuts = [jnp.asarray(threshold).astype(peak.dtype) * peak for peak in map(peak_of, edits)]
     plain = not _checks.is_traced(boost) and boost == 0
     boosts = [1.0] * len(edits) if plain else _boosts(cuts, edits, boost, cap)
-    scale = with_nan_of(_checks.scalar("scale", scale), threshold, cap, boost, *cuts)
+    scale = with_nan_of(_checks.by_leaf("scale", scale, base), threshold, cap, boost, *cuts)
     return _shared((scale, *cuts, *boosts), (base, *edits))
 
 

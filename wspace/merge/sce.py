@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool
 from wspace import _checks, _lift, tree
 from wspace._numerics import where_kept
 from wspace.merge.parts.elect import Election, Zero, agreed
-from wspace.merge.parts.numbers import count
+from wspace.merge.parts.numbers import count, share
 from wspace.merge.task import differences, siblings
 from wspace.selection import top_mask
-from wspace.typing import Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Scalar, Weights, WeightsLike
 
 __all__ = ["sce"]
 
@@ -24,7 +24,7 @@ def sce(
     *,
     density: float = 1.0,
     zero: Zero = "zero",
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""SCE: select the entries that differ most, weigh models by energy, erase the minority's sign.
 
@@ -51,7 +51,7 @@ def sce(
         density: The share $\rho$ of entries that are selected, above 0 and at most 1.
         zero: The sign where the task vectors cancel: `"zero"`, `"plus"`, or `"majority"`, the sign
             of the sum of all signs elected, minus if that is 0.
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`. Their derivatives are
@@ -73,7 +73,7 @@ def sce(
         F. Wan et al., *FuseChat: Knowledge Fusion of Chat Models*, 2024,
         [arXiv:2408.07990](https://arxiv.org/abs/2408.07990).
     """
-    density = _checks.share("density", density)
+    density = share("density", density, base, "tree")
     election = Election(weighted=False, zero=zero, divide="weight")
     tuned, _ = siblings(base, tuned, None)
     edits = differences(base, tuned)
@@ -83,11 +83,12 @@ def sce(
         mask = top_mask(variance, count(density, size))
         edits = [_varying((), (x, mask, variance)) for x in edits]
     weights, infinite = _energy_shares([tree.vdot(x, x) for x in edits])
-    scale = _checks.poisoned(
-        _checks.scalar("scale", scale),
+    _checks.by_leaf("scale", scale, base)
+    undefined = _checks.refuse(
         infinite,
         lambda: "the task vectors have no finite norm: base or tuned holds NaN or an infinity",
     )
+    scale = jax.tree.map(lambda number: number + undefined, scale)
     return agreed(base, edits, weights, election, scale)
 
 

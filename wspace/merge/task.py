@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from wspace import _checks, _lift
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, Weights, WeightsLike
 
 __all__ = ["task_arithmetic", "task_vector"]
 
@@ -61,12 +61,12 @@ def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
 
 
 def siblings(
-    base: WeightsLike, tuned: Sequence[WeightsLike], coefficients: Coefficients | None
+    base: WeightsLike, tuned: Sequence[WeightsLike], coefficients: LeafCoefficients | None
 ) -> tuple[list[WeightsLike], list[Any]]:
     """The models tuned from one base, of one layout with it, and a coefficient for each."""
     tuned = _checks.listed("tuned", tuned)
     _checks.same_layout(base=base, **_checks.each("tuned", tuned))
-    return tuned, _checks.unpacked(_checks.numbers("coefficients", coefficients, len(tuned)))
+    return tuned, _checks.unpacked(_checks.numbers("coefficients", coefficients, len(tuned), base))
 
 
 def differences(base: WeightsLike, tuned: Sequence[WeightsLike]) -> list[Weights]:
@@ -80,9 +80,9 @@ def _added(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return base + scale * edit
 
 
-def added(base: WeightsLike, edit: WeightsLike, scale: ScalarLike = 1.0) -> Weights:
+def added(base: WeightsLike, edit: WeightsLike, scale: ByLeaf = 1.0) -> Weights:
     """The base moved by a multiple of an edit, rounded once."""
-    return _added((_checks.scalar("scale", scale),), (base, edit))
+    return _added((_checks.by_leaf("scale", scale, base),), (base, edit))
 
 
 @_lift.elementwise
@@ -92,10 +92,10 @@ def _moved(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 
 def moved(
-    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], scale: ScalarLike
+    base: WeightsLike, edits: Sequence[Weights], coefficients: Sequence[Any], scale: ByLeaf
 ) -> Weights:
     """The base plus a combination of edits, in one pass over them."""
-    return _moved((_checks.scalar("scale", scale), *coefficients), (base, *edits))
+    return _moved((_checks.by_leaf("scale", scale, base), *coefficients), (base, *edits))
 
 
 def total(coefficients: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
@@ -118,9 +118,9 @@ def _sum_of_terms(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 def task_arithmetic(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
     normalize: bool = False,
 ) -> Weights:
     r"""The base plus a combination of task vectors.
@@ -137,8 +137,9 @@ def task_arithmetic(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
-        scale: The number $\lambda$.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
         normalize: Whether the coefficients are divided by their sum, which takes the meaning
             from their sign: $c$ and $-c$ are then one merge.
 
@@ -165,5 +166,5 @@ def task_arithmetic(
     """
     tuned, known = siblings(base, tuned, coefficients)
     if _checks.flag("normalize", normalize):
-        known = _checks.unpacked(_checks.affine(coefficients, len(tuned)))
-    return _sum_of_terms((_checks.scalar("scale", scale), *known), (base, *tuned))
+        known = _checks.unpacked(_checks.affine(coefficients, len(tuned), base))
+    return _sum_of_terms((_checks.by_leaf("scale", scale, base), *known), (base, *tuned))

@@ -3,10 +3,10 @@ r"""TIES: the largest entries of task vectors, merged where they have the sign e
 from collections.abc import Sequence
 
 from wspace.merge.parts.elect import Election, agreed
-from wspace.merge.parts.numbers import share_of_each
+from wspace.merge.parts.numbers import Densities, share_of_each
 from wspace.merge.parts.trim import Kept, Scope, trim
 from wspace.merge.task import differences, siblings
-from wspace.typing import Coefficients, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Weights, WeightsLike
 
 __all__ = ["ties"]
 
@@ -14,13 +14,13 @@ __all__ = ["ties"]
 def ties(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Densities = 0.2,
     scope: Scope = "tree",
     kept: Kept = "floor",
     election: Election = Election(),
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
 ) -> Weights:
     r"""TIES: trim the task vectors, elect a sign for each entry, merge what agrees with it.
 
@@ -40,17 +40,19 @@ def ties(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given. They are not
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given. They are not
             normalized.
         density: The share $\rho$ of entries that stay, one for all models or one a model, above 0
-            and at most 1.
+            and at most 1; with the scope `"leaf"` or `"row"` also one for each
+            [leaf][wspace.typing.ByLeaf].
         scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
             entries of a leaf that differ in their last index alone. Where $\rho n < 1$ nothing
             stays.
         kept: How many stay of $n$: `"floor"`, $\lfloor \rho n \rfloor$, or `"floor+1"`, one more.
         election: How a sign is elected for each entry and what has it is merged, an
             [`Election`][wspace.merge.Election].
-        scale: The number $\lambda$.
+        scale: The number $\lambda$, or one for each [leaf][wspace.typing.ByLeaf].
 
     Returns:
         The weights $\theta$, each leaf in the dtype of that leaf of `base`. Their derivatives are

@@ -16,7 +16,7 @@ from wspace.merge.parts.spectra import (
     isometries,
     least_given,
 )
-from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["tsv_m"]
 
@@ -24,9 +24,9 @@ __all__ = ["tsv_m"]
 def tsv_m(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
-    scale: ScalarLike = 1.0,
+    scale: ByLeaf = 1.0,
     rtol: ScalarLike | None = None,
     least: ScalarLike | None = None,
 ) -> SpectralMerge:
@@ -61,8 +61,10 @@ def tsv_m(
     Args:
         base: The weights $\theta_0$.
         tuned: The models $\theta_i$, trees of the layout of `base`, at least one.
-        coefficients: The $c_i$, one a model, of any sign; ones if not given.
-        scale: The number that multiplies the merged displacement.
+        coefficients: The $c_i$, one a model or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
+        scale: The number that multiplies the merged displacement, or one for each
+            [leaf][wspace.typing.ByLeaf].
         rtol: Singular values up to this number in $(0, 1)$ times the largest of their matrix have
             no direction and are left out; $\max(m, n)\,\varepsilon$ if not given. A difference of
             weights that were rounded to half precision has full rank: give the rounding there.

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from wspace import _checks, _lift, tree
 from wspace._numerics import gap_times, plus, unstacked
 from wspace.negative.allowance import allowances, moved_by
-from wspace.typing import Layout, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, Layout, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["guide", "guide_perpendicular", "remove_member", "repel", "strength_of"]
 
@@ -30,7 +30,7 @@ def _extrapolated(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 def repel(
     point: WeightsLike,
     avoid: WeightsLike,
-    strength: ScalarLike,
+    strength: ByLeaf,
     *,
     allow: PyTree | None = None,
     layout: Layout = "in_out",
@@ -58,8 +58,8 @@ def repel(
     Args:
         point: The weights $x$.
         avoid: The weights $b$ to move away from, of the same layout.
-        strength: The strength $s$, any real number; of a negative weight,
-            [`strength_of`][wspace.negative.strength_of] it.
+        strength: The strength $s$, any real number, or one for each [leaf][wspace.typing.ByLeaf];
+            of a negative weight, [`strength_of`][wspace.negative.strength_of] it.
         allow: Where the point may move; everywhere if not given. A tree like the weights with,
             at each leaf, `1.0` (free), `0.0` (frozen), or for a matrix `x @ W` a projector
             `(in, in)` onto the inputs whose rows may change, such as
@@ -94,7 +94,7 @@ def repel(
     """
     _checks.known_layout(layout)
     _checks.same_layout(point=point, avoid=avoid)
-    strength = _checks.scalar("strength", strength)
+    strength = _checks.by_leaf("strength", strength, point)
     if allow is None:
         return _extrapolated((strength,), (point, point, avoid))
     (allowed,) = allowances({"allow": allow}, layout, [point], avoid)

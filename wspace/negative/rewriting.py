@@ -23,14 +23,14 @@ _NAMES = {"in_out": "(in, out)", "out_in": "(out, in)"}
 
 
 def rewrite(
-    matrix: Float[Array | np.ndarray, "m n"],
+    matrix: Float[Array | np.ndarray, "p q"],
     keys: Float[Array | np.ndarray, "k m"],
     values: Float[Array | np.ndarray, "k n"],
     *,
     keep: Float[Array | np.ndarray, "l m"] | None = None,
     ridge: ScalarLike = 0.0,
     layout: Layout = "in_out",
-) -> Float[Array, "m n"]:
+) -> Float[Array, "p q"]:
     r"""Makes a matrix take given values at some keys, and keep those that it has at others.
 
     With keys as rows of $K$, values as rows of $Y$, and $P = I - K_0^+ K_0$ for the rows of `keep`,

@@ -174,34 +174,35 @@ def _between(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
     return where_kept(inside & jnp.logical_not(above), x)
 
 
-def keep_in_leaves(x: WeightsLike, band: Callable[[int], tuple[int, int]]) -> Weights:
+def keep_in_leaves(x: WeightsLike, bands: Sequence[Callable[[int], tuple[int, int]]]) -> Weights:
     """Of every leaf what `keep_between` keeps, for the start and stop that its size asks for."""
-    return _each_alone(kept_in_leaf, x, band, lambda leaf: leaf.size)
+    return _each_alone(kept_in_leaf, x, bands, lambda leaf: leaf.size)
 
 
-def keep_in_rows(x: WeightsLike, band: Callable[[int], tuple[int, int]]) -> Weights:
+def keep_in_rows(x: WeightsLike, bands: Sequence[Callable[[int], tuple[int, int]]]) -> Weights:
     """The same of every row, which is the last axis of a leaf."""
     return _each_alone(
-        kept_in_rows, x, band, lambda leaf: leaf.shape[-1] if leaf.ndim > 1 else leaf.size
+        kept_in_rows, x, bands, lambda leaf: leaf.shape[-1] if leaf.ndim > 1 else leaf.size
     )
 
 
 def _each_alone(
     kept: Callable[..., Weights],
     x: WeightsLike,
-    band: Callable[[int], tuple[int, int]],
+    bands: Sequence[Callable[[int], tuple[int, int]]],
     length: Callable[[Any], int],
 ) -> Weights:
     """What is kept of leaves one by one: all those together that are sorted, the others counted."""
     leaves, structure = jax.tree.flatten(x)
     is_sorted = [length(leaf) < leaf.size or _is_sorted(leaf) for leaf in leaves]
     together = [leaf for leaf, yes in zip(leaves, is_sorted, strict=True) if yes]
-    bands = [list(map(np.uint32, band(length(leaf)))) for leaf in together]
-    each = [[start for start, _ in bands], [stop for _, stop in bands]]
+    rows = zip(leaves, bands, is_sorted, strict=True)
+    spans = [list(map(np.uint32, band(length(leaf)))) for leaf, band, yes in rows if yes]
+    each = [[start for start, _ in spans], [stop for _, stop in spans]]
     found = iter(kept((), (together,), each))
     return structure.unflatten(
         next(found) if yes else keep_between(leaf, *band(leaf.size))
-        for leaf, yes in zip(leaves, is_sorted, strict=True)
+        for leaf, band, yes in zip(leaves, bands, is_sorted, strict=True)
     )
 
 

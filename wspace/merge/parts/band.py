@@ -3,9 +3,10 @@ r"""The entries of a task vector that are neither outliers nor small."""
 from typing import get_args
 
 import numpy as np
+from jaxtyping import PyTree
 
 from wspace import _checks
-from wspace.merge.parts.numbers import count, part
+from wspace.merge.parts.numbers import count, part, share
 from wspace.merge.parts.trim import Scope, band_of
 from wspace.typing import Weights, WeightsLike
 
@@ -13,7 +14,7 @@ __all__ = ["band"]
 
 
 def band(
-    x: WeightsLike, density: float, outliers: float = 0.0, *, scope: Scope = "tree"
+    x: WeightsLike, density: float | PyTree[float], outliers: float = 0.0, *, scope: Scope = "tree"
 ) -> Weights:
     r"""The entries of a task vector that come next in magnitude after its outliers.
 
@@ -29,7 +30,8 @@ def band(
 
     Args:
         x: The task vector $\tau$.
-        density: The share $\rho$ of entries that stay, above 0 and at most 1.
+        density: The share $\rho$ of entries that stay, above 0 and at most 1; with the scope
+            `"leaf"` or `"row"` also one for each [leaf][wspace.typing.ByLeaf].
         outliers: The share $\gamma$ of largest entries that go, from 0 to below 1.
         scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
             entries of a leaf that differ in their last index alone.
@@ -53,17 +55,19 @@ def band(
         M. Davari, E. Belilovsky, *Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse
         Masks*, ECCV 2024, [arXiv:2312.06795](https://arxiv.org/abs/2312.06795).
     """
-    density, outliers = _checks.share("density", density), part("outliers", outliers)
-    if density + outliers > 1 + float(np.finfo(np.float32).eps):  # as 0.99 and 0.01 are in float32
-        raise ValueError(
-            f"density {density} and outliers {outliers} are more than all entries together: "
-            "lower one of them"
-        )
+    outliers = part("outliers", outliers)
     _checks.one_of("scope", scope, get_args(Scope))
     _checks.same_layout(x=x)
+    shares = share("density", density, x, scope)
+    most = np.max(shares, initial=0)
+    if most + outliers > 1 + float(np.finfo(np.float32).eps):  # as 0.99 and 0.01 are in float32
+        raise ValueError(
+            f"density {most} and outliers {outliers} are more than all entries together: "
+            "lower one of them"
+        )
 
-    def middle(size: int) -> tuple[int, int]:
+    def middle(size: int, own: float) -> tuple[int, int]:
         gone = count(outliers, size)
-        return gone, min(gone + count(density, size), size)
+        return gone, min(gone + count(own, size), size)
 
-    return band_of(x, middle, scope)
+    return band_of(x, middle, scope, shares)

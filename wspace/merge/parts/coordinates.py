@@ -23,9 +23,9 @@ from wspace._numerics import matmul, placed_like, replicated, rounded_like, sing
 from wspace.lowrank import LowRank
 from wspace.lowrank.algebra import side_by_side
 from wspace.lowrank.factors import factors_of, from_matrix, product, transposed, turned
-from wspace.typing import Coefficients, Layout, Leaf
+from wspace.typing import Layout, Leaf, LeafCoefficients
 
-Rule: TypeAlias = Callable[[PyTree, Sequence[PyTree], Coefficients | None], PyTree]
+Rule: TypeAlias = Callable[[PyTree, Sequence[PyTree], LeafCoefficients | None], PyTree]
 """A merge: from base, tuned models and coefficients to weights."""
 
 Coordinates: TypeAlias = tuple[Sequence[Array], Callable[[Array], Leaf | LowRank]]
@@ -36,7 +36,7 @@ def in_coordinates(
     coordinates: Callable[[Sequence[Leaf | LowRank]], Coordinates],
     rule: Rule,
     edits: Sequence[PyTree],
-    coefficients: Coefficients | None,
+    coefficients: LeafCoefficients | None,
 ) -> PyTree:
     """The result of a rule on edits in coordinates, brought back to weights."""
     _checks.function("rule", rule, "a merge of base, tuned models and coefficients")

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import power_of_two, where_kept
@@ -17,7 +17,9 @@ __all__ = ["drop"]
 Rescale: TypeAlias = Literal["inverse", "norm", "none"]
 
 
-def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inverse") -> Weights:
+def drop(
+    key: Array, x: WeightsLike, density: float | PyTree[float], *, rescale: Rescale = "inverse"
+) -> Weights:
     r"""Random entries of a task vector, enlarged to make up for those that are dropped.
 
     $$
@@ -33,7 +35,8 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
     Args:
         key: A random key.
         x: The task vector $\tau$.
-        density: The probability $\rho$ that an entry stays, above 0 and at most 1.
+        density: The probability $\rho$ that an entry stays, or one for each
+            [leaf][wspace.typing.ByLeaf], above 0 and at most 1.
         rescale: The factor $s$: `"inverse"`, $1/\rho$; `"norm"`, by which a leaf keeps its 1-norm,
             $\lVert \tau_\ell \rVert_1 / \lVert m_\ell \tau_\ell \rVert_1$, though not its
             expectation; or `"none"`, $1$. A leaf of which nothing stays is zero.
@@ -57,10 +60,10 @@ def drop(key: Array, x: WeightsLike, density: float, *, rescale: Rescale = "inve
         as a Free Lunch*, ICML 2024, section 3.2,
         [arXiv:2311.03099](https://arxiv.org/abs/2311.03099).
     """
-    density = _checks.share("density", density)
     _checks.one_of("rescale", rescale, get_args(Rescale))
     _checks.same_layout(x=x)
-    return _dropping(rescale)((density,), (x,), [tree.split_key_like(key, x)])
+    shares = _checks.by_leaf("density", density, x, _checks.share)
+    return _dropping(rescale)((shares,), (x,), [tree.split_key_like(key, x)])
 
 
 @functools.cache

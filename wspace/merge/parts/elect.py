@@ -13,7 +13,7 @@ from wspace._numerics import larger, where_kept
 from wspace._records import record
 from wspace._words import described
 from wspace.merge.task import added, total
-from wspace.typing import Coefficients, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, Weights, WeightsLike
 
 __all__ = ["Election", "disjoint_merge", "elect"]
 
@@ -81,7 +81,7 @@ class Election:
 
 def elect(
     edits: Sequence[WeightsLike],
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     vote: Vote = "mass",
     zero: Zero = "zero",
@@ -98,7 +98,8 @@ def elect(
 
     Args:
         edits: The task vectors $\tau_i$, trees of one layout, at least one.
-        coefficients: The $c_i$, one a task vector, of any sign; ones if not given.
+        coefficients: The $c_i$, one a task vector or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         vote: `"mass"`, the first form, in which large entries count for more, or `"count"`.
         zero: The sign where the votes cancel, or all are zero: `"zero"`, `"plus"`, or
             `"majority"`, the sign of $\sum_j \gamma_j$ over the whole tree, minus if that is 0.
@@ -125,9 +126,16 @@ def elect(
     """
     edits = _checks.listed("edits", edits)
     _checks.same_layout(**_checks.each("edits", edits))
-    known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits)))
-    signs = _election(_checks.one_of("vote", vote, get_args(Vote)))(known, edits)
-    if _checks.one_of("zero", zero, get_args(Zero)) == "zero":
+    known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits), edits[0]))
+    _checks.one_of("vote", vote, get_args(Vote))
+    return _signs(known, edits, vote, _checks.one_of("zero", zero, get_args(Zero)))
+
+
+def _signs(
+    coefficients: Sequence[Any], edits: Sequence[WeightsLike], vote: Vote, zero: Zero
+) -> Weights:
+    signs = _election(vote)(coefficients, edits)
+    if zero == "zero":
         return signs
     balance = _balance((), (signs,)) if zero == "majority" else jnp.ones(())
     return _filled((jnp.where(balance > 0, 1, -1),), (signs,))
@@ -159,7 +167,7 @@ def _balance(_: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 def disjoint_merge(
     edits: Sequence[WeightsLike],
     signs: WeightsLike,
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     divide: Divide = "count",
     weighted: bool = True,
@@ -184,7 +192,8 @@ def disjoint_merge(
     Args:
         edits: The task vectors $\tau_i$, trees of one layout, at least one.
         signs: The signs $\gamma$, as from [`elect`][wspace.merge.elect].
-        coefficients: The $c_i$, one a task vector, of any sign; ones if not given.
+        coefficients: The $c_i$, one a task vector or one for each of its
+            [leaves][wspace.typing.ByLeaf], of any sign; ones if not given.
         divide: What the sum is divided by.
         weighted: Whether a negative coefficient turns the sign by which a term agrees; else
             $A_j = \{ i : \operatorname{sgn}(\tau_{ij}) = \gamma_j \}$.
@@ -210,7 +219,7 @@ def disjoint_merge(
     """
     edits = _checks.listed("edits", edits)
     _checks.same_layout(**_checks.each("edits", edits), signs=signs)
-    known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits)))
+    known = _checks.unpacked(_checks.numbers("coefficients", coefficients, len(edits), edits[0]))
     weighted = _checks.flag("weighted", weighted)
     merged = _merged(_checks.one_of("divide", divide, get_args(Divide)), weighted)
     return merged(known, (*edits, signs))
@@ -257,7 +266,7 @@ def agreed(
     edits: Sequence[Weights],
     coefficients: Sequence[Any],
     election: Election,
-    scale: ScalarLike,
+    scale: ByLeaf,
 ) -> Weights:
     """The base plus a multiple of what the task vectors agree on."""
     if not isinstance(election, Election):
@@ -266,13 +275,11 @@ def agreed(
             "merge.Election(vote=...), or leave it out"
         )
     if election.zero == "majority":  # of the whole tree
-        votes = coefficients if election.weighted else None
-        signs = elect(edits, votes, vote=election.vote, zero=election.zero)
-        edit = disjoint_merge(
-            edits, signs, coefficients, divide=election.divide, weighted=election.weighted
-        )
-        return added(base, edit, scale)
-    numbers = (_checks.scalar("scale", scale), *coefficients)
+        votes = coefficients if election.weighted else [1.0] * len(edits)
+        signs = _signs(votes, edits, election.vote, election.zero)
+        merged = _merged(election.divide, election.weighted)
+        return added(base, merged(coefficients, (*edits, signs)), scale)
+    numbers = (_checks.by_leaf("scale", scale, base), *coefficients)
     return _in_one_pass(election)(numbers, (base, *edits))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import placed_like, replicated, where_kept
@@ -23,7 +23,7 @@ RankScope: TypeAlias = Literal["row", "leaf"]
 def magprune(
     key: Array,
     x: WeightsLike,
-    density: float,
+    density: float | PyTree[float],
     *,
     width: float = 0.05,
     scope: RankScope = "row",
@@ -49,7 +49,8 @@ def magprune(
     Args:
         key: A random key.
         x: The task vector $\tau$.
-        density: The mean probability $\rho$ that an entry stays, above 0 and at most 1.
+        density: The mean probability $\rho$ that an entry stays, or one for each
+            [leaf][wspace.typing.ByLeaf], above 0 and at most 1.
         width: The most $\epsilon$ by which a probability differs from the mean, at least 0, with
             $\rho - \epsilon$ above 0 and $\rho + \epsilon$ at most 1.
         scope: Among which entries ranks are counted: of every `"row"`, which differ in their last
@@ -76,20 +77,21 @@ def magprune(
         through Magnitude-Based Sampling*, 2024, section 3,
         [arXiv:2406.11617](https://arxiv.org/abs/2406.11617).
     """
-    density, width = _checks.share("density", density), part("width", width)
-    if not (density - width > 0 and density + width <= 1 + 1e-12):
-        raise ValueError(
-            f"density {density} with width {width} gives probabilities from {density - width:g} to "
-            f"{density + width:g}: keep them above 0 and at most 1 by a smaller width"
-        )
     _checks.one_of("scope", scope, get_args(RankScope))
     _checks.one_of("rescale", rescale, get_args(Rescale))
     _checks.same_layout(x=x)
+    shares, width = _checks.by_leaf("density", density, x, _checks.share), part("width", width)
+    for own in np.atleast_1d(shares).tolist():
+        if not (own - width > 0 and own + width <= 1 + 1e-12):
+            raise ValueError(
+                f"density {own} with width {width} gives probabilities from {own - width:g} to "
+                f"{own + width:g}: keep them above 0 and at most 1 by a smaller width"
+            )
     leaves, structure = jax.tree.flatten(x)
     lasts = [max(_row_of(leaf, scope) - 1, 0) for leaf in leaves]
     steps = [np.float32(width / max(last, 1)) for last in lasts]
     each = [tree.split_key_like(key, x), *map(structure.unflatten, (lasts, steps))]
-    return _pruning(scope, rescale)((density,), (x,), each)
+    return _pruning(scope, rescale)((shares,), (x,), each)
 
 
 def _row_of(leaf: Any, scope: RankScope) -> int:

@@ -2,15 +2,18 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from wspace import _checks, _lift
 from wspace.typing import Scalar, WeightsLike
+
+Densities: TypeAlias = float | Sequence[float] | PyTree[float]
+"""A density for all models, or one a model, each a number or a tree of them."""
 
 
 def count(share: float, size: int) -> int:
@@ -26,16 +29,29 @@ def part(name: str, value: Any) -> float:
     return float(value)
 
 
-def share_of_each(name: str, value: Any, models: int) -> list[float]:
-    """A share above 0 and up to 1 for each model, given as one number for all or one a model."""
-    if not hasattr(value, "__len__") or np.shape(value) == ():
-        return [_checks.share(name, value)] * models
+def share(name: str, value: Any, like: WeightsLike, scope: str) -> Any:
+    """A share above 0 and up to 1, or an array of one for each leaf where it is a tree."""
+    if scope == "tree" and _checks.is_tree(value):
+        raise ValueError(
+            f"{name} is a tree of numbers, but over the whole tree one share of all entries stays: "
+            'give one number, or scope="leaf" where there is that choice'
+        )
+    return _checks.by_leaf(name, value, like, _checks.share)
+
+
+def share_of_each(name: str, value: Any, models: int) -> list[Any]:
+    """A share above 0 and up to 1, or a tree of them, for each model, or one for all."""
+    if isinstance(value, Mapping) or not hasattr(value, "__len__") or np.shape(value) == ():
+        return [value if _checks.is_tree(value) else _checks.share(name, value)] * models
     if len(value) != models:
         raise ValueError(
             f"{name} has {len(value)} numbers for {models} models: give one number a model, or "
             "one for all"
         )
-    return [_checks.share(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    return [
+        one if _checks.is_tree(one) else _checks.share(f"{name}[{i}]", one)
+        for i, one in enumerate(value)
+    ]
 
 
 @functools.partial(_lift.reduction, kind="max")

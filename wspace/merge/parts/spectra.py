@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, DTypeLike, Float, Int, PyTree
 
@@ -24,7 +25,7 @@ from wspace._numerics import (
 )
 from wspace._records import record
 from wspace.merge.task import added, differences, siblings
-from wspace.typing import Coefficients, Scalar, ScalarLike, WeightsLike
+from wspace.typing import ByLeaf, LeafCoefficients, Scalar, ScalarLike, WeightsLike
 
 __all__ = ["SpectralMerge"]
 
@@ -52,12 +53,12 @@ def by_matrices(
     on_matrices: Callable[[str, Sequence[Any], list[Array]], tuple[Array, Scalar, Array]],
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
-    coefficients: Coefficients | None,
-    scale: ScalarLike,
+    coefficients: LeafCoefficients | None,
+    scale: ByLeaf,
     rtol: ScalarLike | None,
 ) -> SpectralMerge:
     """A merge of every matrix: its edit, how small the least divisor was, and what it left out."""
-    tuned, c = siblings(base, tuned, coefficients)
+    tuned, numbers = siblings(base, tuned, coefficients)
     _checks.finite(base=base, **_checks.each("tuned", tuned))
     if rtol is not None:
         rtol = _checks.between("rtol", rtol, 0, 1)
@@ -67,7 +68,9 @@ def by_matrices(
     leaves, structure = jax.tree.flatten(base)
     paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     merged, certificates, missing = [], [jnp.ones((), wide)], jnp.zeros((), jnp.int32)
-    for path, leaf, *displaced in zip(paths, leaves, *map(jax.tree.leaves, taus), strict=True):
+    rows = zip(paths, leaves, *map(jax.tree.leaves, taus), strict=True)
+    for place, (path, leaf, *displaced) in enumerate(rows):
+        c = [a[place] if np.ndim(a) else a for a in numbers]
         if leaf.ndim < 2 or not leaf.size:
             merged.append(tree.combine([a / len(c) for a in c], displaced))
             continue

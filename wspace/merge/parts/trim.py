@@ -1,12 +1,15 @@
 r"""The largest entries of a task vector."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import jax
+import numpy as np
+from jaxtyping import Float, PyTree
 
 from wspace import _checks
-from wspace.merge.parts.numbers import count
+from wspace.merge.parts.numbers import count, share
 from wspace.selection.top import keep_between, keep_in_leaves, keep_in_rows
 from wspace.typing import Weights, WeightsLike
 
@@ -16,7 +19,9 @@ Scope: TypeAlias = Literal["tree", "leaf", "row"]
 Kept: TypeAlias = Literal["floor", "floor+1"]
 
 
-def trim(x: WeightsLike, density: float, *, scope: Scope = "tree", kept: Kept = "floor") -> Weights:
+def trim(
+    x: WeightsLike, density: float | PyTree[float], *, scope: Scope = "tree", kept: Kept = "floor"
+) -> Weights:
     r"""The entries of largest magnitude of a task vector, and zero elsewhere.
 
     $$
@@ -29,7 +34,8 @@ def trim(x: WeightsLike, density: float, *, scope: Scope = "tree", kept: Kept = 
 
     Args:
         x: The task vector $\tau$.
-        density: The share $\rho$ of entries that stay, above 0 and at most 1.
+        density: The share $\rho$ of entries that stay, above 0 and at most 1; where the scope is
+            `"leaf"` or `"row"` also a tree of them, one for each leaf.
         scope: What is counted as one: the whole `"tree"`, every `"leaf"`, or every `"row"`, the
             entries of a leaf that differ in their last index alone. Where $\rho n < 1$ nothing
             stays: a small leaf is emptied under `"leaf"`, and not under `"tree"`.
@@ -54,16 +60,27 @@ def trim(x: WeightsLike, density: float, *, scope: Scope = "tree", kept: Kept = 
         P. Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023,
         section 3, [arXiv:2306.01708](https://arxiv.org/abs/2306.01708).
     """
-    density = _checks.share("density", density)
     _checks.one_of("scope", scope, get_args(Scope))
     _checks.one_of("kept", kept, get_args(Kept))
     _checks.same_layout(x=x)
-    more = kept == "floor+1"
-    return band_of(x, lambda size: (0, min(count(density, size) + more, size)), scope)
+    shares, more = share("density", density, x, scope), kept == "floor+1"
+    return band_of(x, lambda size, own: (0, min(count(own, size) + more, size)), scope, shares)
 
 
-def band_of(x: WeightsLike, band: Callable[[int], tuple[int, int]], scope: Scope) -> Weights:
-    """The entries whose place by falling magnitude is in a band, given how many there are."""
+def band_of(
+    x: WeightsLike,
+    band: Callable[[int, float], tuple[int, int]],
+    scope: Scope,
+    density: float | Float[np.ndarray, " leaves"],
+) -> Weights:
+    """The entries whose place by falling magnitude is in a band, of given size and density."""
+    leaves = jax.tree.leaves(x)
     if scope == "tree":
-        return keep_between(x, *band(sum(leaf.size for leaf in jax.tree.leaves(x))))
-    return (keep_in_rows if scope == "row" else keep_in_leaves)(x, band)
+        return keep_between(x, *band(sum(leaf.size for leaf in leaves), float(density)))
+    shares = np.broadcast_to(density, len(leaves)).tolist()
+    bands = [functools.partial(_of_share, band, own) for own in shares]
+    return (keep_in_rows if scope == "row" else keep_in_leaves)(x, bands)
+
+
+def _of_share(band: Callable[..., tuple[int, int]], own: float, size: int) -> tuple[int, int]:
+    return band(size, own)
