@@ -54,6 +54,53 @@ def test_every_docstring_says_what_goes_in_and_out(name):
         assert section in sections
 
 
+KNOWN_AS = {
+    "average.running_mean": ("SWA", "stochastic weight averaging", "averaging of checkpoints"),
+    "average.window": ("LAWA", "latest weight averaging"),
+    "average.ema": ("EMA", "Polyak", "optax.incremental_update"),
+    "average.power_ema": ("post-hoc EMA", "EDM2"),
+    "average.reconstruct": ("post-hoc EMA", "EDM2"),
+    "average.mean": ("soup",),
+    "average.karcher_mean": ("multislerp",),
+    "average.fisher_mean": ("Fisher merging",),
+    "average.regression_mean": ("RegMean",),
+    "average.kronecker_mean": ("K-FAC",),
+    "average.model_stock": ("Model Stock",),
+    "soup.greedy_soup": ("greedy soup",),
+    "fit.coefficients": ("learned soup", "AdaMerging", "task-wise", "layer-wise", "DAM"),
+    "fit.invert": ("textual inversion",),
+    "interpolate.lerp": ("WiSE-FT", "LERP"),
+    "interpolate.slerp": ("SLERP",),
+    "interpolate.bezier": ("mode connectivity",),
+    "merge.task_vector": ("task vector",),
+    "merge.task_arithmetic": ("negation", "analogies"),
+    "merge.ties": ("TIES",),
+    "merge.dare": ("DARE",),
+    "merge.della": ("DELLA",),
+    "merge.breadcrumbs": ("Breadcrumbs",),
+    "merge.tsv_m": ("TSV-M",),
+    "merge.iso_c": ("Iso-C",),
+    "merge.iso_cts": ("Iso-CTS",),
+    "merge.knots": ("KnOTS",),
+    "merge.lines": ("LiNeS",),
+    "merge.emr": ("EMR",),
+    "merge.tall_mask": ("TALL mask",),
+    "perturb.filter_normalize": ("filter normalization", "loss landscape"),
+    "negative.erase_keeping": ("LEACE",),
+    "negative.attenuate": ("INLP",),
+    "negative.rewrite": ("ROME", "AlphaEdit"),
+    "negative.repel": ("task negation",),
+    "negative.guide": ("classifier-free guidance", "negative prompt"),
+    "negative.guide_perpendicular": ("Perp-Neg",),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_AS)
+def test_names_of_the_literature_stand_before_the_arguments(name):
+    said = " ".join((inspect.getdoc(FUNCTIONS[name]) or "").split("Args:")[0].split())
+    assert [known for known in KNOWN_AS[name] if known not in said] == []
+
+
 def test_import_and_version_load_nothing_and_a_star_loads_every_module():
     code = (
         "import sys, wspace; first = set(sys.modules); version = wspace.__version__\n"

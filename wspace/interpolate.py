@@ -42,6 +42,8 @@ def _segment(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 def lerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     r"""Linear interpolation, the straight segment between two points.
 
+    Known as LERP; between a base and a model tuned from it, as WiSE-FT.
+
     $$
     \theta(t) = (1 - t)\,\theta_0 + t\,\theta_1
     $$
@@ -81,6 +83,8 @@ def _arc(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 
 def slerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     r"""Spherical linear interpolation, an arc turning at constant angular speed.
+
+    Known as SLERP.
 
     $$
     \theta(t) = \frac{\sin((1 - t)\,\Omega)}{\sin \Omega}\,\theta_0
@@ -221,6 +225,8 @@ def _weights(
 @_checks.of_points
 def bezier(points: Sequence[WeightsLike], t: ScalarLike) -> Weights:
     r"""Bezier curve, which leaves its first point and arrives at its last one, bent by the rest.
+
+    Known from mode connectivity, where its bends are trained to a path of low loss.
 
     $$
     \theta(t) = \sum_{i=0}^{n} \binom{n}{i}\, t^i (1 - t)^{n - i}\, \theta_i

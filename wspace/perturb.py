@@ -180,6 +180,8 @@ def filter_normalize(
 ) -> Weights:
     r"""Scales every filter of a direction to the norm of that filter of the weights.
 
+    Known as filter normalization, of pictures of the loss landscape.
+
     $$
     d_{\ell j} \leftarrow \frac{\lVert \theta_{\ell j} \rVert}{\lVert d_{\ell j} \rVert}\,
     d_{\ell j}

@@ -62,6 +62,8 @@ class Grid(NamedTuple):
 def greedy_soup(score: Callable[[Weights], Any], points: Sequence[WeightsLike]) -> Soup:
     r"""The mean of those points that raise its score, tried from the best one on.
 
+    Known as a greedy soup of models.
+
     $$
     S \leftarrow S \cup \{i\} \quad \text{if} \quad
     f\Bigl(\frac{1}{|S| + 1} \sum_{j \in S \cup \{i\}} \theta_j\Bigr)

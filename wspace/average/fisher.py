@@ -75,6 +75,8 @@ def fisher_mean(
 ) -> Weights:
     r"""Mean of points weighted, entry by entry, by how well each of them is determined.
 
+    Known as Fisher merging.
+
     $$
     \theta_j = \frac{\sum_i c_i F_{ij}\, \theta_{ij}}{\sum_i c_i F_{ij}}
     $$
@@ -177,6 +179,8 @@ def kronecker_mean(
     layout: Layout = "in_out",
 ) -> Solution:
     r"""Mean of points in the metric of Fishers that are Kronecker products, matrix by matrix.
+
+    Known as Fisher merging with Kronecker factors, those of K-FAC.
 
     With the plain mean $M = \sum_i c_i W_i / \sum_i c_i$ every leaf `x @ W` with factors becomes
     $W = M + D$, where

@@ -12,6 +12,8 @@ __all__ = ["mean"]
 def mean(points: Sequence[WeightsLike], coefficients: LeafCoefficients | None = None) -> Weights:
     r"""Weighted mean of points, as in model soups.
 
+    Known as a uniform soup, and as a linear merge.
+
     $$
     \bar\theta = \frac{\sum_i c_i\, \theta_i}{\sum_i c_i}
     $$

@@ -147,6 +147,8 @@ def reconstruct(
 ) -> Reconstruction:
     r"""An average with another profile, put together from snapshots whose profiles are known.
 
+    Known as post-hoc EMA (EDM2), of snapshots of [`power_ema`][wspace.average.power_ema].
+
     $$
     \theta = \sum_k x_k\, \theta_k, \qquad
     x = \arg\min_{\sum_k x_k = 1} \Bigl\lVert \sum_k x_k\, p_k - p \Bigr\rVert_{L^2}

@@ -74,6 +74,8 @@ def karcher_mean(
 ) -> Solution:
     r"""Karcher mean: the mean of the directions on the sphere, times the mean of the norms.
 
+    Known as a spherical or Riemannian mean; the multislerp of merges is a step towards it.
+
     $$
     \theta = \Bigl(\sum_i a_i \lVert \theta_i \rVert\Bigr)\, \mu, \qquad
     \sum_i a_i \log_\mu(u_i) = 0, \quad

@@ -141,6 +141,8 @@ def _quotient(sums: _Sums) -> PyTree:
 def running_mean(*, start: int = 0) -> Average:
     r"""Mean of all weights so far, with coefficients of either sign; from a step on (SWA).
 
+    Known as stochastic weight averaging (SWA), and as averaging of checkpoints.
+
     $$
     \bar\theta_t = \frac{\sum_{s < i \le t} c_i\, \theta_i}{\sum_{s < i \le t} c_i}
         \quad (t > s), \qquad \bar\theta_t = \theta_t \quad (t \le s)
@@ -241,6 +243,8 @@ def running_mean(*, start: int = 0) -> Average:
 def ema(decay: ScalarLike | Callable[[Array], ScalarLike], *, debias: bool = True) -> Average:
     r"""Exponential moving average of the weights.
 
+    Known as EMA and as Polyak averaging; `optax.incremental_update` is a step of it.
+
     $$
     \theta^{\text{ema}}_t = \frac{e_t}{m_t}, \qquad
     e_t = \beta_t\, e_{t-1} + (1 - \beta_t)\, \theta_t, \quad
@@ -290,6 +294,8 @@ def ema(decay: ScalarLike | Callable[[Array], ScalarLike], *, debias: bool = Tru
 
 def power_ema(exponent: ScalarLike) -> Average:
     r"""Power-function moving average, which remembers a fixed share of the run so far.
+
+    Known as post-hoc EMA (EDM2), together with [`reconstruct`][wspace.average.reconstruct].
 
     $$
     \theta^{(\gamma)}_t = \Bigl(1 - \frac1t\Bigr)^{\gamma + 1} \theta^{(\gamma)}_{t-1}
@@ -362,6 +368,8 @@ def _refuse_empty(empty: Array) -> None:
 
 def window(length: int, *, every: int = 1) -> Average:
     r"""Mean of the latest weights, or of every so many, with the same coefficient (LAWA).
+
+    Known as latest weight averaging (LAWA), and as averaging of the last checkpoints.
 
     $$
     \bar\theta_t = \frac1k \sum_{j = n - k + 1}^{n} \theta_{j e}, \qquad

@@ -100,6 +100,9 @@ def coefficients(
 ) -> Learned:
     r"""Learns the coefficients of a merge by a loss of the merged weights.
 
+    Known as a learned soup (`simplex=True`), as AdaMerging, task-wise (`per="tree"`) and layer-wise
+    (`per="leaf"`), and as differentiable adaptive merging (DAM, `per="row"`).
+
     $$
     \min_c \ L\Bigl(\theta_0 + \sum_i c_i\, (\theta_i - \theta_0)\Bigr), \qquad\text{or}\qquad
     c = \operatorname{softmax}(z), \quad \min_z

@@ -35,6 +35,8 @@ def iso_c(
 ) -> SpectralMerge:
     r"""Task arithmetic with a flat spectrum: every singular value becomes their mean.
 
+    Known as Iso-C.
+
     $$
     D = \frac{\sigma_1 + \dots + \sigma_k}{k}\, U_k V_k^\top, \qquad
     \sum_i c_i\,\tau_i = U \Sigma V^\top, \qquad k = \#\{j : \sigma_j > \rho\, \sigma_1\}
@@ -110,6 +112,8 @@ def iso_cts(
     least: ScalarLike | None = None,
 ) -> SpectralMerge:
     r"""A flat spectrum over directions that the models share, and some that each has alone.
+
+    Known as Iso-CTS.
 
     Of the sum of the terms $c_i\,\tau_i$ the leading $c$ triples $U_0 \Sigma_0 V_0^\top$ are
     kept, and of every term the leading $s$ of what they leave, $(I - U_0 U_0^\top)\, c_i\,\tau_i =

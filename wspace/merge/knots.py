@@ -24,6 +24,8 @@ def knots(
 ) -> Weights:
     r"""A merge of models in a basis of outputs that their task vectors share.
 
+    Known as KnOTS.
+
     $$
     \begin{pmatrix} \tau_1 \\ \vdots \\ \tau_T \end{pmatrix}
         = \begin{pmatrix} B_1 \\ \vdots \\ B_T \end{pmatrix} W^\top, \qquad

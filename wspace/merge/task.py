@@ -30,6 +30,8 @@ def _differences(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 def task_vector(base: WeightsLike, tuned: WeightsLike) -> Weights:
     r"""What training added to the base: the displacement from it to the tuned model.
 
+    Known as a task vector, or a delta.
+
     $$
     \tau = \theta - \theta_0
     $$
@@ -124,6 +126,8 @@ def task_arithmetic(
     normalize: bool = False,
 ) -> Weights:
     r"""The base plus a combination of task vectors.
+
+    Known as task arithmetic: task addition, task negation ($c < 0$) and task analogies.
 
     $$
     \theta = \theta_0 + \lambda \sum_i c_i\, (\theta_i - \theta_0)

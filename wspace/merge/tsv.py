@@ -32,6 +32,8 @@ def tsv_m(
 ) -> SpectralMerge:
     r"""Task singular vectors, cut to an equal share for each model and made orthogonal.
 
+    Known as TSV-M.
+
     Of every matrix $\tau_i = U_i \Sigma_i V_i^\top$ of the $T$ task vectors the leading $r =
     \lfloor \min(m, n) / T \rfloor$ triples are kept, and the bases replaced by the nearest with
     orthonormal columns:

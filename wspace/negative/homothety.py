@@ -37,6 +37,8 @@ def repel(
 ) -> Weights:
     r"""Moves a point away from another, along the line through both.
 
+    Known as task negation, where `avoid` is the tuned model and `point` its base.
+
     $$
     y = x + s\,(x - b), \qquad \text{or} \quad y = x + s\, P (x - b) \quad
     \text{where only the range of } P \text{ is allowed}
@@ -107,6 +109,8 @@ def guide(
 ) -> Weights:
     r"""Moves a point along the difference of two others, as guidance does.
 
+    Known from outputs as classifier-free guidance and as a negative prompt; here it is of weights.
+
     $$
     y = \theta + g\,(p - n)
     $$
@@ -172,6 +176,8 @@ def guide_perpendicular(
     weight: ScalarLike,
 ) -> Weights:
     r"""Guides by a positive, and away from what of a negative is perpendicular to it.
+
+    Known from outputs as Perp-Neg; here it is of weights.
 
     $$
     y = u + g\,\Bigl( d_p - w \Bigl( d_n

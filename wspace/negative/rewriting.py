@@ -33,6 +33,8 @@ def rewrite(
 ) -> Float[Array, "p q"]:
     r"""Makes a matrix take given values at some keys, and keep those that it has at others.
 
+    Known as model editing (ROME, MEMIT), with `keep` as null-space editing (AlphaEdit).
+
     With keys as rows of $K$, values as rows of $Y$, and $P = I - K_0^+ K_0$ for the rows of `keep`,
 
     $$

@@ -109,6 +109,8 @@ def attenuate(
 ) -> Weights:
     r"""Scales the part of a point in a subspace.
 
+    Known as null-space projection (INLP) and weight orthogonalization, at gain $1$.
+
     $$
     y = x - g\, P (x - c)
     $$
