@@ -55,6 +55,8 @@ def _outline(leaf: Leaf | LowRank, row: Sequence[Leaf | LowRank]) -> object:
 def combine(coefficients: Coefficients, edits: Sequence[PyTree]) -> PyTree:
     r"""Linear combination of edits, exact in factors.
 
+    Known as `add_weighted_adapter` of PEFT, here its `cat`; `truncate` of the result is its `svd`.
+
     $$
     \sum_i c_i\, U_i V_i^\top
         = \begin{pmatrix} c_1 U_1 & c_2 U_2 & \cdots \end{pmatrix}
@@ -308,6 +310,8 @@ def _(primals: Any, tangents: Any) -> Any:
 
 def apply(base: WeightsLike, edit: PyTree) -> Weights:
     r"""Adds an edit to the weights it was made for.
+
+    Known as merging an adapter: `merge_and_unload` of PEFT.
 
     $$
     \theta'_\ell = \theta_\ell + U_\ell V_\ell^\top

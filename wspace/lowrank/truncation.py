@@ -344,6 +344,8 @@ def extract(
 ) -> Truncation:
     r"""The edit of given rank that brings one point nearest to another, as an adapter.
 
+    Known as LoRA extraction.
+
     $$
     D = \arg\min_{\operatorname{rank} D_\ell \le r} \lVert \theta_0 + D - \theta_1 \rVert
     $$
