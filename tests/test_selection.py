@@ -206,6 +206,10 @@ def test_sharded_leaves_give_the_same_bits_and_only_counts_travel(kind):
             for masks in (top_mask(sharded, k), selection.top_mask(sharded, k)):
                 np.testing.assert_array_equal(flat(masks), flat(top_mask(wanted, k)))
             assert jax.typeof(masks["w"]).sharding.spec == jax.P("a", "b")
+        for name in "wb":  # by itself
+            np.testing.assert_array_equal(
+                flat(top.keep_top(sharded[name], 5)), flat(top.keep_top(x[name], 5))
+            )
         for function in (selection.kth_magnitude, top.keep_top):
             program = jax.jit(function).lower(sharded, 17).compile().as_text()
             assert "all-reduce" in program
