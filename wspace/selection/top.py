@@ -265,7 +265,7 @@ def _last(leaves: Sequence[Any], need: Count, *, exact: bool = False) -> Keys:
         else leaves[run[0]]
         for run, size in zip(runs, sizes, strict=True)
     ]
-    coded = len(blocks) == 1 and _is_small(leaves[runs[0][0]])  # others keep their place
+    coded = len(blocks) == 1 and small[runs[0][0]]  # others keep their place
     if coded and blocks[0].size <= FEW and sizes[0]:
         last = last_by_sorting(blocks[0], first_place(sizes[0]), need)
     elif traced or (len(blocks) == 1 and sizes[0] <= SMALL):
