@@ -1108,10 +1108,11 @@ def test_without_yaml_the_extra_is_named(folder, monkeypatch, capsys):
 TREES = {"points", "tuned", "start", "end", "point", "base", "avoid", "target", "key"}
 NOT_IN_WORDS = {
     "knots": {"method"},
-    "repel": {"allow"},
-    "retarget": {"allow"},
-    "exit": {"cone", "direction", "allow"},  # a direction and a normal are given by models
-    "guard": {"normal", "allow"},
+    "repel": {"allow", "layout"},
+    "retarget": {"allow", "layout"},
+    # A direction and a normal are given by models.
+    "exit": {"cone", "direction", "allow", "layout"},
+    "guard": {"normal", "allow", "layout"},
 }
 
 
