@@ -97,7 +97,8 @@ def by_depth(x: PyTree, gradient: Coefficients, *, rest: ScalarLike | None = Non
 
     for the leaves of layer $\ell = 0, \dots, L$, with the $m$ numbers $g_0, \dots, g_{m-1}$ at
     equal distances from the first layer to the last, and straight lines between them. The layer is
-    the first number in the name of the leaf, as in `model.layers.12.mlp.up`.
+    the first number that stands by itself in the name of the leaf, as in `model.layers.12.mlp.up`
+    or `Dense_3.kernel`.
 
     Args:
         x: A tree like the weights.
