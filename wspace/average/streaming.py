@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from wspace import _checks, _lift, tree
 from wspace._numerics import accumulator, in_jax
@@ -111,7 +111,10 @@ def _increased(high: Array, low: Array, increment: Array) -> list[Array]:
 
 
 def _updated(
-    increased: Callable[..., Any], scalars: Sequence[Any], sums: _Sums, x: WeightsLike
+    increased: Callable[..., Any],
+    scalars: Sequence[ScalarLike | Bool[Array, ""]],
+    sums: _Sums,
+    x: WeightsLike,
 ) -> _Sums:
     """The sums after one more increment."""
     weights, mass = sums.high
