@@ -6,6 +6,7 @@ import inspect
 import io
 import pathlib
 import re
+import tomllib
 
 import pytest
 from sybil.document import Document
@@ -98,6 +99,11 @@ def test_what_would_load_from_outside_is_recognized(text):
 
 def test_a_link_is_not_taken_for_a_load():
     assert not LOADS.search("[arXiv](https://arxiv.org/abs/1912.05671), <https://arxiv.org>")
+
+
+def test_what_is_cited_is_this_version():
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert cited == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def test_the_reference_takes_what_a_package_exports_and_not_its_files():

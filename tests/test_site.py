@@ -1,6 +1,7 @@
 """The check of the built pages: it finds each fault in a small page that has it, and no other."""
 
 import contextlib
+import json
 import pathlib
 
 import pytest
@@ -155,3 +156,25 @@ def test_a_query_whose_page_is_not_among_the_first_two_is_missed(searched):
     (line,) = queries.missed(searched, {"lawa": ["elsewhere/"], "run": ["one/"]})
     assert line.startswith("'lawa': found ['four/'")
     assert queries.missed(searched, {"nowhere": ["one/"]})
+
+
+@pytest.mark.parametrize(
+    ("shown", "copied"),
+    [
+        (">>> x = 1\n>>> for i in x:\n...     f(i)\n1\n", "x = 1\nfor i in x:\n    f(i)"),
+        ("$ wspace merge \\\n    A\nwrote A\n$ ls\n", "wspace merge \\\n    A\nls"),
+        ("x = 1\nprint(x)  # > 0\n", None),
+    ],
+)
+def test_what_was_typed_is_copied_alone(shown, copied):
+    py_mini_racer = pytest.importorskip("py_mini_racer")
+    with contextlib.closing(py_mini_racer.MiniRacer()) as engine:
+        engine.eval(
+            "var copied = null, addEventListener = () => {};"
+            "const parentElement = { setAttribute: (_, text) => { copied = text; } };"
+            f"const code = {{ textContent: {json.dumps(shown)}, parentElement }};"
+            "var document = { fonts: { ready: { then() {} } },"
+            "querySelectorAll: (selector) => selector === 'pre > code' ? [code] : [] };"
+        )
+        engine.eval((pathlib.Path(check.__file__).parent / "assets" / "frame.js").read_text())
+        assert json.loads(engine.eval("JSON.stringify(copied)")) == copied
