@@ -156,7 +156,9 @@ class Browser:
         return answer["result"]
 
     def open(self, url, *, width, dark):
-        """Opens a page, and returns the addresses that it asked for."""
+        """Opens a page, as a reader who comes for the first time."""
+        # Material keeps the scheme of the page before, and writes it down as long as it is open.
+        self._go("about:blank")
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -166,9 +168,11 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        # Material keeps the scheme of the page before.
         origin = url[: url.index("/", 8)]
         self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
+        self._go(url)
+
+    def _go(self, url):
         self.events.clear()
         self.call("Page.navigate", url=url)
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
