@@ -117,7 +117,7 @@ def programs():
 
 
 MAPS = pathlib.Path("/proc/self/maps")
-ROOM = 25_000  # of the 65,530 memory maps that Linux gives a process by default
+ROOM = 45_000  # of the 65,530 memory maps that Linux gives a process by default
 ended = itertools.count(1)
 
 
