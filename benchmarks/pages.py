@@ -283,8 +283,8 @@ def main():
 
 def compare(site, root, pages, command):
     """Prints the least and the largest ratio of the widths by `docs/check.py` to the widths."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
-    import check
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    from docs import check
 
     ruler, ratios = check.Ruler(), {"table": [], "formula": []}
     with tempfile.TemporaryDirectory() as profile:

@@ -1,9 +1,9 @@
 """What a reader would stumble over on the built pages: found without a browser.
 
     mkdocs build -d site
-    python docs/check.py site
+    python -m docs.check site
 
-Prints and fails on: a link or an anchor without target; a reference, a formula or an attribute that
+Prints and fails on: a link without target, or with two; a reference, a formula or an attribute that
 stands on the page as it was written; a table or a formula that is wider than its column on a screen
 of 1400 pixels; anything that is loaded from outside; a page that no navigation leads to.
 
@@ -178,8 +178,20 @@ def content(page: Node) -> Node:
     return next((x for x in page.all() if x.tag == "article"), page)
 
 
+def engine_with(*scripts: str) -> MiniRacer:
+    """V8 with scripts in it. It is to be closed, or Python does not end."""
+    engine = MiniRacer()
+    try:
+        for script in scripts:
+            engine.eval(script)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
 class Ruler:
-    """Widths in pixels, of words and of formulas. Close it: V8 keeps threads."""
+    """Widths in pixels, of words and of formulas. It is to be closed."""
 
     def __init__(self) -> None:
         """Starts the engine, with KaTeX in it."""
@@ -187,9 +199,7 @@ class Ruler:
         self._fonts = {
             style: _advances(folder / f"DejaVuSans{style}.ttf") for style in ("", "-Bold", "Mono")
         }
-        self._engine = MiniRacer()
-        self._engine.eval(LAYOUT)
-        self._engine.eval(KATEX.read_text())
+        self._engine = engine_with(LAYOUT, KATEX.read_text())
         self.formula = functools.cache(self._formula)
 
     def close(self) -> None:

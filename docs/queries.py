@@ -1,7 +1,7 @@
 """What readers search for, and the pages that should come up, asked of the search of the site.
 
     mkdocs build -d site
-    python docs/queries.py site [QUERY ...]
+    python -m docs.queries site [QUERY ...]
 
 Each query has its pages, one of which has to be among the first two. The worker that searches in
 the browser is run here, in V8, on the index that was built. With queries given, prints what is
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from py_mini_racer import MiniRacer
+from docs.check import engine_with
 
 # A page by its address in the site, and of the reference, where one is meant, the function.
 NAMES, RECIPES, QUESTIONS, FRAMEWORKS = "names/", "recipes/", "questions/", "frameworks/"
@@ -106,33 +106,31 @@ QUERIES = {
 
 
 class Search:
-    """The search of a site. Close it: V8 keeps threads."""
+    """The search of a site. It is to be closed."""
 
     def __init__(self, worker: pathlib.Path, index: dict[str, Any]) -> None:
         """Starts the worker, a script, with an index."""
-        self._engine = MiniRacer()
-        self._engine.eval(
+        around = (
             "var self = this, answers = [], heard, URL;"
             "var addEventListener = (_, listener) => { heard = listener; };"
             "var postMessage = (answer) => { answers.push(answer); };"
         )
-        self._engine.eval(worker.read_text())
-        self._ask(0, index | {"options": {"suggest": True}})
-
-    def _ask(self, kind: int, data: Any) -> Any:
-        message = json.dumps({"data": {"type": kind, "data": data}})
-        self._engine.eval(f"answers = []; heard({message})")
-        (answer,) = json.loads(self._engine.eval("JSON.stringify(answers)"))
-        return answer.get("data")
+        setup = _message(0, index | {"options": {"suggest": True}})
+        self._engine = engine_with(around, worker.read_text(), setup)
 
     def pages(self, query: str) -> list[str]:
         """The pages found, best first."""
-        found = self._ask(2, query)["items"]
-        return [group[0]["location"].split("#")[0] for group in found]
+        self._engine.eval(_message(2, query))
+        (answer,) = json.loads(self._engine.eval("JSON.stringify(answers)"))
+        return [group[0]["location"].split("#")[0] for group in answer["data"]["items"]]
 
     def close(self) -> None:
         """Ends the engine."""
         self._engine.close()
+
+
+def _message(kind: int, data: Any) -> str:
+    return f"answers = []; heard({json.dumps({'data': {'type': kind, 'data': data}})})"
 
 
 @contextlib.contextmanager
