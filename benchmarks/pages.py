@@ -310,7 +310,7 @@ def compare(site, root, pages, command):
                         print(f"{page}: a column of {room}, said to be {column:.0f}: {text!r}")
         browser.close()
     ruler.close()
-    for kind, found in ratios.items():
+    for kind, found in ((kind, x) for kind, x in ratios.items() if x):
         print(f"{len(found)} of {kind}: said over true width {min(found)[0]:.3f} to", end=" ")
         print("{:.3f}, {}, {!r}".format(*max(found)))
 
