@@ -29,6 +29,7 @@ from py_mini_racer import MiniRacer
 KATEX = pathlib.Path(__file__).parent / "assets" / "katex" / "katex.min.js"
 COLUMN = 688.0  # pixels of the text, on a screen of 1400
 TEXT, SMALL, CODE, FORMULA = 16.0, 12.8, 0.85, 1.08  # fonts: of text, of tables; in those: of code
+PADDING, NARROW = 0.8, 0.5  # of a cell, and in tables of eight columns or more
 OUTSIDE = re.compile(r"\s*(?:https?:)?//", re.IGNORECASE)
 RAW = re.compile(r"\[[^\]\n]*\]\[[^\]\n]*\]|\]\([\w./#-]+\)|\\[(\[]|\$\$|(?<!\w)\{ ?[:.#][^}\n]*\}")
 RAW_IN_CODE = re.compile(r"\]\[(?:wspace|jax|numpy)\b[^\]]*\]")
@@ -260,7 +261,7 @@ def least_width(table: Node, ruler: Ruler) -> float:
     rows = [x for x in table.all() if x.tag == "tr"]
     cells = [[x for x in row.children if isinstance(x, Node)] for row in rows]
     count = max(len(row) for row in cells)
-    padding = (0.5 if count >= 8 else 0.8) * SMALL
+    padding = (NARROW if count >= 8 else PADDING) * SMALL
     columns = [0.0] * count
     for row in cells:
         for i, cell in enumerate(row):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -178,3 +179,12 @@ def test_what_was_typed_is_copied_alone(shown, copied):
         )
         engine.eval((pathlib.Path(check.__file__).parent / "assets" / "frame.js").read_text())
         assert json.loads(engine.eval("JSON.stringify(copied)")) == copied
+
+
+def test_the_check_has_the_sizes_of_the_style_sheet():
+    style = (pathlib.Path(check.__file__).parent / "assets" / "extra.css").read_text()
+    rules = dict(re.findall(r"^([.:][^{}]*) \{([^{}]*)\}", style, re.MULTILINE))
+    cells = ".md-typeset table:not([class])"
+    assert f"font-size: {check.FORMULA}em" in rules[".md-typeset .katex"]
+    assert f"padding: 0.6em {check.PADDING}em" in rules[f"{cells} th,\n{cells} td"]
+    assert f"padding-inline: {check.NARROW}em" in rules[f"{cells}:has(th:nth-child(8)) :is(th, td)"]
