@@ -279,3 +279,16 @@ def test_a_model_given_for_a_coefficient_is_named_and_not_printed(refuses):
     where = r"^coefficients\[0\] at leaf \['head'\] must be one number, got shape \(7,\).{,40}$"
     with refuses(ValueError, match=where):
         merge.task_arithmetic(BASE, TUNED, [BASE, 1.0])
+
+
+def test_a_report_of_a_merge_takes_the_numbers_that_the_merge_took():
+    numbers = [HALF, OTHER]
+    merged = merge.task_arithmetic(BASE, TUNED, numbers)
+    told = merge.report(BASE, TUNED, merged, numbers)
+    assert told.coefficients.shape == (2, 5)
+    assert "-1.5 to 2" in str(told)
+    for i, (c, d) in enumerate(zip(jax.tree.leaves(HALF), tree_of(OTHER), strict=True)):
+        leaf = [jax.tree.leaves(x)[i] for x in (BASE, *TUNED, merged)]
+        alone = merge.report(leaf[0], leaf[1:3], leaf[3], [c, d])
+        assert told.leaves[i].agreed.tolist() == alone.total.agreed.tolist()
+        assert told.leaves[i].disputed == alone.total.disputed

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from wspace import _checks, _lift
 from wspace._records import record
 from wspace.merge.task import siblings
-from wspace.typing import Coefficients, Scalar, WeightsLike
+from wspace.typing import LeafCoefficients, Scalar, WeightsLike
 
 __all__ = ["Report", "Tally", "report"]
 
@@ -73,7 +73,7 @@ class Report:
     `str()` of it is a table to read.
 
     Attributes:
-        coefficients: The coefficients of the models.
+        coefficients: The coefficients of the models, or a row for each with those of its leaves.
         total: A [`Tally`][wspace.merge.Tally] of the whole tree.
         leaves: One a leaf.
         seed: The data of the key that the edits were drawn with, if one was given.
@@ -81,7 +81,7 @@ class Report:
             themselves, and an entry that was trimmed counts as any other.
     """
 
-    coefficients: Float[np.ndarray, " k"]
+    coefficients: Float[np.ndarray, "k ..."]
     total: Tally
     leaves: tuple[Tally, ...]
     seed: tuple[int, ...] | None
@@ -96,7 +96,7 @@ def report(
     base: WeightsLike,
     tuned: Sequence[WeightsLike],
     merged: WeightsLike,
-    coefficients: Coefficients | None = None,
+    coefficients: LeafCoefficients | None = None,
     *,
     edits: Sequence[WeightsLike] | None = None,
     key: Array | None = None,
@@ -165,7 +165,7 @@ def report(
     paths = [_checks.path_of(path) for path, _ in tree_leaves_with_path(base)]
     if not paths:
         raise ValueError("base has no leaves, so there is nothing to report")
-    signs = np.sign(c).tolist()
+    signs = [np.sign(x) for x in c]
     trees = (base, merged, *tuned, *(edits or []))
     found = [f(signs, trees, by_leaf=True) for f in (_count_sums, _square_sums)]
     sizes = [leaf.size for leaf in jax.tree.leaves(base)]
@@ -274,7 +274,7 @@ def _text(report: Report) -> str:
     total, c = report.total, report.coefficients
     moved = f"displacement {total.displacement:.6g}"
     share = f"{total.disputed} of {_counted(total.entries, 'entry', 'entries')} disputed"
-    lines = [f"Merge of {_counted(c.size, 'model', 'models')}: {moved}, {share}"]
+    lines = [f"Merge of {_counted(len(c), 'model', 'models')}: {moved}, {share}"]
     if report.seed is not None:
         lines.append(f"Edits drawn with the key {list(report.seed)}")
     known = report.knows_edits
@@ -283,13 +283,13 @@ def _text(report: Report) -> str:
     kept, outvoted = ("kept", "outvoted") if known else ("moved", "not agreed")
     header = ("model", "coefficient", "norm", kept, "agreed", "flipped", "flipped by each")
     models = [(*header, *(["trimmed"] if known else []), outvoted, "cosine")]
-    for i in range(c.size):
+    for i in range(len(c)):
         count = total.kept[i]
         flips = " ".join("-" if i == j else str(n) for j, n in enumerate(total.overruled[i]))
         models.append(
             (
                 str(i),
-                f"{c[i]:.4g}",
+                " to ".join(f"{x:.4g}" for x in np.unique([c[i].min(), c[i].max()])),
                 f"{total.norms[i]:.4g}",
                 _part(count, total.entries),
                 _part(total.agreed[i], count),
