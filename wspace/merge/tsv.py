@@ -55,10 +55,10 @@ def tsv_m(
     difference, which is rounding: two equal models, one of them moved by $10^{-12}$, would change
     its product by more than half. Here directions of the joined bases whose singular value is at
     most `least` of the largest are left out, so that the factors are partial isometries: models
-    that coincide in a direction share it, equal models give their mean, and what no model moves is
-    no direction. `left_out` counts them, and `trusted` is the least of those that stay. The merge
-    jumps where a singular value crosses that bound, and where the $r$-th and the next one of a
-    model meet, as every cut does.
+    that coincide in a direction share it, equal models give the mean of what is kept of them, and
+    what no model moves is no direction. `left_out` counts them, and `trusted` is the least of those
+    that stay. The merge jumps where a singular value crosses that bound, and where the $r$-th and
+    the next one of a model meet, as every cut does.
 
     Args:
         base: The weights $\theta_0$.
