@@ -270,7 +270,7 @@ def sphere(steps):
 @pytest.mark.parametrize("seed", range(3))
 def test_brute_search_over_rank_one_agrees(seed):
     x = np.random.default_rng(seed).normal(size=(3, 3))
-    unit = sphere(60)
+    unit = sphere(40)
     inner = unit @ x @ unit.T  # <E, u v^T> over all rank-one directions of norm 1
     e, k, grid = np.linalg.norm(x), cone.Rank(1), 2e-2 * np.linalg.norm(x)
     displacement = jnp.asarray(x, jnp.float32)

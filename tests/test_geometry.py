@@ -393,7 +393,7 @@ def test_derivatives_of_distinct_principal_angles_are_true():
     with jax.enable_x64(True):
         (left, _), (right, _) = subspaces(rng, np.array([0.1, 0.6, 1.3]), (4, 3))
         sides = jax.tree.map(lambda x: x.astype(jnp.float64), (left, right))
-        check_grads(geometry.principal_angles, sides, order=2, modes=["rev"], rtol=1e-4)
+        check_grads(jax.jit(geometry.principal_angles), sides, order=2, modes=["rev"], rtol=1e-4)
 
 
 def test_directions_of_subspaces_are_refused_by_their_names(refuses):
