@@ -1,5 +1,7 @@
 """Laws of numbers for each leaf: coefficients, densities and positions, by names and depth."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +207,22 @@ def test_each_model_may_have_a_density_for_each_leaf():
     assert kept == [int(rho * n) for rho, n in zip(jax.tree.leaves(DENSITIES), sizes, strict=True)]
 
 
+def test_densities_of_a_named_tuple_are_one_tree_for_all_models():
+    base, *tuned = (Pair(x["head"], x["layers"][0]["mlp"]) for x in (BASE, *TUNED))
+    own = Pair(0.5, 0.25)
+    got = merge.ties(base, tuned, density=own, scope="leaf")
+    assert_close(got, merge.ties(base, tuned, density=[own, own], scope="leaf"), units=0)
+    kept = [int((x != 0).sum()) for x in merge.trim(tuned[0], own, scope="leaf")]
+    assert kept == [3, 3]
+
+
+class Pair(NamedTuple):
+    """A model of two leaves."""
+
+    x: Any
+    y: Any
+
+
 def test_names_are_matched_by_the_first_pattern():
     names = {"embed": 0, "blocks": [{"q": 0, "k": 0}, {"q": 0, "k": 0}]}
     got = tree.by_name(names, {"*.1.q": 1.0, "blocks.*": 2.0, "*": 3.0})
@@ -224,6 +242,8 @@ def test_a_gradient_is_interpolated_from_the_first_layer_to_the_last(count, grad
         share = int(name.split(".")[2]) / max(count - 1, 1)
         wanted = np.interp(share, np.linspace(0, 1, len(gradient)), gradient)
         np.testing.assert_allclose(number, wanted, rtol=1e-12)
+    own = [float(i) ** 2 for i in range(50 + count)]  # one for each layer is taken as it is
+    assert tree.by_depth(own, own) == own
     traced = jax.jit(lambda g: tree.by_depth(names, g))(jnp.asarray(gradient, FLOAT))
     for name, number in traced.items():
         np.testing.assert_allclose(number, got[name], rtol=8 * UNIT)
@@ -242,6 +262,7 @@ def test_what_matches_nothing_or_has_no_number_is_refused_by_name(refuses):
         ),
         "no name of a leaf of x has a number of a layer": lambda: tree.by_depth({"w": 0}, [1.0]),
         "gradient is empty": lambda: tree.by_depth(BASE, []),
+        "rest must be finite, got nan": lambda: tree.by_depth(BASE, [1.0], rest=jnp.nan),
         r"coefficients\[0\] has no number for leaf \['layers'\]\[0\]\['attn'\]": lambda: merge.ties(
             BASE, TUNED, [{"head": 1.0}, 1.0]
         ),
@@ -266,6 +287,8 @@ def test_what_matches_nothing_or_has_no_number_is_refused_by_name(refuses):
             call()
     with refuses(TypeError, match="numbers must be a mapping from patterns"):
         tree.by_name(BASE, [1.0])
+    with refuses(TypeError, match="rest must be a real number, got a dict of 5 leaves"):
+        tree.by_depth(BASE, [1.0], rest=BASE)
     for call in (
         lambda c: average.karcher_mean(TUNED, c),
         lambda c: average.geometric_median(TUNED, c),

@@ -1,12 +1,11 @@
 """Names of leaves, and numbers for each leaf by its name or by the layer that its name tells."""
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import PyTree
 
 from wspace import _checks
@@ -15,29 +14,27 @@ from wspace.typing import Coefficients, ScalarLike
 _NUMBER = re.compile(r"(?:^|[^0-9A-Za-z])(\d+)(?=[^0-9A-Za-z]|$)")
 
 
-def name_of(path: KeyPath) -> str:
-    """A leaf's name: the keys, indices and attributes on the way to it, joined by points."""
-    return keystr(path, simple=True, separator=".")
-
-
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
     """For each name the index of the first pattern that matches it."""
     return [
-        next((i for i, glob in enumerate(patterns) if fnmatch.fnmatchcase(name, glob)), None)
+        next((i for i, glob in enumerate(patterns) if _checks.matches(name, [glob])), None)
         for name in names
     ]
 
 
 def unmatched(patterns: Sequence[str], names: Sequence[str]) -> str | None:
     """A pattern that matches none of the names, if there is one."""
-    return next((glob for glob in patterns if not fnmatch.filter(names, glob)), None)
+    return next(
+        (glob for glob in patterns if not any(_checks.matches(name, [glob]) for name in names)),
+        None,
+    )
 
 
 def by_name(x: PyTree, numbers: Mapping[str, PyTree]) -> PyTree:
     """A tree with a number for each leaf, from patterns on the names of leaves.
 
-    A name is made of the keys, indices and attributes on the way to the leaf, joined by points,
-    such as `layers.3.attn.q`. The first pattern that matches it counts.
+    A name is made of the keys, places and fields on the way to the leaf, joined by dots, such as
+    `layers.3.attn.q`. The first pattern that matches it counts.
 
     What takes one number for each leaf, such as the coefficients of
     [`merge.ties`][wspace.merge.ties] or the `t` of
@@ -73,7 +70,7 @@ def by_name(x: PyTree, numbers: Mapping[str, PyTree]) -> PyTree:
             f'{{"*attn*": 0.5, "*": 0.3}}, got {type(numbers)}'
         )
     patterns = list(numbers)
-    names = [name_of(path) for path, _ in tree_leaves_with_path(x)]
+    names = [_checks.name_of(path) for path, _ in tree_leaves_with_path(x)]
     missing = unmatched(patterns, names)
     if missing is not None:
         raise ValueError(f"the pattern {missing!r} matches no leaf of x: {_some(names)}")
@@ -109,9 +106,9 @@ def by_depth(x: PyTree, gradient: Coefficients, *, rest: ScalarLike | None = Non
         A tree like `x` with a number at each leaf.
 
     Raises:
-        ValueError: If the gradient is empty, a leaf has no layer and `rest` is not given, or no
-            leaf has one.
-        TypeError: If the gradient is not a sequence of numbers.
+        ValueError: If the gradient is empty, a leaf has no layer and `rest` is not given, no leaf
+            has one, or a known number is not finite.
+        TypeError: If the gradient is not a sequence of numbers, or `rest` is no number.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -124,7 +121,7 @@ def by_depth(x: PyTree, gradient: Coefficients, *, rest: ScalarLike | None = Non
     if not len(gradient):
         raise ValueError("gradient is empty: give at least one number")
     numbers = _checks.scalars("gradient", gradient, len(gradient))
-    names = [name_of(path) for path, _ in tree_leaves_with_path(x)]
+    names = [_checks.name_of(path) for path, _ in tree_leaves_with_path(x)]
     layers = [None if (found := _NUMBER.search(name)) is None else int(found[1]) for name in names]
     known = [layer for layer in layers if layer is not None]
     if names and not known:
@@ -134,15 +131,16 @@ def by_depth(x: PyTree, gradient: Coefficients, *, rest: ScalarLike | None = Non
             f"leaf {names[layers.index(None)]!r} of x has no number of a layer in its name: give "
             "rest, the number for such leaves"
         )
+    rest = None if rest is None else _checks.scalar("rest", rest)
     last = max(known, default=0)
     return jax.tree.structure(x).unflatten(
-        rest if layer is None else _at(numbers, layer / max(last, 1)) for layer in layers
+        rest if layer is None else _at(numbers, layer * (len(numbers) - 1) / max(last, 1))
+        for layer in layers
     )
 
 
-def _at(numbers: Sequence[Any], share: float) -> Any:
-    """The number at a share of the way through numbers at equal distances."""
-    place = share * (len(numbers) - 1)
+def _at(numbers: Sequence[Any], place: float) -> Any:
+    """The number at a place among numbers, on a straight line between two of them."""
     first = min(int(place), max(len(numbers) - 2, 0))
     part = place - first
     if not part:

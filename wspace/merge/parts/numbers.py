@@ -41,7 +41,8 @@ def share(name: str, value: Any, like: WeightsLike, scope: str) -> Any:
 
 def share_of_each(name: str, value: Any, models: int) -> list[Any]:
     """A share above 0 and up to 1, or a tree of them, for each model, or one for all."""
-    if isinstance(value, Mapping) or not hasattr(value, "__len__") or np.shape(value) == ():
+    is_tree = isinstance(value, Mapping) or hasattr(value, "_fields")
+    if is_tree or not hasattr(value, "__len__") or np.shape(value) == ():
         return [value if _checks.is_tree(value) else _checks.share(name, value)] * models
     if len(value) != models:
         raise ValueError(
