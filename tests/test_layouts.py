@@ -75,7 +75,6 @@ def moving():
 
 
 GRAMS = [inputs(5, None), inputs(6, None)]
-WALK = trees(1, seed=8)[0]
 AVOID = trees(1, seed=9)[0]
 OF_TREES = {
     "retarget": lambda xs, goal, **o: negative.retarget(xs, (0.3, 0.7), goal, allow=moving(), **o),
@@ -241,6 +240,13 @@ def test_a_matrix_for_the_other_side_names_the_layout(refuses):
         negative.repel(x, x, 1.0, allow=jnp.eye(3), layout="out_in")
     with refuses(ValueError, match=r"must be \(3, 3\)$"):
         negative.repel(x, x, 1.0, allow=jnp.eye(5))
+    chain = [jnp.ones((2, 3)), jnp.ones((3, 4))]
+    with refuses(ValueError, match=r"in their order; if your layers store \(in, out\)"):
+        negative.chain_bound(chain, chain, layout="out_in")
+    chain = [jnp.ones((3, 4)), jnp.ones((5, 6))]
+    for layout in ("in_out", "out_in"):
+        with refuses(ValueError, match=r"give the layers in their order$"):
+            negative.chain_bound(chain, chain, layout=layout)
 
 
 def test_a_layout_is_kept_under_transformations():

@@ -266,10 +266,11 @@ def chain_bound(
     shapes = [matrix_shape(shape, layout) for shape in stored]
     for i, ((_, given), (taken, _)) in enumerate(itertools.pairwise(shapes), 1):
         if given != taken:
-            fits = stored[i][1] == stored[i - 1][0] if layout == "in_out" else True
+            other = "out_in" if layout == "in_out" else "in_out"
+            (_, before), (after, _) = (matrix_shape(x, other) for x in stored[i - 1 : i + 1])
             raise ValueError(
                 f"matrices[{i}] takes {taken} inputs, and matrices[{i - 1}] gives {given}: give "
-                f"the layers in their order{_checks.in_other_layout(layout, fits)}"
+                f"the layers in their order{_checks.in_other_layout(layout, before == after)}"
             )
     _checks.finite(matrices=matrices, edits=edits)
     norms = tree.widened(*map(_spectral_norm, matrices), *map(_spectral_norm, edits))

@@ -78,7 +78,7 @@ def _side(entry: Any, leaf: Array, where: str, axis: int, layout: Layout) -> Arr
         raise ValueError(
             f"{where} has shape {entry.shape} for a leaf of shape {leaf.shape}: its columns are "
             f"directions of the {side} of the leaf's matrix, so it must be ({size}, k)"
-            f"{_checks.in_other_layout(layout, entry.shape[-2] == (columns, rows)[axis])}"
+            f"{_checks.in_other_layout(layout, entry.shape[-2:-1] == ((columns, rows)[axis],))}"
         )
     given = replicated(jnp.asarray(entry))
     q = given.astype(accumulator(leaf.dtype))
