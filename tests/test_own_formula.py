@@ -95,6 +95,18 @@ def test_numbers_of_leaves_are_a_tree_like_the_first(refuses):
         scaled((), [X], {"w": 2.0, "b": 3.0})
 
 
+@pytest.mark.parametrize("made", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_both_kinds_are_taken(made):
+    def drawn(keys, arrays):
+        return jax.random.normal(keys[0], arrays[0].shape, arrays[0].dtype)
+
+    draw, one = tree.elementwise(drawn), {"w": X["w"]}
+    key, keys = made(0), tree.split_key_like(made(0), one)
+    for got, own in ((draw((), [one], [keys]), keys["w"]), (draw((key,), [one]), key)):
+        wanted = jax.random.normal(own, (2, 3), jnp.float32)
+        np.testing.assert_array_equal(got["w"], wanted)
+
+
 def test_a_formula_returns_a_number_for_every_entry(refuses):
     for formula in (
         lambda _, arrays: arrays[0].sum(),

@@ -323,7 +323,7 @@ def _shape_of_numbers(value: Any) -> tuple[int, ...]:
 def single(name: str, value: Any) -> None:
     """Raises unless a value is one of what formulas take: a real number, a truth value or a key."""
     is_number = isinstance(value, bool | int | float) or hasattr(value, "dtype")
-    if not is_number or np.shape(value) != () or is_complex(value):
+    if not _is_key(value) and (not is_number or np.shape(value) != () or is_complex(value)):
         raise TypeError(f"{name} must be one real number, or a random key, got {described(value)}")
 
 
@@ -400,15 +400,20 @@ def flag(name: str, value: Any) -> bool:
 
 def random_key(value: Any) -> None:
     """Raises unless the argument `key` is one random key."""
-    array = isinstance(value, jax.Array | np.ndarray)
-    typed = array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-    if not (typed and value.shape == ()) and not (
-        array and value.dtype == jnp.uint32 and value.ndim == 1
-    ):
+    if not _is_key(value):
         raise TypeError(
             f"key must be one random key, such as jax.random.key(0), got {described(value)}: "
             "use jax.vmap for many"
         )
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a value is one random key, also one of `jax.random.PRNGKey`."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value.shape == ()
+    return value.dtype == jnp.uint32 and value.ndim == 1
 
 
 def function(name: str, value: Any, words: str = "a function") -> None:

@@ -199,12 +199,14 @@ def _rows(columns: Sequence[list[Any]], indices: Sequence[int]) -> list[list[Any
 def _parted(scalars: Sequence[Any], count: int) -> tuple[list[Any], list[list[Any]]]:
     """The numbers that all leaves share, None where each has one, and columns of these.
 
-    A number for each of `count` leaves is an array with one axis, as `_checks.by_leaf` makes it.
+    A number for each of `count` leaves is a floating array with one axis, as `_checks.by_leaf`
+    makes it; a random key may be an array of integers.
     """
     shared: list[Any] = [_as_one_dtype(c) for c in scalars]
     columns = []
     for i, c in enumerate(shared):
-        if isinstance(c, np.ndarray | jax.Array) and c.ndim == 1:
+        is_array = isinstance(c, np.ndarray | jax.Array) and c.ndim == 1
+        if is_array and jnp.issubdtype(c.dtype, jnp.floating):
             if len(c) != count:
                 raise ValueError(f"{len(c)} numbers for {count} leaves: give one for each")
             columns.append([_as_one_dtype(x) for x in c] if isinstance(c, np.ndarray) else list(c))

@@ -10,7 +10,7 @@ a leaf. NaN and infinities pass through to the entries that depend on them.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,11 @@ __all__ = [
     "upcast",
     "vdot",
 ]
+
+_Number: TypeAlias = (
+    ScalarLike | Bool[Array, ""] | Key[Array, ""] | UInt32[Array | np.ndarray, " _"]
+)
+"""A number, a truth value, or a random key, also one of `jax.random.PRNGKey`."""
 
 
 def elementwise(
@@ -99,7 +104,7 @@ def elementwise(
     lifted = _lift.elementwise(formula, rounded=rounded, scope=scope, placed=placed)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
+        scalars: Sequence[_Number],
         trees: Sequence[PyTree],
         each: Sequence[PyTree] = (),
     ) -> Any:
@@ -148,7 +153,7 @@ def reduction(
     lifted = _lift.reduction(formula, kind=kind)
 
     def on_trees(
-        scalars: Sequence[ScalarLike | Bool[Array, ""] | Key[Array, ""]],
+        scalars: Sequence[_Number],
         trees: Sequence[PyTree],
         *,
         by_leaf: bool = False,
