@@ -408,6 +408,9 @@ def test_options_out_of_their_domain_are_refused():
         merge.iso_c(ZERO, taus, rtol=0.0)
     with pytest.raises(ValueError, match="least must be at least 0 and below 1"):
         merge.tsv_m(ZERO, taus, least=1.0)
+    for method in (merge.tsv_m, merge.iso_cts):  # also where there is no matrix
+        with pytest.raises(ValueError, match="least must be at least 0 and below 1"):
+            method(jnp.zeros(3, FLOAT), [jnp.ones(3, FLOAT)], least=-1.0)
     with pytest.raises(ValueError, match="common must be from 0 to 1"):
         merge.iso_cts(ZERO, taus, common=1.5)
     with pytest.raises(TypeError, match="common decides shapes"):

@@ -14,10 +14,10 @@ from wspace.lowrank.factors import transposed
 from wspace.merge.parts.spectra import (
     SpectralMerge,
     by_matrices,
+    checked_least,
     count_of,
     cut_of,
     isometries,
-    least_given,
     least_of,
 )
 from wspace.typing import ByLeaf, LeafCoefficients, Scalar, ScalarLike, WeightsLike
@@ -173,12 +173,13 @@ def iso_cts(
     if _checks.is_traced(common):
         raise TypeError("common decides shapes, so it must be a plain number, not a traced one")
     share: Any = _checks.scalar("common", common, lambda f: 0 <= f <= 1, "from 0 to 1")
+    least_in = checked_least(least)
 
     def on_matrices(_: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar, Array]:
         k, count = min(taus[0].shape[-2:]), len(taus)
         own = min(round((k - math.floor(float(share) * k)) / count), k // count)
         terms = [tree.combine((a,), (x,)) for a, x in zip(c, taus, strict=True)]
-        cuts = cut_of(rtol, taus[0]), least_given(least, taus[0].dtype)
+        cuts = cut_of(rtol, taus[0]), least_in(taus[0].dtype)
         return _shared_and_own(terms, tree.combine(c, taus), *cuts, own)
 
     return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol)

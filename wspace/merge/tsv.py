@@ -12,9 +12,9 @@ from wspace.lowrank.factors import transposed
 from wspace.merge.parts.spectra import (
     SpectralMerge,
     by_matrices,
+    checked_least,
     cut_of,
     isometries,
-    least_given,
 )
 from wspace.typing import ByLeaf, LeafCoefficients, Scalar, ScalarLike, WeightsLike
 
@@ -101,6 +101,7 @@ def tsv_m(
         A. Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*,
         CVPR 2025, section 4, [arXiv:2412.00081](https://arxiv.org/abs/2412.00081).
     """
+    least_in = checked_least(least)
 
     def on_matrices(path: str, c: Sequence[Any], taus: list[Array]) -> tuple[Array, Scalar, Array]:
         k = min(taus[0].shape[-2:])
@@ -109,8 +110,7 @@ def tsv_m(
                 f"leaf {path} has {k} singular values for {len(taus)} models, so that none is left "
                 "for each: merge fewer models, or that leaf by merge.task_arithmetic"
             )
-        cut = cut_of(rtol, taus[0])
-        return _made_orthogonal(c, taus, cut, least_given(least, taus[0].dtype))
+        return _made_orthogonal(c, taus, cut_of(rtol, taus[0]), least_in(taus[0].dtype))
 
     return by_matrices(on_matrices, base, tuned, coefficients, scale, rtol)
 

@@ -90,12 +90,17 @@ def cut_of(rtol: ScalarLike | None, x: Array) -> Scalar:
     return jnp.asarray(relative).astype(x.dtype)
 
 
-def least_given(least: ScalarLike | None, wide: DTypeLike) -> Scalar:
-    """The relative size up to which singular values of joined bases are rounding."""
-    if least is None:
-        least = min(float(jnp.finfo(wide).eps) ** 0.5, 1e-5)
-    least = _checks.scalar("least", least, lambda x: (x >= 0) & (x < 1), "at least 0 and below 1")
-    return jnp.asarray(least).astype(wide)
+def checked_least(least: ScalarLike | None) -> Callable[[DTypeLike], Scalar]:
+    """For a dtype, the relative size up to which singular values of joined bases are rounding."""
+    if least is not None:
+        words = "at least 0 and below 1"
+        least = _checks.scalar("least", least, lambda x: (x >= 0) & (x < 1), words)
+
+    def least_in(wide: DTypeLike) -> Scalar:
+        usual = min(float(jnp.finfo(wide).eps) ** 0.5, 1e-5)
+        return jnp.asarray(usual if least is None else least).astype(wide)
+
+    return least_in
 
 
 def count_of(values: Float[Array, "... k"]) -> Int[Array, "..."]:
