@@ -98,7 +98,7 @@ def slerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     since the coefficients are functions of $\Omega^2$; there is no switch to `lerp`. If
     either end is the zero tree the path is `lerp`.
 
-    Leaves at positions of their own are those of paths of the whole tree: the angle is the same.
+    With a position for each leaf, the angle is still the one between the whole trees.
 
     Args:
         start: The weights $\theta_0$.

@@ -146,8 +146,8 @@ def coefficients(
     Returns:
         A [`Learned`][wspace.fit.Learned] with the `weights`, each leaf in the dtype of that leaf
             of `base`, the `coefficients`, which by tree and by leaf are what merges take, and the
-            `history`. A run that diverges warns at which
-            step, and its coefficients are the last that were sound.
+            `history`. A run that diverges warns at which step, and its coefficients are the last
+            that were sound.
 
     Raises:
         ValueError: If the loss is not finite at the start (NaN if traced), `start` has not one
