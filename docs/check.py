@@ -240,8 +240,6 @@ def column(node: Node) -> float:
             width -= 0.6 * 20 + 4
         elif x.tag == "details" or "admonition" in x.classes:
             width -= 2 * 0.6 * 20 + 2
-        elif "doc-children" in x.classes:
-            width -= 0
     return width
 
 
@@ -442,10 +440,11 @@ def main() -> None:
     """Prints what is wrong, and fails if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("site", type=pathlib.Path)
-    found = list(faults(parser.parse_args().site))
+    site = parser.parse_args().site
+    found = list(faults(site))
     for url, what in found:
         print(f"{url or 'home'}: {what}")
-    count = len(list(parser.parse_args().site.rglob("index.html")))
+    count = len(list(site.rglob("index.html")))
     print(f"{count} pages, {len(found)} faults")
     sys.exit(bool(found))
 
