@@ -42,7 +42,8 @@ def _segment(scalars: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
 def lerp(start: WeightsLike, end: WeightsLike, t: ByLeaf) -> Weights:
     r"""Linear interpolation, the straight segment between two points.
 
-    Known as LERP; between a base and a model tuned from it, as WiSE-FT.
+    Known as LERP; between a base and a model tuned from it, as WiSE-FT; from slow weights to fast
+    ones, as a step of Lookahead.
 
     $$
     \theta(t) = (1 - t)\,\theta_0 + t\,\theta_1

@@ -63,8 +63,8 @@ def gaussian(key: Array, like: WeightsLike, *, norm: ScalarLike | None = None) -
     Args:
         key: A random key.
         like: A tree of the layout to draw; its values are not used.
-        norm: The norm $\rho \ge 0$; that of normal entries as they come, about the root of
-            their count, if not given.
+        norm: The norm $\rho \ge 0$. If not given, normal entries are left as they come: their norm
+            is about the root of their count.
 
     Returns:
         The edit, each leaf in the dtype and sharding of that leaf of `like`, drawn in at least
@@ -109,7 +109,7 @@ def low_rank_gaussian(
         like: A tree of the layout to draw; its values are not used.
         rank: The rank $r \ge 0$ in every matrix, slice by slice in a stack; cut to what a matrix
             has.
-        norm: The norm $\rho \ge 0$ of the whole edit; that of the draw as it comes if not given.
+        norm: The norm $\rho \ge 0$ of the whole edit; if not given, the draw is left as it comes.
 
     Returns:
         A tree with a [`LowRank`][wspace.lowrank.LowRank] for every matrix, stack or convolution

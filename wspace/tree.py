@@ -79,8 +79,8 @@ def elementwise(
             are masks, stay boolean; keys and unsigned integers among the scalars stay what they
             are.
         rounded: Whether the result is rounded to the dtype of the first tree, and the i-th of
-            several to that of the i-th tree; else leaves stay in the dtype of the arithmetic, for
-            what is computed on the way to a result.
+            several to the dtype of the i-th tree; else leaves stay in the dtype of the arithmetic,
+            for what is computed on the way to a result.
         scope: What an entry of the result depends on: the same `"entry"` of the arrays alone, so
             that the formula may be given parts of leaves; or all of its `"leaf"`, which the formula
             is given whole.

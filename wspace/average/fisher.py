@@ -42,7 +42,7 @@ class Kronecker(NamedTuple):
 
     Attributes:
         inputs: The $A$, `(in, in)`, such as the second moments of the inputs.
-        outputs: The $B$, `(out, out)`, such as those of the gradients in the outputs.
+        outputs: The $B$, `(out, out)`, such as the second moments of the gradients in the outputs.
     """
 
     inputs: Float[Array, "... m m"]
@@ -83,7 +83,7 @@ def fisher_mean(
 
     The most likely point if each model's likelihood is a Gaussian around its weights with the
     diagonal $F_i$ of its Fisher information as precision: for linear models with orthogonal
-    features it is the fit to all data together. Every entry lies between those of the points.
+    features it is the fit to all data together. Every entry lies between the entries of the points.
     Constant Fishers give the plain mean, and scaling all of them changes nothing. Where all
     vanish, the entry is the plain mean $\sum_i c_i \theta_{ij} / \sum_i c_i$.
 
@@ -180,7 +180,7 @@ def kronecker_mean(
 ) -> Solution:
     r"""Mean of points in the metric of Fishers that are Kronecker products, matrix by matrix.
 
-    Known as Fisher merging with Kronecker factors, those of K-FAC.
+    Known as Fisher merging with the Kronecker factors of K-FAC.
 
     With the plain mean $M = \sum_i c_i W_i / \sum_i c_i$ every leaf `x @ W` with factors becomes
     $W = M + D$, where
@@ -202,7 +202,7 @@ def kronecker_mean(
     the diagonal is at most $\max(m, n)\, \varepsilon$ of its largest entry count as unseen and
     keep the plain mean.
 
-    Derivatives are those of the solution, not of the steps, and exist to second order where no
+    Derivatives are taken of the solution, not of the steps, and exist to second order where no
     direction is unseen.
 
     Args:
@@ -223,7 +223,7 @@ def kronecker_mean(
     Returns:
         [`Solution`][wspace.average.Solution] with the `weights`, each leaf in the dtype of that
             leaf of the first point; the largest `residual` of a matrix, the norm of what is left
-            of the scaled equation over that of its right side, 0 if that is zero; the largest
+            of the scaled equation over the norm of its right side, 0 if that is zero; the largest
             number of `steps` taken; and whether it `converged`, which it has not if a point holds
             NaN.
 

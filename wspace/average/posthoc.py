@@ -31,7 +31,7 @@ class Profile(NamedTuple):
     \qquad s \le \tau \le t
     $$
 
-    `Profile(t, gamma)` is that of a snapshot of [`power_ema`][wspace.average.power_ema] after
+    `Profile(t, gamma)` belongs to a snapshot of [`power_ema`][wspace.average.power_ema] after
     update $t$, `Profile(t)` of [`running_mean`][wspace.average.running_mean], `Profile(t,
     start=t - k)` of a full [`window`][wspace.average.window] of $k$, and `Profile(t, start=t - 1)`
     of the weights themselves.

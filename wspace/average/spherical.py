@@ -259,7 +259,7 @@ def karcher_mean_on(
     logarithms grows or turns round. With $\exp_x(v) = x + v$ and $\log_x(y) = y - x$ the mean is
     [`average.mean`][wspace.average.mean]; on the sphere it is
     [`karcher_mean`][wspace.average.karcher_mean], which is faster. This iteration converges
-    linearly, and is compiled once for the same two functions. Derivatives are those of the mean,
+    linearly, and is compiled once for the same two functions. Derivatives are taken of the mean,
     not of the iteration, of every order, with respect to points, coefficients and what `exp` and
     `log` close over: a linear system in the derivative of the sum of logarithms, solved by GMRES.
 

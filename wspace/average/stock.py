@@ -43,7 +43,7 @@ def model_stock(
     scales it, however close to the base the points are.
 
     `**merge.presets.mergekit["model_stock"]` are the options of mergekit, whose `filter_wise` is
-    `scope="row"`, and `**merge.presets.fusionbench["model_stock"]` those of FusionBench.
+    `scope="row"`, and `**merge.presets.fusionbench["model_stock"]` the options of FusionBench.
 
     Args:
         base: The weights $\theta_0$.

@@ -180,7 +180,7 @@ def save_adapter(
         edit: A flat mapping from the names of torch, such as `"model.layers.0.mlp.weight"`, to
             edits of matrices, as [`load_adapter`][wspace.checkpoint.load_adapter] gives it.
         fan_in_fan_out: Whether the layers that are no embeddings store weights as `(in, out)`, as
-            those of GPT-2 do, and not as `(out, in)`.
+            layers of GPT-2 do, and not as `(out, in)`.
         embeddings: The names in `edit` that belong to layers of `torch.nn.Embedding`, whose
             factors PEFT stores by other names. A name left out here is not loaded by PEFT.
         base: The name on the hub, or the folder, of the model that the edit is of:
@@ -193,7 +193,7 @@ def save_adapter(
         TypeError: If `edit` is not a flat mapping from strings to `LowRank` or floating-point
             leaves, or `base` is no name or path.
         ValueError: If `task_type` is none of the above or `base` is empty; if a dense leaf is not
-            zero, an edit is of a stack of matrices, a name is not that of the weight of a layer,
+            zero, an edit is of a stack of matrices, a name is not the weight of a layer,
             `embeddings` has a name that `edit` lacks, or there is nothing to save; if the folder's
             name ends in the suffix of a file.
         OSError: If the folder cannot be written.

@@ -94,7 +94,7 @@ def load_orbax(
     Args:
         path: The folder with one tree, such as `<step>/default` of a manager of Orbax; or a URL
             that Orbax can read.
-        sharding: As that of [`load`][wspace.checkpoint.load]; in names, keys and the places in
+        sharding: As for [`load`][wspace.checkpoint.load]; in names, keys and the places in
             lists are joined by dots, as in `"params.layers.0.bias"`.
         skip: Names or globs, such as `"opt_state.*"`, of arrays that are not read.
 

@@ -110,8 +110,8 @@ class Stored:
 class Checkpoint(Mapping[str, Stored], AbstractContextManager["Checkpoint"]):
     """The tensors of a file or a folder by name, in the order in which they lie in the files.
 
-    A context manager: leaving it closes the memory maps, but for those of arrays that are still
-    in use. Made by [`open`][wspace.checkpoint.open], and safe to read from many threads.
+    A context manager: leaving it closes the memory maps, except where arrays are still in use.
+    Made by [`open`][wspace.checkpoint.open], and safe to read from many threads.
 
     Attributes:
         path: The file or folder that was opened.

@@ -69,7 +69,7 @@ def stream(
     \theta = f(\theta_1, \dots, \theta_k)
     $$
 
-    The result is, bit for bit, that of the function in memory. It is called in one of two ways.
+    The result is, bit for bit, what the function gives in memory. It is called in one of two ways.
 
     For every tensor alone, as a tree of one leaf under its own name: right for any function that
     treats each leaf by itself.
@@ -83,7 +83,7 @@ def stream(
 
     Tensors are read as they are needed and written on threads while the next ones are computed.
     Those that the writer has from before an interruption are skipped. Tensors that are no weights,
-    of integers, booleans or complex numbers, are those of the first source; in the others they
+    of integers, booleans or complex numbers, are taken from the first source; in the others they
     must be the same, unless each has one integer, as counters of steps do. `carry`, `skip` and
     `common_tensors` say what becomes of others.
 
@@ -101,12 +101,12 @@ def stream(
         writer: Where the result goes; it has the names and dtypes of the first source, and its
             shapes, or more rows, which are left to be written.
         lazy: Whether the function is called once with whole trees.
-        carry: Names or globs, such as `"*.running_var"`, of tensors that are those of the first
+        carry: Names or globs, such as `"*.running_var"`, of tensors that are taken from the first
             source, whatever the others have; the function does not get them.
         skip: Names or globs of tensors that are left out everywhere. The layout of the writer
             lacks them, too, as [`Checkpoint.without`][wspace.checkpoint.Checkpoint.without] does.
-        common_tensors: Whether tensors that not all sources have are let pass: those of the first
-            are carried over.
+        common_tensors: Whether tensors that not all sources have are let pass: what the first has
+            is carried over.
         allow_nonfinite: Whether an output is let pass in which entries are infinite or NaN that
             are finite in all sources.
         advance: Called with the number of bytes that were written, from several threads.

@@ -153,8 +153,8 @@ def load(
         ValueError: If a file cannot be read, is truncated or otherwise not a safetensors file; if
             it holds codes of quantized weights, float8, or no weights; also if it holds float64
             while JAX has 64-bit values disabled; if a sharding does not fit the shape of its
-            tensor, or the names of `sharding` are not those of the weights; with `like`, if a
-            tensor is missing or left over, or differs in shape or dtype from its leaf.
+            tensor, or the names of `sharding` differ from the names of the weights; with `like`,
+            if a tensor is missing or left over, or differs in shape or dtype from its leaf.
         TypeError: If what is given as a sharding is none, or `like` is not such a tree.
 
     Examples:

@@ -305,7 +305,7 @@ def create(
             inputs.
         keep_on_error: Whether, with a plan, what is written is kept where the block raises a
             `ValueError` or a `TypeError`, as a computation does that would fail again. After an
-            interruption and any other error, such as that of a full disk, it is always kept.
+            interruption and any other error, such as a full disk, it is always kept.
         remove_partial: Whether what interrupted jobs with other plans left of this output is
             removed first.
 

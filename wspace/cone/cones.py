@@ -240,7 +240,7 @@ def project(cone: Cone, edit: PyTree) -> Projection:
 
     Idempotent, and it scales with the edit. The tail is computed from what is left out, never by
     subtraction. Derivatives of norm and tail exist where the mathematics has them, repeated
-    singular values included; those of the edit do not exist where singular values repeat.
+    singular values included; derivatives of the edit do not, where singular values repeat.
 
     Args:
         cone: A [`Rank`][wspace.cone.Rank], [`PooledRank`][wspace.cone.PooledRank],

@@ -119,7 +119,7 @@ def entry(cone: Cone, displacement: PyTree, radius: ScalarLike) -> Move:
 
     with $e = \lVert E \rVert$. The edit is a negative multiple of $P E$ and lands on the sphere,
     computed in the second form, in which nothing cancels. In a cone that does not hold $-D$ with
-    $D$, norm and tail are those of $-E$, and the edit is a positive multiple of $P(-E)$. For the
+    $D$, norm and tail belong to $-E$, and the edit is a positive multiple of $P(-E)$. For the
     displacement of an average from a point to avoid, the norm is what an edit in the cone needs at
     least to undo a guard. Within the ball, $\rho \ge e$, nothing has to move.
 

@@ -41,7 +41,7 @@ class Learned(NamedTuple):
         weights: The merged weights.
         coefficients: An array `(k,)`, one number a model; or, for each leaf of the weights, such an
             array, or one `(k, ...)` with a number for every row of the leaf.
-        history: A [`History`][wspace.fit.History] of the run; its gradient is that of the numbers
+        history: A [`History`][wspace.fit.History] of the run; its gradient is by the numbers
             trained, the $z$ of a simplex.
     """
 
@@ -112,7 +112,7 @@ def coefficients(
     |---|---|---|---|
     | AdaMerging, task-wise | `"tree"` | no | mean entropy of outputs without labels |
     | AdaMerging, layer-wise | `"leaf"` | no | the same |
-    | learned soup | `"tree"`, `"leaf"` | yes | that of the training, on held-out data |
+    | learned soup | `"tree"`, `"leaf"` | yes | the loss of training, on held-out data |
     | DAM | `"row"` | no | divergence from each model on its own data |
 
     A row is what differs in the last index of a leaf alone: for a matrix in $x W$ the weights of

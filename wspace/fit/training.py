@@ -313,7 +313,7 @@ def adapt(
 
     Raises:
         ValueError: If the loss is not finite at the start (NaN if traced), `rank` is below 1 or
-            above that of a matrix, which the error names, `steps` is negative or `start` has no
+            more than a matrix has, which the error names, `steps` is negative or `start` has no
             entries.
         TypeError: If the loss does not take what `keyed` says, or does not return one number,
             `optimizer` is not one of optax, `steps` or `rank` is not an integer, `key` is not one

@@ -258,7 +258,7 @@ def norm(x: PyTree) -> Scalar:
     \qquad U = Q_U R_U, \quad V = Q_V R_V
     $$
 
-    As accurate as that of the matrix: an edit minus itself in another gauge has norm zero to
+    As accurate as the norm of the matrix: an edit minus itself in another gauge has norm zero to
     rounding, where $\sqrt{\langle x, x \rangle}$ keeps only half the digits.
 
     Args:

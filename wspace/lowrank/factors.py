@@ -117,8 +117,8 @@ def as_matrix(leaf: Leaf, *, layout: Layout = "in_out") -> Float[Array, "... m n
     | 4, 5 | a convolution: `(prod(...) * cin, cout)` | a convolution: `(cin * prod(...), cout)` |
 
     A convolution is stored as `(..., cin, cout)`, in the layout `"out_in"` as `(cout, cin, ...)`.
-    The rows of its matrix are the entries of a patch: in the layout `"out_in"` those of a channel
-    together, as `torch.nn.Unfold` and `jax.lax.conv_general_dilated_patches` have them.
+    The rows of its matrix are the entries of a patch: in the layout `"out_in"` with the entries of
+    a channel together, as `torch.nn.Unfold` and `jax.lax.conv_general_dilated_patches` have them.
 
     Args:
         leaf: An array of at most five dimensions.

@@ -22,7 +22,7 @@ def singular_values(x: Leaf | LowRank) -> Float[Array, "... k"]:
     Of factors only the first $\min(m, n, r)$ are returned, the others are zero; the product is
     never formed: $U = Q_U R_U$ and $V = Q_V R_V$ leave the singular values of $R_U R_V^\top$.
     Derivatives exist wherever the value has one, repeated singular values included as long as
-    they enter symmetrically; those of factors ask for independent columns.
+    they enter symmetrically; derivatives by factors ask for independent columns.
 
     Args:
         x: A matrix `(m, n)` or a stack of them `(..., m, n)`, dense or factored; dense leaves

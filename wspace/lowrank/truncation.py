@@ -39,8 +39,8 @@ class Truncation(NamedTuple):
     Attributes:
         factors: The edit: a `LowRank`, or a tree with `LowRank` or dense leaves.
         tail: The Frobenius distance between the edit and what it was cut from, over all leaves.
-        approximate: Whether an edit of the same rank may come nearer. The tail is that of this
-            edit in either case.
+        approximate: Whether an edit of the same rank may come nearer. The tail belongs to
+            this edit in either case.
     """
 
     factors: LowRank | PyTree
@@ -86,13 +86,13 @@ def truncate(
     | `"exact"` | all singular values | summed over those left out | $O(m n \min(m, n))$ |
     | `"randomized"` | block Krylov space | measured, $X$ minus the factors | $O(m n r)$ a step |
 
-    The randomized tail is that of the factors returned, so it is never below the exact one but
-    for rounding; it exceeds that one by little where singular values fall within `steps` blocks.
-    Where the blocks would fill the matrix, and for factors, the exact method is the cheaper one
-    and is taken. Figures are on the page *Low-rank edits* of the docs.
+    The randomized tail is measured on the factors returned, so it is never below the exact one but
+    for rounding; it exceeds the exact one by little where singular values fall within `steps`
+    blocks. Where the blocks would fill the matrix, and for factors, the exact method is the cheaper
+    one and is taken. Figures are on the page *Low-rank edits* of the docs.
 
-    Derivatives of an exact tail exist as those of
-    [`singular_values`][wspace.lowrank.singular_values]; derivatives of the factors are not
+    An exact tail has derivatives where
+    [`singular_values`][wspace.lowrank.singular_values] has them; derivatives of the factors are not
     defined where singular values repeat.
 
     Args:
@@ -461,8 +461,8 @@ def truncate_outputs(
     $$
 
     What [`truncate`][wspace.lowrank.truncate] is to a matrix, this is to what a layer does with
-    it on data: with $A = I$ both agree. The tail is at most $\lVert A \rVert_2$ times that of
-    `truncate`.
+    it on data: with $A = I$ both agree. The tail is at most $\lVert A \rVert_2$ times the tail of
+    `truncate`. Known as activation-aware SVD.
 
     Args:
         x: The matrix $X$ `(m, n)`, or a stack of them, dense or factored.

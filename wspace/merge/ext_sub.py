@@ -31,7 +31,7 @@ def ext_sub(
     Where both rows point one way nothing is subtracted, where they are opposite all of $\lambda b$
     is. A row of zeros has no direction: with $b = 0$ nothing is subtracted, and with $a = 0$
     half of $\lambda b$, the mean over all directions. Scaling or turning all rows of both
-    displacements scales or turns those of the result.
+    displacements scales or turns the rows of the result.
 
     Args:
         base: The weights $w_0$.

@@ -269,7 +269,7 @@ def singular_interference(edits: Sequence[PyTree], *, rank: int | None = None) -
     for edits whose column spaces, or whose row spaces, are orthogonal. It scales with the edits,
     and rotating the rows or the columns of all edits together changes nothing.
 
-    Singular vectors of zero singular values are no part of the edit and are left out: those of
+    Singular vectors of zero singular values are no part of the edit and are left out, with
     values up to $\max(m, n)\, \varepsilon\, \sigma_1$. All others count fully, however small their
     values, so give the rank that carries the edit. Where singular values repeat, or two of them
     are equal at the cut, the vectors are not unique and neither is the number. Stacks of matrices

@@ -37,7 +37,7 @@ def lines(
             or `None` at each leaf, or a function that takes the path of a leaf, such as
             `"['blocks'][3]['w']"`, and returns one. `None` is a leaf of no layer.
         start: The number $\alpha$, the factor of the first layer.
-        rise: The number $\beta$, by how much that of the last layer is more.
+        rise: The number $\beta$, by how much the factor of the last layer is more.
         count: The number of layers $L$; the largest $\ell$ and one more if not given.
 
     Returns:

@@ -33,9 +33,9 @@ def pcb(
 
     The threshold $t_i$ is the score that comes after the $\lfloor \rho n \rfloor$ largest of model
     $i$, 0 if there is none, so that no more than those have weight; an entry against the sum of
-    all has none. The authors' code has a $\tanh$ around the product with the sum, by which its
-    result is not that of the same models at another scale: this is its limit for small task
-    vectors. Nor are outliers clipped.
+    all has none. The authors' code has a $\tanh$ around the product with the sum, so that its
+    result depends on the scale of the models: this is its limit for small task vectors. Nor
+    are outliers clipped.
 
     Scaling or negating all task vectors scales or negates the displacement. One model, and equal
     ones, come back to rounding at $\rho = 1$. Permuting the models changes rounding alone.

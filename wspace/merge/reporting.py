@@ -73,11 +73,11 @@ class Report:
     `str()` of it is a table to read.
 
     Attributes:
-        coefficients: The coefficients of the models, or a row for each with those of its leaves.
+        coefficients: The coefficients of the models, or a row for each, with a number by leaf.
         total: A [`Tally`][wspace.merge.Tally] of the whole tree.
         leaves: One a leaf.
         seed: The data of the key that the edits were drawn with, if one was given.
-        knows_edits: Whether the edits were given. If not, those of the tallies are the task vectors
+        knows_edits: Whether the edits were given. If not, the tallies take the task vectors
             themselves, and an entry that was trimmed counts as any other.
     """
 

@@ -342,7 +342,7 @@ def damped_inputs(
 
     The soft form of [`free_inputs`][wspace.negative.free_inputs], an entry of `allow`: an edit
     $P L$ of the matrix is charged $\lVert dW \rVert^2 + \lVert X\, dW \rVert^2 / (\delta
-    \sigma_1^2)$, its own size and that of what it does to these data, and $\lVert X P L \rVert \le
+    \sigma_1^2)$, for its own size and for what it does to these data, and $\lVert X P L \rVert \le
     \tfrac12 \sqrt\delta\, \sigma_1 \lVert L \rVert$. Small damping spares the data and large
     damping the weights; a sweep over it draws the curve of damage against margin. Inputs that the
     data use by no more than rounding count as unused, and eigenvalues below $4 \min(d, 8 \sqrt

@@ -73,8 +73,8 @@ def linear_bound(
     $\frac{1}{2} H d^2$, if no Hessian on the way from $\theta$ to $\theta + D$ has a spectral norm
     above $H$. In a cone that does not hold $-D$ with $D$, what is bounded is the rise
     $f(\theta + D) - f(\theta)$. Exact for a readout that is affine in the weights, with $H = 0$.
-    The change is proportional to $d$, and never above that of all edits,
-    $d\, \lVert \nabla f(\theta) \rVert$.
+    The change is proportional to $d$, and never above $d\, \lVert \nabla f(\theta) \rVert$,
+    the most of all edits of this norm.
 
     Args:
         readout: A number that the model says, as a function $f$ of the weights: a logit, a

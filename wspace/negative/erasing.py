@@ -198,7 +198,7 @@ def erase_keeping(
 
     Raises:
         ValueError: If the mode is oblique without `rtol`, and a direction in the span of `erase` is
-            within that of `keep`, to a sine of $\sqrt\varepsilon$ (NaN if traced): it cannot be
+            in the span of `keep`, to a sine of $\sqrt\varepsilon$ (NaN if traced): it cannot be
             both erased and kept. Also if the mode is unknown, `rtol` is known and not between
             0 and 1, `inverse_metric` is not symmetric positive definite or does not fit, there is
             nothing to erase, a known value is NaN or infinite, or the trees differ in layout.

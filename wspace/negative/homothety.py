@@ -199,7 +199,7 @@ def guide_perpendicular(
         negative: The weights $n$ to move away from, of the same layout.
         scale: The scale $g$, any real number.
         weight: The size $w$ of the negative weight, any real number: positive moves away from
-            `negative`, the sign opposite to that of a negative prompt's weight.
+            `negative`; the weight of a negative prompt has the opposite sign.
 
     Returns:
         The weights $y$, each leaf in the dtype of that leaf of `base`.

@@ -50,7 +50,7 @@ def guard_normal(
     kept away, the cheapest normals are those orthogonal to the differences of the points, and
     all of them cost the same: start from a direction that is no combination of the differences,
     such as the gradient of the average's loss. With `allow` a converged normal is stationary.
-    A search has no derivatives; those of the guard along the normal found exist.
+    A search has no derivatives; the guard along the normal that it finds has them.
 
     Without `allow` no step leaves the span of the gaps $x_i - b$ and of `start`, so the search runs
     on coordinates in an orthonormal basis of that span, one a point and one for `start`: a step

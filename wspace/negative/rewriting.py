@@ -58,7 +58,7 @@ def rewrite(
 
     Returns:
         The matrix $W'$, in the dtype of `matrix`. Derivatives exist where the rank of keys and of
-            `keep` does not change; that by the ridge is $0$ at $0$.
+            `keep` does not change; the derivative by the ridge is $0$ at $0$.
 
     Raises:
         ValueError: If there is no ridge and the keys cannot take the values, since some depend on

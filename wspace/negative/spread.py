@@ -40,7 +40,7 @@ def harden(edit: WeightsLike, *, rtol: ScalarLike | None = None) -> Weights:
     leaves of it becomes $\lVert D \rVert \sqrt{1 - r/k}$, the most that any edit with this norm
     and rank leaves. A guard that moved an average by a hardened displacement therefore holds
     to the highest rank. That is a bound on edits towards a known point, not resistance to
-    training; and hardening the edit of every point does not flatten that of their average.
+    training; and hardening the edit of every point does not flatten the edit of their average.
 
     Args:
         edit: The edit $D$, a tree; each slice of a stack is flattened by itself.
@@ -112,9 +112,9 @@ def split_rank(
     each of two points. Point $i$ takes $r_i$ consecutive singular triples $J_i$ of the $k$ that
     the shift has, cyclically, the point of largest $a_i^2 / c_i$ from the first on; a triple that
     several points take is shared at least cost. Where $\sum_i r_i = k$ no other way to deal out
-    the triples costs less; where all $r_i \ge k$ the edits are those of
-    [`retarget`][wspace.negative.retarget], the least of all. In between, the least cost has no
-    closed form.
+    the triples costs less; where all $r_i \ge k$ the edits are what
+    [`retarget`][wspace.negative.retarget] makes, the least of all. In between, the least cost has
+    no closed form.
 
     To be added, by [`lowrank.apply`][wspace.lowrank.apply].
 

@@ -24,7 +24,7 @@ def assert_close(
     $$
 
     at every entry, with $\varepsilon$ the machine epsilon of the leaf's dtype. Entries of integers
-    and booleans must be equal, and NaN is equal to NaN. Types are those of `jax.typeof`: shape and
+    and booleans must be equal, and NaN is equal to NaN. Types are what `jax.typeof` says: shape and
     dtype, weak or not, and how a leaf is sharded.
 
     Args:

@@ -27,7 +27,7 @@ def check_transforms(
 ) -> None:
     """Asserts that an operator is the same function under the transformations of JAX.
 
-    - **jit**: the compiled result is that of the eager call.
+    - **jit**: the compiled result is the result of the eager call.
     - **vmap**: a batch of three gives what a loop gives. The others are the weights times 3/4 and
       the weights with the entries of each leaf reversed.
     - **derivatives**: the gradient along a random direction in each leaf is a difference quotient,
