@@ -1,4 +1,4 @@
-r"""Training loops in one call: fine-tune, learn merge coefficients, train a guard, fit an embedding.
+r"""Training loops in one call: fine-tune, learn merge coefficients, train a guard, fit an input.
 
 Everything here is one loop, a compiled scan over the steps of an optimizer of optax, and returns a
 [`Fit`][wspace.fit.Fit]: what was found, and the history of the losses. A loss is a function of the
