@@ -378,7 +378,7 @@ def test_bad_arguments_are_refused(refuses):
             merge.ram(x, [x], **{option: -1.0})
     with refuses(ValueError, match="strength must be at least 0"):
         merge.tall_mask(x, x, -1.0)
-    with refuses(ValueError, match="threshold must be at least 0"):
+    with refuses(ValueError, match="threshold must be finite and at least 0"):
         merge.nearswap(x, x, -1.0)
     with refuses(TypeError, match=r"leaf \['w'\] of masks\[1\] has dtype float..: give booleans"):
         merge.consensus_mask([mask, x])

@@ -86,6 +86,8 @@ CALLS = {
     "soup.greedy_soup": ((loss, [X, Y]), {}),
     "soup.grid": ((loss, lambda c: average.mean([X, Y], c), soup.simplex(2, 2)), {}),
     "soup.simplex": ((2, 2), {}),
+    "tree.by_depth": (({"layers": [X, Y]}, [0.0, 1.0]), {}),
+    "tree.by_name": ((X, {"*": 0.5}), {}),
     "tree.elementwise": ((lambda _, arrays: arrays[0],), {}),
     "tree.reduction": ((lambda _, arrays: arrays[0],), {}),
     "tree.join": ((X, X), {}),
@@ -194,15 +196,15 @@ def test_every_public_function_is_looked_at():
         ),
         (
             lambda: interpolate.lerp(X, Y, LARGE),
-            "t must be a real number, got a dict of 24 leaves:",
+            "t has no number for leaf ['b'][0]: give one number for all, or",
         ),
         (
             lambda: interpolate.lerp(X, Y, WRONG["model"]),
-            "t must be a real number, got a Net of 24",
+            "t has no number for leaf ['b'][0]: give one number for all, or",
         ),
         (
             lambda: merge.task_arithmetic(X, [Y, Z], [LARGE, LARGE]),
-            "coefficients[0] must be a real number, got a dict of 24 leaves: give one number",
+            "coefficients[0] has no number for leaf ['b'][0]: give one number for all",
         ),
         (lambda: merge.ties(X, [Y], LARGE), "coefficients must be a sequence of numbers, such as"),
         (
