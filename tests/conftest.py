@@ -50,7 +50,7 @@ mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Compilation makes the first draw slow and later ones fast, so a deadline measures nothing. Nor
 # does the health of a few derandomized draws, which change with every number in the sources.
-for name, count in (("default", 15), ("few", 2)):
+for name, count in (("default", 10), ("few", 2)):
     hypothesis.settings.register_profile(
         name,
         deadline=None,

@@ -295,7 +295,6 @@ def squared_gaps(_: Sequence[Scalar], arrays: Sequence[Array]) -> list[Array]:
 
 pair_sums = _lift.reduction(pairs)
 pair_sums_from_first = _lift.reduction(pairs_from_first)
-gap_sums = _lift.reduction(squared_gaps)
 
 
 @jax.jit(static_argnums=1)

@@ -77,8 +77,9 @@ def segment(
             name, (at, 1), (0, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="center", fontweight="bold",
         )  # fmt: skip
-    styles = zip(cycle(_COLORS), cycle(_STYLES), strict=False)
-    for (name, curve), (color, style) in zip(curves.items(), styles, strict=False):
+    for i, (name, curve) in enumerate(curves.items()):
+        color = _COLORS[i % len(_COLORS)]
+        style = _STYLES[(i + i // len(_COLORS)) % len(_STYLES)]  # no pair comes twice below 26
         y = _array(f"values {name!r}" if name else "values", curve)
         if y.shape != t.shape:
             raise ValueError(
