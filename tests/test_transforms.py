@@ -75,7 +75,7 @@ def test_float64_of_numpy_counts_as_float32_where_64_bit_values_are_off(case, mo
     for name in catalog.CONSTANTS:
         constant = getattr(catalog, name)
         monkeypatch.setattr(catalog, name, lambda *x, f=constant: jax.tree.map(double, f(*x)))
-    finer = jax.tree.map(lambda x: double(x) * (1 + 2.0**-40), trees(case.trees))
+    finer = jax.tree.map(lambda x: np.asarray(double(x) * (1 + 2.0**-40)), trees(case.trees))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # JAX warns of a cast to a dtype that it does not have
         got = case.function(*finer)
