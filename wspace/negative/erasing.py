@@ -93,7 +93,9 @@ def _erased(
     return removed, *jax.lax.stop_gradient((sine, share))
 
 
-def _whitening(inverse_metric: PyTree, point: Weights, layout: Layout) -> list[tuple[Array, Array]]:
+def _whitening(
+    inverse_metric: PyTree, point: WeightsLike, layout: Layout
+) -> list[tuple[Array, Array]]:
     r"""Per leaf the $F$ with $H^{-1} = F F^\top$, and its inverse: numbers or matrices."""
     (allowed,) = allowances({"inverse_metric": inverse_metric}, layout, [point])
     factors = []

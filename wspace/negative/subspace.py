@@ -24,7 +24,7 @@ from wspace._numerics import (
 from wspace._records import record
 from wspace._words import described
 from wspace.lowrank.factors import from_matrix, matrix_shape
-from wspace.typing import Layout, Scalar, ScalarLike, Weights, WeightsLike
+from wspace.typing import Layout, Leaf, Scalar, ScalarLike, Weights, WeightsLike
 
 __all__ = ["Sides", "attenuate"]
 
@@ -57,7 +57,7 @@ KINDS = "a number or a matrix at each leaf"
 """What a tree has that says something of one side of every leaf."""
 
 
-def _side(entry: Any, leaf: Array, where: str, axis: int, layout: Layout) -> Array:
+def _side(entry: Any, leaf: Leaf, where: str, axis: int, layout: Layout) -> Array:
     """The part of one side of a leaf in the subspace: 1, 0 or an orthonormal matrix."""
     number = isinstance(entry, int | float) or getattr(entry, "shape", None) == ()
     if not number and not _checks.is_weight(entry):
