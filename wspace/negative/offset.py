@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from wspace import _checks, _lift, geometry, lowrank, tree
-from wspace._numerics import power_of_two, safe_sqrt
+from wspace._numerics import power_of_two, safe_sqrt, settled
 from wspace._records import record
 from wspace._words import described
 from wspace.cone.spectra import Spectra, spectra_of
@@ -143,7 +143,7 @@ def curve_of(spectra: Spectra) -> Float[Array, " ranks"]:
     values = tree.widened(spectra)[0]
     if not values:
         return jnp.zeros(1)
-    unit = power_of_two(jnp.max(jnp.stack([jnp.max(x, initial=0) for x in values])))
+    (unit,) = settled([power_of_two(jnp.max(jnp.stack([jnp.max(x, initial=0) for x in values])))])
     tails = [tail_curve(x / unit) for x in values]
     longest = max(x.size for x in tails)
     squares = [jnp.pad(x, (0, longest - x.size)) for x in tails]
