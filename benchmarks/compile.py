@@ -19,30 +19,59 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from tests import arguments, catalog
 from tests.arguments import trees
 from tests.catalog import CASES, Case
+from wspace import average, negative
+
+
+def shapes_of(leaves: int, entries: int, first: int) -> dict[str, tuple[int, ...]]:
+    """The leaves that a layout of a few has more: vectors and matrices in turn."""
+    return {f"l{i:04d}": (entries // 5, 5) if i % 2 else (5,) for i in range(first, leaves)}
 
 
 def grown(case: Case, leaves: int, entries: int) -> list[Any]:
     """Trees as a case takes them, with more leaves."""
     rng = np.random.default_rng(0)
-    shapes = [(entries // 5, 5) if i % 2 else (5,) for i in range(leaves)]
     return [
         x
         | {
-            f"l{i:04d}": jnp.asarray(rng.normal(size=shape), jnp.float32)
-            for i, shape in enumerate(shapes[len(x) :])
+            name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for name, shape in shapes_of(leaves, entries, len(x)).items()
         }
         for x in trees(case.trees)
     ]
 
 
+def grow_constants(leaves: int, entries: int) -> None:
+    """Has cases make what they make of the layout for more leaves, too."""
+    shapes = shapes_of(leaves, entries, len(trees(1)[0]))
+
+    def more(x: Any, matrix: Any, vector: Any) -> Any:
+        return x | {name: matrix if len(s) > 1 else vector for name, s in shapes.items()}
+
+    inputs, outputs = jnp.eye(entries // 5), jnp.eye(5)
+    both = average.Kronecker(inputs, outputs)
+    own = {name: getattr(arguments, name) for name in ("allow", "metric", "grams", "factors")}
+    sides = arguments.sides()
+    rows, columns = more(sides.rows, inputs[:, :2], 1.0), more(sides.columns, 1.0, 1.0)
+    for name, function in {
+        "allow": lambda: [more(x, inputs, 1.0) for x in own["allow"]()],
+        "metric": lambda: more(own["metric"](), inputs, 1.0),
+        "grams": lambda: [more(x, inputs, None) for x in own["grams"]()],
+        "factors": lambda: [more(x, both, None) for x in own["factors"]()],
+        "sides": lambda: negative.Sides(rows=rows, columns=columns),
+    }.items():
+        setattr(catalog, name, function)
+
+
 def measured(case: Case, leaves: int, entries: int) -> tuple[float, int]:
     """Seconds to trace, lower and compile a function, and the lines of its program."""
-    arguments = grown(case, leaves, entries)
+    points = grown(case, leaves, entries)
+    grow_constants(leaves, entries)
     jax.clear_caches()
     start = time.perf_counter()
-    program = jax.jit(case.function).lower(*arguments).compile()
+    program = jax.jit(case.function).lower(*points).compile()
     seconds = time.perf_counter() - start
     return seconds, (program.as_text() or "").count("\n")
 
