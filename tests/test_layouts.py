@@ -162,7 +162,10 @@ def test_activations_are_the_inputs_of_layers_stored_the_other_way():
 
 def test_matrices_by_themselves_may_be_stored_the_other_way():
     rng = np.random.default_rng(3)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), FLOAT)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), FLOAT)
+
     w, keys, values, keep = draw(5, 3), draw(2, 5), draw(2, 3), draw(1, 5)
     for ridge in (0.0, 0.5):
         wanted = negative.rewrite(w, keys, values, keep=keep, ridge=ridge)
