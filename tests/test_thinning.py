@@ -176,6 +176,15 @@ def test_mask_depends_on_the_order_of_magnitudes_alone():
     assert jnp.abs(x)[mask].mean() > 1.2 * jnp.abs(x).mean()
 
 
+def test_shares_in_float32_may_add_up_to_one():
+    x = {"w": jnp.arange(1.0, 6, dtype=FLOAT)}
+    density, width = (float(np.float32(share)) for share in (0.6, 0.4))
+    assert density + width > 1
+    found = merge.magprune(KEY, x, density, width=width, rescale="none")["w"]
+    assert found[-1] == 5  # the largest magnitude, whose probability is one
+    assert_close(found, merge.magprune(KEY, x, 0.6, width=0.4, rescale="none")["w"], units=0)
+
+
 def test_mask_is_the_same_on_one_device_and_on_eight():
     x = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)}
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))

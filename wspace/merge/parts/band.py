@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from wspace import _checks
-from wspace.merge.parts.numbers import count, part, share
+from wspace.merge.parts.numbers import WHOLE, count, part, share
 from wspace.merge.parts.trim import Scope, band_of
 from wspace.typing import Weights, WeightsLike
 
@@ -60,7 +60,7 @@ def band(
     _checks.same_layout(x=x)
     shares = share("density", density, x, scope)
     most = np.max(shares, initial=0)
-    if most + outliers > 1 + float(np.finfo(np.float32).eps):  # as 0.99 and 0.01 are in float32
+    if most + outliers > WHOLE:
         raise ValueError(
             f"density {most} and outliers {outliers} are more than all entries together: "
             "lower one of them"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from wspace import _checks, _lift, tree
 from wspace._numerics import placed_like, replicated, where_kept
 from wspace.merge.parts.drop import Rescale, norm_ratio, uniform
-from wspace.merge.parts.numbers import part
+from wspace.merge.parts.numbers import WHOLE, part
 from wspace.typing import Weights, WeightsLike
 
 __all__ = ["magprune"]
@@ -82,7 +82,7 @@ def magprune(
     _checks.same_layout(x=x)
     shares, width = _checks.by_leaf("density", density, x, _checks.share), part("width", width)
     for own in np.atleast_1d(shares).tolist():
-        if not (own - width > 0 and own + width <= 1 + 1e-12):
+        if not (own - width > 0 and own + width <= WHOLE):
             raise ValueError(
                 f"density {own} with width {width} gives probabilities from {own - width:g} to "
                 f"{own + width:g}: keep them above 0 and at most 1 by a smaller width"

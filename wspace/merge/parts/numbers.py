@@ -16,6 +16,10 @@ Densities: TypeAlias = float | Sequence[float] | PyTree[float]
 """A density for all models, or one a model, each a number or a tree of them."""
 
 
+WHOLE = 1 + float(np.finfo(np.float32).eps)
+"""What shares may add up to, as 0.99 and 0.01 of float32 do."""
+
+
 def count(share: float, size: int) -> int:
     """A share of `size` entries as a number of entries, rounded down."""
     return math.floor(share * size)
