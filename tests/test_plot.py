@@ -193,3 +193,8 @@ def test_without_matplotlib_the_extra_is_named():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "plot needs matplotlib: install wspace[plot]"
+
+
+def test_complex_values_are_refused():
+    with pytest.raises(TypeError, match="values must be an array of numbers, got an array"):
+        plot.segment([0.0, 1.0], np.array([1.0, 2.0 + 1.0j]))

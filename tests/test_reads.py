@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.strategies import FLOAT
-from wspace import _checks, average, merge
+from wspace import _checks, average, merge, tree
 
 RANDOM = np.random.default_rng(0)
 
@@ -72,3 +72,11 @@ def test_leaves_on_several_devices_are_looked_at_where_they_are():
     fishers[1]["b"] = -fishers[1]["b"]
     with pytest.raises(ValueError, match=r"leaf \['b'\] of fishers\[1\] has the entry -1"):
         average.fisher_mean(points, fishers)
+
+
+def test_numbers_of_leaves_are_read_once_for_all_models(reads):
+    points = [model() for _ in range(4)]
+    rows = {name: jnp.arange(4.0) for name in points[0]}
+    before = reads()
+    tree.combine(rows, points)
+    assert reads() - before <= len(rows)

@@ -470,7 +470,7 @@ def by_leaf(
     if not is_tree(value):
         return checked(name, value)
     paths = [path_of(path) for path, _ in tree_leaves_with_path(like)]
-    given = for_each_leaf(name, value, like)
+    given = for_each_leaf(name, _in_hand(value), like)
     return _together([checked(f"{name} at leaf {p}", x) for p, x in zip(paths, given, strict=True)])
 
 
@@ -485,7 +485,8 @@ def _together(numbers: Sequence[Any]) -> Numbers:
 def scalars(name: str, values: LeafCoefficients, count: int, like: Any = None) -> list[Any]:
     """One real number per point, finite where it is known, or one per point and leaf of `like`."""
     if like is not None and _is_tree_of_rows(values, count, like):
-        return [by_leaf(f"{name}[{i}]", x, like) for i, x in enumerate(_rows(values, count))]
+        rows = _rows(_in_hand(values), count)
+        return [by_leaf(f"{name}[{i}]", x, like) for i, x in enumerate(rows)]
     ordered(name, values)
     if len(values) != count:
         raise ValueError(
@@ -505,6 +506,11 @@ def _is_tree_of_rows(values: Any, count: int, like: Any) -> bool:
         return False
     rows = [] if hasattr(values, "shape") else jax.tree.leaves(values)
     return bool(rows) and all(np.shape(row) == (count,) for row in rows)
+
+
+def _in_hand(numbers: Any) -> Any:
+    """Numbers of leaves that are known, read by one wait for the device, not one each."""
+    return numbers if is_traced(numbers) else jax.device_get(numbers)
 
 
 def _rows(values: Any, count: int) -> list[Any]:

@@ -390,6 +390,8 @@ def _leaves(axes: "Axes", report: Audit) -> None:
 
 def _array(name: str, values: Any) -> np.ndarray:
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers have no place on an axis")
         return np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array of numbers, got {described(values)}") from error
